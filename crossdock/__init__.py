@@ -1,0 +1,31 @@
+"""crossdock: expert parallelism for PyTorch."""
+
+from importlib.metadata import version
+
+from crossdock.moe import MoE, MoEConfig, moe_layers, set_batch_totals
+from crossdock.parallel import (
+    ExpertParallel,
+    ParallelDims,
+    apply_ep,
+    apply_fsdp,
+    clip_grad_norm_,
+    parallelize,
+)
+from crossdock.routing import RouterConfig
+
+__version__ = version("crossdock")
+
+__all__ = [
+    "ExpertParallel",
+    "MoE",
+    "MoEConfig",
+    "ParallelDims",
+    "RouterConfig",
+    "__version__",
+    "apply_ep",
+    "apply_fsdp",
+    "clip_grad_norm_",
+    "moe_layers",
+    "parallelize",
+    "set_batch_totals",
+]

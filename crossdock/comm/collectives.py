@@ -1,0 +1,123 @@
+"""Functional collectives with autograd rules, started at one node and waited for at another.
+
+Every exchange is one of torch's functional collective ops, so that selective recompute, tracing and counters see it as a
+single op. A start and a wait are separate autograd nodes: whatever the caller computes between the two runs while rows
+travel, in the forward pass and, mirrored, in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+__all__ = ["EXCHANGE_OPS", "Pending", "Splits", "attach_exchange", "exchange", "exchange_counts", "raise_together"]
+
+T = TypeVar("T")
+
+_all_to_all = torch.ops._c10d_functional.all_to_all_single.default
+_wait = torch.ops._c10d_functional.wait_tensor.default
+
+# What selective recompute must save, so that it never repeats an exchange.
+EXCHANGE_OPS = (_all_to_all, _wait)
+
+
+class Pending(Generic[T]):
+    """A value that is on its way. `wait()` yields it and may be called once."""
+
+    def __init__(self, finish: Callable[[], T]) -> None:
+        self._finish = finish
+
+    def wait(self) -> T:
+        return self._finish()
+
+
+class Splits(NamedTuple):
+    """Rows per rank of one exchange, in rank order: `send[r]` rows go to rank `r`, `recv[r]` rows come from it."""
+
+    send: list[int]
+    recv: list[int]
+
+    @property
+    def reversed(self) -> Splits:
+        return Splits(send=self.recv, recv=self.send)
+
+
+def exchange_counts(send_counts: Tensor, group_name: str) -> Splits:
+    """Tell every rank how many rows to expect. One collective and one device-to-host copy.
+
+    Args:
+        send_counts: `[R]` int64, rows that this rank sends to each rank.
+        group_name: name of the process group.
+    """
+    recv_counts = _wait(_all_to_all(send_counts, [1] * len(send_counts), [1] * len(send_counts), group_name))
+    send, recv = torch.stack([send_counts, recv_counts]).tolist()
+    return Splits(send, recv)
+
+
+def exchange(rows: Tensor, splits: Splits, group_name: str) -> Pending[Tensor]:
+    """Send `rows` `[sum(splits.send), ...]` to their ranks; the result is `[sum(splits.recv), ...]`, in rank order.
+
+    Differentiable in `rows`: the backward pass sends gradients the opposite way, with the same splits. Takes part in
+    the collective whatever the counts, zero included.
+    """
+    rows = _AwaitGradient.apply(rows)  # type: ignore[assignment]
+    travelling = _start(rows.detach(), splits, group_name)
+    return Pending(lambda: _Finish.apply(rows, travelling, splits, group_name))  # type: ignore[arg-type]
+
+
+def attach_exchange(rows: Tensor, received: Tensor, splits: Splits, group_name: str) -> Tensor:
+    """Give `received`, which is `rows` after an exchange by other means, the gradient that `exchange` would have.
+
+    For values that travelled packed with others: `rows` `[sum(splits.send), ...]`, `received` `[sum(splits.recv), ...]`.
+    """
+    return _Finish.apply(_AwaitGradient.apply(rows), received, splits, group_name)  # type: ignore[return-value]
+
+
+def _start(rows: Tensor, splits: Splits, group_name: str) -> Tensor:
+    return _all_to_all(rows.contiguous(), splits.recv, splits.send, group_name)
+
+
+class _AwaitGradient(Function):
+    """Identity; its backward waits for the gradient exchange that the later node `_Finish` started."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        return _wait(grads[0])
+
+
+class _Finish(Function):
+    """Waits in the forward pass; its backward starts the reverse exchange and leaves the waiting to `_AwaitGradient`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, travelling: Tensor, splits: Splits, group_name: str) -> Tensor:
+        ctx.splits, ctx.group_name = splits, group_name
+        return _wait(travelling)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _start(grads[0], ctx.splits.reversed, ctx.group_name), None, None, None
+
+
+def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
+    """Raise on all ranks of `group` if any rank has an error, so that none waits for a rank that gave up.
+
+    A rank with an error raises its own; the others raise the first rank's. Collective; objects travel, so keep it out of
+    the training step.
+    """
+    if not dist.is_initialized():
+        errors: Sequence[Exception | None] = [error]
+    else:
+        errors = [None] * dist.get_world_size(group)
+        dist.all_gather_object(errors, error, group=group)
+    first = next((e for e in errors if e is not None), None)
+    if first is not None:
+        raise error or first

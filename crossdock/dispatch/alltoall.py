@@ -1,0 +1,123 @@
+"""Plain all-to-all: each token travels once to every rank that owns at least one of its slots."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from crossdock.comm import Pending, Splits, attach_exchange, exchange, exchange_counts
+from crossdock.dispatch.dispatcher import Dispatched
+
+__all__ = ["AllToAllDispatcher", "AllToAllHandle"]
+
+
+class AllToAllHandle(NamedTuple):
+    """Which token each sent row is: `token [S]` int64, sorted by (destination rank, token); the splits of the exchange."""
+
+    token: Tensor
+    splits: Splits
+    num_tokens: int
+
+
+class AllToAllDispatcher:
+    """Three collectives to dispatch (row counts; ids with weights; tokens), one to combine; backward one, then two.
+
+    Ids and weights travel bit by bit in one byte buffer: int16 where `slots_per_rank` allows, else int32, and the
+    weights' own dtype.
+    """
+
+    ordered = True
+
+    def __init__(self, group: dist.ProcessGroup, slots_per_rank: int) -> None:
+        self.group_name = group.group_name
+        self.num_ranks = group.size()
+        self.slots_per_rank = slots_per_rank
+        self.id_dtype = torch.int16 if slots_per_rank <= torch.iinfo(torch.int16).max else torch.int32
+
+    def dispatch(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
+        destination, token = self._routes_by_rank(slot_ids)
+        send_counts = torch.bincount(destination, minlength=self.num_ranks)
+        splits = exchange_counts(send_counts, self.group_name)
+        handle = AllToAllHandle(token, splits, len(x))
+
+        row_ids = slot_ids[token] - (destination * self.slots_per_rank)[:, None]
+        own = (row_ids >= 0) & (row_ids < self.slots_per_rank) & (slot_ids[token] >= 0)
+        row_ids = row_ids.masked_fill(~own, -1).to(self.id_dtype)
+        row_weights = weights[token].masked_fill(~own, 0)
+        routes = exchange(_pack(row_ids, row_weights.detach()), splits, self.group_name)
+        tokens = exchange(_Spread.apply(x, token, splits.send), splits, self.group_name)  # type: ignore[arg-type]
+
+        def finish() -> Dispatched:
+            ids, received_weights = _unpack(routes.wait(), slot_ids.shape[1], self.id_dtype, weights.dtype)
+            received_weights = attach_exchange(row_weights, received_weights, splits, self.group_name)
+            return Dispatched(tokens.wait(), ids.long(), received_weights, handle)
+
+        return Pending(finish)
+
+    def combine(self, y: Tensor, handle: AllToAllHandle) -> Pending[Tensor]:
+        token, splits, num_tokens = handle
+        rows = exchange(y, splits.reversed, self.group_name)
+        return Pending(lambda: _Gather.apply(rows.wait(), token, splits.send, num_tokens))  # type: ignore[arg-type]
+
+    def _routes_by_rank(self, slot_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The distinct (destination rank, token) pairs of `slot_ids` `[T, K]`, sorted: two `[S]` int64 tensors."""
+        no_rank = self.num_ranks
+        ranks = torch.where(slot_ids < 0, no_rank, slot_ids // self.slots_per_rank)
+        needed = torch.zeros(len(slot_ids), self.num_ranks + 1, dtype=torch.bool, device=slot_ids.device)
+        needed.scatter_(1, ranks, True)
+        destination, token = needed[:, :no_rank].t().nonzero().unbind(1)
+        return destination, token
+
+
+def _pack(ids: Tensor, weights: Tensor) -> Tensor:
+    """`ids [S, K]` and `weights [S, K]` as one `[S, bytes]` uint8 tensor."""
+    return torch.cat([ids.contiguous().view(torch.uint8), weights.contiguous().view(torch.uint8)], dim=1)
+
+
+def _unpack(packed: Tensor, top_k: int, id_dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    id_bytes = top_k * id_dtype.itemsize
+    ids, weights = packed[:, :id_bytes], packed[:, id_bytes:]
+    # A view as a wider type needs rows that start at a multiple of its size, which slices do not promise.
+    return ids.contiguous().view(id_dtype), weights.contiguous().view(weight_dtype)
+
+
+def _sum_per_token(rows: Tensor, token: Tensor, rows_per_rank: list[int], num_tokens: int) -> Tensor:
+    """Sum `rows [S, H]` of one token in rank order, in fp32 (float64 stays), rounded once: `[num_tokens, H]`.
+
+    A rank's rows belong to distinct tokens, so that adding rank by rank is deterministic on every device.
+    """
+    accumulator_dtype = torch.promote_types(rows.dtype, torch.float32)
+    total = torch.zeros(num_tokens, rows.shape[1], dtype=accumulator_dtype, device=rows.device)
+    for rank_rows, rank_tokens in zip(rows.split(rows_per_rank), token.split(rows_per_rank), strict=True):
+        total.index_add_(0, rank_tokens, rank_rows.to(accumulator_dtype))
+    return total.to(rows.dtype)
+
+
+class _Spread(Function):
+    """`x [T, H]` to one row per (rank, token) pair, `[S, H]`; the backward pass sums as `_Gather` does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, rows_per_rank: list[int]) -> Tensor:
+        ctx.token, ctx.rows_per_rank, ctx.num_tokens = token, rows_per_rank, len(x)
+        return x[token]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _sum_per_token(grads[0], ctx.token, ctx.rows_per_rank, ctx.num_tokens), None, None
+
+
+class _Gather(Function):
+    """Rows `[S, H]` to their sum per token `[T, H]`; the backward pass spreads."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, token: Tensor, rows_per_rank: list[int], num_tokens: int) -> Tensor:
+        ctx.token = token
+        return _sum_per_token(rows, token, rows_per_rank, num_tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0][ctx.token], None, None, None

@@ -1,0 +1,47 @@
+"""Experts through `torch.nn.functional.grouped_mm`: all experts' products in one call."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crossdock.experts.experts import ExpertParams, swiglu
+
+__all__ = ["grouped_mm"]
+
+_ALIGNMENT_BYTES = 16
+
+
+def grouped_mm(tokens: Tensor, slot_ids: Tensor, weights: Tensor, params: ExpertParams) -> Tensor:
+    """Contract and shapes: `ExpertsBackend`. fp32, bf16 and fp16.
+
+    Only real routes get a row, so none lies past the last offset, where the product leaves uninitialised memory.
+
+    Raises:
+        ValueError: for float64, or where `H` or `I` give rows that are no multiple of 16 bytes.
+    """
+    _check(tokens, params)
+    num_slots = len(params.gate_and_up_projs)
+    slots = slot_ids.flatten()
+    route = (slots >= 0).nonzero().squeeze(1)
+    route = route[slots[route].argsort(stable=True)]
+    row = route // slot_ids.shape[1]
+    offsets = torch.bincount(slots[route], minlength=num_slots).cumsum(0).to(torch.int32)
+
+    gate_and_up = F.grouped_mm(tokens[row], params.gate_and_up_projs, offs=offsets)
+    activated = swiglu(gate_and_up, weights.flatten()[route])
+    outputs = F.grouped_mm(activated, params.down_projs, offs=offsets)
+    y = torch.zeros_like(tokens, dtype=torch.promote_types(tokens.dtype, torch.float32))
+    return y.index_add(0, row, outputs.to(y.dtype)).to(tokens.dtype)
+
+
+def _check(tokens: Tensor, params: ExpertParams) -> None:
+    if tokens.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"experts backend 'grouped_mm' takes float32, bfloat16 or float16, not {tokens.dtype}; use 'eager'")
+    for name, size in (("hidden_size", tokens.shape[1]), ("intermediate_size", params.down_projs.shape[1])):
+        if size * tokens.dtype.itemsize % _ALIGNMENT_BYTES:
+            raise ValueError(
+                f"experts backend 'grouped_mm' needs rows of a multiple of {_ALIGNMENT_BYTES} bytes; {name} = {size} "
+                f"in {tokens.dtype} is none; use 'eager'"
+            )

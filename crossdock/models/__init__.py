@@ -1,0 +1,74 @@
+"""Models: Hugging Face families with their MoE blocks replaced, and their named sizes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from crossdock.models.family import DEEPEP_SUFFIX, Family, ModelConfig
+from crossdock.models.initial import initialise_weights
+from crossdock.models.qwen3 import Qwen3
+from crossdock.moe import MoEConfig
+
+__all__ = ["FAMILIES", "Family", "ModelConfig", "ModelError", "build_model", "initialise_weights", "resolve_hf_config"]
+
+FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in (Qwen3(),)})
+
+
+class ModelError(ValueError):
+    """A `[model]` setting that names no model. `field` is the key, `value` what it holds, `valid` what would do."""
+
+    def __init__(self, field: str, value: str, valid: str) -> None:
+        super().__init__(f"{field} = {value!r}: {valid}")
+        self.field, self.value, self.valid = field, value, valid
+
+
+def resolve_hf_config(config: ModelConfig) -> PreTrainedConfig:
+    """The transformers configuration that `[model]` names: a flavor's, or that of `hf_assets_path/config.json`.
+
+    Raises:
+        ModelError: for an unknown name or flavor, or a folder without a usable config.json.
+    """
+    family = FAMILIES.get(config.name)
+    if family is None:
+        raise ModelError("name", config.name, f"one of {', '.join(FAMILIES)}")
+    if config.hf_assets_path and not Path(config.hf_assets_path).is_dir():
+        raise ModelError("hf_assets_path", config.hf_assets_path, "an existing folder")
+    flavor = config.flavor.removesuffix(DEEPEP_SUFFIX)
+    if not flavor and config.hf_assets_path:
+        return _config_of_folder(family, Path(config.hf_assets_path))
+    if (flavor or "debug") not in family.flavors:
+        raise ModelError("flavor", config.flavor, f"one of {', '.join(family.flavors)}, each also with -deepep")
+    return family.hf_config(flavor or "debug")
+
+
+def _config_of_folder(family: Family, folder: Path) -> PreTrainedConfig:
+    path = folder / "config.json"
+    try:
+        model_type = json.loads(path.read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(
+            "hf_assets_path", str(folder), f"a folder with a readable config.json ({error}), or set model.flavor"
+        ) from None
+    if model_type != family.model_type:
+        raise ModelError(
+            "hf_assets_path",
+            str(folder),
+            f"a folder whose config.json has model_type {family.model_type!r}, not {model_type!r}; "
+            "set model.flavor to use its tokenizer alone",
+        )
+    return family.hf_config_from(folder)
+
+
+def build_model(
+    family: Family, hf_config: PreTrainedConfig, moe: MoEConfig, dtype: torch.dtype, *, force_load_balance: bool = False
+) -> PreTrainedModel:
+    """The family's causal language model with `MoE` layers, on the meta device: no memory, no values yet."""
+    with torch.device("meta"):
+        model = family.build(hf_config)
+        return family.adapt(model, moe, force_load_balance=force_load_balance).to(dtype)  # type: ignore[arg-type]

@@ -1,0 +1,67 @@
+"""Initial weights that are the same for every layout, made shard by shard."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from crossdock.moe import moe_layers
+from crossdock.parallel import plain_name
+from crossdock.placement import EMPTY
+
+__all__ = ["initialise_weights"]
+
+
+@torch.no_grad()
+def initialise_weights(model: nn.Module, seed: int, std: float) -> None:
+    """Fill all parameters of `model` in place: matrices from N(0, std^2), vectors named `weight` with 1, others with 0.
+
+    Each row of a matrix, and each expert, has a generator of its own, seeded by (seed, name of the parameter, row or
+    logical expert). A rank draws only the rows it holds, so the model never exists as a whole, and the values depend
+    neither on the layout nor on the device.
+
+    Args:
+        model: materialised; parameters may be DTensors.
+        seed: of the run.
+        std: standard deviation, the family's `initializer_range`.
+    """
+    expert_ids = {
+        parameter: layer.local_expert_ids
+        for layer in moe_layers(model).values()
+        for parameter in layer.experts.parameters()
+    }
+    generator = torch.Generator()
+    for name, parameter in model.named_parameters():
+        local, offsets = _local_with_offsets(parameter)
+        if parameter.ndim == 1:
+            local.fill_(1.0 if name.endswith("weight") else 0.0)
+            continue
+        if parameter in expert_ids:
+            rows: Iterator[tuple[int, int]] = ((s, e) for s, e in enumerate(expert_ids[parameter]) if e != EMPTY)
+            local.zero_()
+        else:
+            rows = ((row, row + offsets[0]) for row in range(len(local)))
+        for row, index in rows:
+            generator.manual_seed(_seed(seed, plain_name(name), index))
+            values = torch.randn(parameter.shape[1:], generator=generator) * std
+            for dim, (offset, size) in enumerate(zip(offsets[1:], local.shape[1:], strict=True)):
+                values = values.narrow(dim, offset, size)
+            local[row].copy_(values)
+
+
+def _local_with_offsets(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """This rank's part of a parameter, and where it starts in the whole."""
+    if not isinstance(parameter, DTensor):
+        return parameter, (0,) * parameter.ndim
+    _, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return parameter.to_local(), tuple(offsets)
+
+
+def _seed(seed: int, name: str, index: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{name}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1

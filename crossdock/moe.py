@@ -1,0 +1,167 @@
+"""The Mixture-of-Experts layer: decide, place, move, compute, move back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from crossdock.dispatch import Dispatcher, LocalDispatcher
+from crossdock.experts import EXPERTS_BACKENDS, GroupedExperts
+from crossdock.placement import Placement
+from crossdock.routing import (
+    BatchTotals,
+    LoadCounter,
+    LossCoefficients,
+    Router,
+    RouterConfig,
+    attach_losses,
+    count_experts,
+    router_losses,
+)
+
+__all__ = ["MoE", "MoEConfig", "moe_layers", "set_batch_totals"]
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Settings of the MoE layers that a user chooses; what a model family fixes is in `RouterConfig`."""
+
+    dispatcher: Literal["alltoall", "deepep"] = "alltoall"
+    """How tokens travel between expert-parallel ranks. `deepep` is not built yet."""
+    experts: Literal["eager", "grouped_mm"] = "grouped_mm"
+    """How experts are computed. `eager` is a plain loop, the only one for float64."""
+    sequence_aux_loss_coeff: float = 0.0
+    """Coefficient of the Switch auxiliary loss per sequence (1 is its value under perfect balance)."""
+    batch_aux_loss_coeff: float = 0.0
+    """Coefficient of the Switch auxiliary loss per micro-batch. Depends on gradient accumulation by definition."""
+    z_loss_coeff: float = 0.0
+    """Coefficient of the router's z-loss."""
+    expert_bias: bool = False
+    """Balance by a bias on the scores' order instead of a loss."""
+    expert_bias_rate: float = 1e-3
+    """Step of the expert bias after each optimizer step."""
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts feed-forward layer (DESIGN.md, "The spine").
+
+    On one rank as it is; `crossdock.apply_ep` spreads its experts over many.
+
+    Args:
+        hidden_size: `H`.
+        intermediate_size: `I`, of each expert.
+        router: number of experts, top-k and scoring.
+        config: backends, losses, balance.
+
+    Attributes:
+        placement: which slot on which rank holds which logical expert.
+        dispatcher: moves tokens.
+        ep_group, ep_rank, ep_world_size: the ranks that together hold all experts.
+        load: counts of tokens per logical expert.
+        batch_totals: size of the global batch that auxiliary losses are a share of (`set_batch_totals`); `None` where
+            the micro-batch of this rank is all of it.
+    """
+
+    _expert_to_slot: Tensor
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, router: RouterConfig, config: MoEConfig | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config = config or MoEConfig()
+        self.coefficients = LossCoefficients(
+            config.sequence_aux_loss_coeff, config.batch_aux_loss_coeff, config.z_loss_coeff
+        )
+        if config.experts not in EXPERTS_BACKENDS:
+            raise ValueError(f"experts backend {config.experts!r} is unknown; valid: {', '.join(EXPERTS_BACKENDS)}")
+        self.hidden_size = hidden_size
+        self.num_experts = router.num_experts
+        self.router = Router(hidden_size, replace(router, expert_bias=router.expert_bias or config.expert_bias))
+        self.experts = GroupedExperts(
+            router.num_experts, hidden_size, intermediate_size, EXPERTS_BACKENDS[config.experts]
+        )
+        self.load = LoadCounter(router.num_experts)
+        self.batch_totals: BatchTotals | None = None
+        self.register_buffer("_expert_to_slot", torch.arange(self.num_experts), persistent=False)
+        self.place(Placement.contiguous(self.num_experts, 1), LocalDispatcher(), None)
+
+    def place(self, placement: Placement, dispatcher: Dispatcher, ep_group: dist.ProcessGroup | None) -> None:
+        """Set where experts live and how tokens get there. The caller has laid out the experts' parameters to match."""
+        self.placement = placement
+        self.dispatcher = dispatcher
+        self.ep_group = ep_group
+        self.ep_rank = dist.get_rank(ep_group) if ep_group is not None else 0
+        self.ep_world_size = placement.num_ranks
+        self.reset_placement_buffer()
+
+    def reset_placement_buffer(self) -> None:
+        """Write the placement's map of logical experts to slots to the device (again, after `to_empty`)."""
+        slots = torch.tensor(self.placement.expert_to_slot)
+        if not self._expert_to_slot.is_meta:
+            self._expert_to_slot.copy_(slots)
+
+    def reset_buffers(self) -> None:
+        """Give all buffers their first values: needed after `to_empty`, which leaves them uninitialised."""
+        self.reset_placement_buffer()
+        self.load.reset()
+        if self.router.expert_bias is not None:
+            self.router.expert_bias.zero_()
+
+    @property
+    def local_expert_ids(self) -> tuple[int, ...]:
+        """The logical expert of each of this rank's slots, `-1` for an empty slot."""
+        return self.placement.experts_on(self.ep_rank)
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """`x [..., S, H] -> [..., S, H]`.
+
+        Args:
+            x: this rank's tokens; any number, none included.
+            padding_mask: `[..., S]` bool, true where a token is padding: it is routed nowhere and gives 0.
+        """
+        if x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x has {x.shape[-1]} features, this layer's hidden_size is {self.hidden_size}")
+        sequence_shape = tuple(x.shape[:-1])
+        tokens = x.reshape(-1, self.hidden_size)
+        mask = None if padding_mask is None else padding_mask.reshape(-1)
+
+        routing = self.router(tokens, sequence_shape=sequence_shape, padding_mask=mask)
+        arriving = self.dispatcher.dispatch(tokens, self._slots(routing.expert_ids), routing.weights)
+        arrived = arriving.wait()
+        y = self.experts(arrived.tokens, arrived.slot_ids, arrived.weights)
+        output = self.dispatcher.combine(y, arrived.handle).wait()
+
+        if self.training and torch.is_grad_enabled():
+            losses = router_losses(routing, self.coefficients, sequence_shape, mask, self.batch_totals)
+            output = attach_losses(output, routing, losses, self.coefficients, self.load)
+        else:
+            self.load.record_evaluation(count_experts(routing.expert_ids, self.num_experts))
+        return output.view(x.shape)
+
+    def _slots(self, expert_ids: Tensor) -> Tensor:
+        """Logical experts to global slots, `[T, K]`; `-1` stays."""
+        return torch.where(expert_ids < 0, expert_ids, self._expert_to_slot[expert_ids])
+
+    def extra_repr(self) -> str:
+        return f"ep_rank={self.ep_rank}, ep_world_size={self.ep_world_size}, slots={self.placement.slots_per_rank}"
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoE]:
+    """The MoE layers of a model by name, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+
+
+def set_batch_totals(model: nn.Module, sequences: float, tokens: float) -> None:
+    """Tell every MoE layer the size of the global batch (all ranks and micro-batches of the step).
+
+    Args:
+        sequences: rows of the batch.
+        tokens: unpadded tokens.
+    """
+    totals = BatchTotals(sequences, tokens)
+    for layer in moe_layers(model).values():
+        layer.batch_totals = totals

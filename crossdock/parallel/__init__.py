@@ -1,0 +1,25 @@
+"""Parallelism: meshes, expert parallelism, activation checkpointing, FSDP, gradients."""
+
+from crossdock.parallel.blocks import plain_name, transformer_blocks
+from crossdock.parallel.expert import ExpertParallel, apply_ep
+from crossdock.parallel.fsdp import apply_fsdp
+from crossdock.parallel.gradients import clip_grad_norm_, global_grad_norm
+from crossdock.parallel.mesh import LayoutError, ParallelDims, ParallelismConfig
+from crossdock.parallel.parallelize import parallelize
+from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activation_checkpoint
+
+__all__ = [
+    "ActivationCheckpointConfig",
+    "ExpertParallel",
+    "LayoutError",
+    "ParallelDims",
+    "ParallelismConfig",
+    "apply_activation_checkpoint",
+    "apply_ep",
+    "apply_fsdp",
+    "clip_grad_norm_",
+    "global_grad_norm",
+    "parallelize",
+    "plain_name",
+    "transformer_blocks",
+]

@@ -1,0 +1,81 @@
+"""Expert parallelism: spread the experts of every MoE layer over the ranks of a mesh."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from crossdock.dispatch import build_dispatcher
+from crossdock.moe import MoE, moe_layers
+from crossdock.placement import EMPTY, Placement
+
+__all__ = ["ExpertParallel", "apply_ep"]
+
+logger = logging.getLogger(__name__)
+
+
+class ExpertParallel(ParallelStyle):
+    """A torch `ParallelStyle` for `MoE` modules: expert parameters become DTensors, `Shard(0)` over a 1-D mesh.
+
+    For `parallelize_module(model, mesh["ep"], {"layers.*.moe": ExpertParallel()})`; `apply_ep` finds the layers itself.
+    Each rank keeps its own rows of the values it has; an initialised model must hold the same values on all ranks.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, MoE):
+            raise TypeError(f"ExpertParallel applies to crossdock.MoE, not {type(module).__name__}")
+        if module.ep_world_size != 1:
+            raise ValueError("expert parallelism has been applied to this layer already")
+        group = device_mesh.get_group()
+        placement = Placement.contiguous(module.num_experts, device_mesh.size())
+        own = placement.experts_on(device_mesh.get_local_rank())
+        for name, parameter in list(module.experts.named_parameters(recurse=False)):
+            if isinstance(parameter, DTensor):
+                raise TypeError(f"{name} is a DTensor already; apply expert parallelism first, FSDP afterwards")
+            with torch.no_grad():
+                rows = parameter.new_zeros(len(own), *parameter.shape[1:])
+                for slot, expert in enumerate(own):
+                    if expert != EMPTY:
+                        rows[slot] = parameter[expert]
+            sharded = DTensor.from_local(rows, device_mesh, [Shard(0)], run_check=False)
+            module.experts.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
+        dispatcher = build_dispatcher(module.config.dispatcher, group, placement.slots_per_rank)
+        module.place(placement, dispatcher, group)
+        return module
+
+
+def apply_ep(model: nn.Module, mesh: DeviceMesh | None) -> nn.Module:
+    """Spread the experts of every `MoE` in `model` over the dimension `ep` of `mesh`, in place.
+
+    Does nothing where `mesh` is `None`, has no dimension `ep`, or `ep` is 1. Call it before FSDP.
+
+    Args:
+        model: any module that holds `crossdock.MoE` layers; initialised (its values are kept) or on the meta device.
+        mesh: a device mesh with a dimension named `ep`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: if FSDP has wrapped the model already, or it has no MoE layer.
+    """
+    if mesh is None or "ep" not in (mesh.mesh_dim_names or ()) or mesh["ep"].size() == 1:
+        return model
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ValueError("the model is wrapped by FSDP already; call apply_ep before fully_shard or apply_fsdp")
+    layers = moe_layers(model)
+    if not layers:
+        raise ValueError("the model has no crossdock.MoE layer to spread over ranks")
+    ep_mesh = mesh["ep"]
+    for layer in layers.values():
+        ExpertParallel()._apply(layer, ep_mesh)
+    logger.info(
+        "expert parallelism: ep_size=%d ep_rank=%d layers=%d", ep_mesh.size(), ep_mesh.get_local_rank(), len(layers)
+    )
+    return model

@@ -1,0 +1,104 @@
+"""FSDP2 over two meshes: experts over `ep_shard`, everything else over all data-parallel ranks; every reduction a sum."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from crossdock.experts import GroupedExperts
+from crossdock.parallel.blocks import transformer_blocks
+
+__all__ = ["apply_fsdp"]
+
+
+def apply_fsdp(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    param_dtype: torch.dtype | None = None,
+    blocks: list[nn.Module] | None = None,
+    reshard_after_forward: bool = True,
+) -> nn.Module:
+    """Shard `model` in place: each parameter in exactly one FSDP group, gradients summed over its ranks, never divided.
+
+    Args:
+        model: with expert parallelism applied, where it is wanted.
+        mesh: from `ParallelDims.build_mesh`, with dimensions `ep_shard` and `ep`; dense parameters use all its ranks.
+        param_dtype: dtype of computation (bf16 mixed precision); parameters and reductions keep theirs.
+        blocks: modules that are gathered as a unit; by default `transformer_blocks(model)`.
+        reshard_after_forward: free gathered parameters after a block's forward pass.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: if an expert's matrix does not divide evenly over `ep_shard`.
+    """
+    expert_modules = [module for module in model.modules() if isinstance(module, GroupedExperts)]
+    _check_even(expert_modules, mesh["ep_shard"].size())
+    policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype is not None else None
+    )
+    dense_mesh = mesh._flatten("fsdp")
+    shard_experts = _expert_sharding(mesh)
+    if shard_experts is None:
+        # The experts' inputs hold fp32 routing weights, which FSDP would cast along with the tokens.
+        expert_policy = dataclasses.replace(policy, cast_forward_inputs=False)
+        for experts in expert_modules:
+            fully_shard(
+                experts,
+                mesh=mesh["ep_shard"],
+                mp_policy=expert_policy,
+                reshard_after_forward=reshard_after_forward,
+                shard_placement_fn=lambda _: Shard(1),
+            )
+    expert_parameters = {parameter for module in expert_modules for parameter in module.parameters()}
+
+    def placement(parameter: nn.Parameter) -> Any:
+        return shard_experts if parameter in expert_parameters else None
+
+    for unit in [*(transformer_blocks(model) if blocks is None else blocks), model]:
+        fully_shard(
+            unit,
+            mesh=dense_mesh,
+            mp_policy=policy,
+            reshard_after_forward=reshard_after_forward,
+            shard_placement_fn=placement,
+        )
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # gloo has no division within a reduction, so that the sum must be asked for as well.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def _expert_sharding(mesh: DeviceMesh) -> Any:
+    """What `shard_placement_fn` returns for experts, or `None` where this torch cannot mix meshes in one FSDP group.
+
+    One `fully_shard` per block gathers dense parameters and experts side by side; a nested one costs hooks and, where
+    experts are checkpointed, records that selective recompute does not find again.
+    """
+    if mesh["ep"].size() == 1:
+        return Shard(1)
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+    except ImportError:  # torch < 2.13
+        return None
+    return ShardPlacementResult(Shard(1), FSDPMeshInfo(mesh["ep_shard"], shard_mesh_dim=0))
+
+
+def _check_even(expert_modules: list[GroupedExperts], ep_shard: int) -> None:
+    for module in expert_modules:
+        for name, parameter in module.named_parameters():
+            if parameter.shape[1] % ep_shard:
+                raise ValueError(
+                    f"{name} {tuple(parameter.shape)}: dimension 1 must be divisible by ep_shard ({ep_shard}); "
+                    "choose another expert_parallel_degree or number of ranks"
+                )

@@ -1,0 +1,35 @@
+"""The order in which a model is made parallel, in one function."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from crossdock.parallel.expert import apply_ep
+from crossdock.parallel.fsdp import apply_fsdp
+from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activation_checkpoint
+
+__all__ = ["parallelize"]
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    activation_checkpoint: ActivationCheckpointConfig | None = None,
+    param_dtype: torch.dtype | None = None,
+    reshard_after_forward: bool = True,
+) -> nn.Module:
+    """Expert parallelism, activation checkpointing, FSDP: in this order, in place.
+
+    Args:
+        model: holds `crossdock.MoE` layers; on the meta device or initialised.
+        mesh: from `ParallelDims.build_mesh`.
+        activation_checkpoint: none by default.
+        param_dtype: dtype of computation, see `apply_fsdp`.
+        reshard_after_forward: see `apply_fsdp`.
+    """
+    apply_ep(model, mesh)
+    apply_activation_checkpoint(model, activation_checkpoint or ActivationCheckpointConfig())
+    return apply_fsdp(model, mesh, param_dtype=param_dtype, reshard_after_forward=reshard_after_forward)

@@ -1,0 +1,54 @@
+"""Activation checkpointing of transformer blocks; the selective mode repeats no exchange."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from crossdock.comm import EXCHANGE_OPS
+from crossdock.parallel.blocks import block_lists
+
+__all__ = ["ActivationCheckpointConfig", "apply_activation_checkpoint"]
+
+# What the selective mode keeps beside exchanges: the outputs of products and attention, dear to compute and few.
+_PRODUCTS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+
+
+@dataclass(frozen=True)
+class ActivationCheckpointConfig:
+    """`[activation_checkpoint]`: what the forward pass keeps for the backward pass."""
+
+    mode: Literal["none", "full", "selective"] = "none"
+    """`full` keeps a block's input alone and runs it again, exchanges included; `selective` keeps products, attention and
+    exchanges as well."""
+
+
+def apply_activation_checkpoint(model: nn.Module, config: ActivationCheckpointConfig) -> nn.Module:
+    """Wrap the transformer blocks of `model` in non-reentrant activation checkpointing, in place. EP before, FSDP after."""
+    if config.mode == "none":
+        return model
+    options: dict[str, Any] = {"preserve_rng_state": False}
+    if config.mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    for blocks in block_lists(model):
+        for index, block in enumerate(blocks):
+            blocks[index] = checkpoint_wrapper(block, **options)
+    return model
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    saved = op in EXCHANGE_OPS or op in _PRODUCTS
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE

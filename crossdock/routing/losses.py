@@ -1,0 +1,158 @@
+"""Auxiliary losses of the router, and the autograd node that carries them (SEMANTICS.md, "Losses and bias").
+
+Both losses enter the graph as gradients only: `attach` is the identity on the layer's output, so that the reported
+language-model loss stays pure, and adds the losses' gradient in its backward pass. The same node counts the tokens per
+expert in its backward, which runs exactly once per forward pass, under recompute and any pipeline schedule alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from crossdock.routing.load import LoadCounter
+from crossdock.routing.router import Routing
+
+__all__ = ["BatchTotals", "LossCoefficients", "attach_losses", "count_experts", "router_losses", "switch_loss", "z_loss"]
+
+
+@dataclass(frozen=True)
+class LossCoefficients:
+    """Weights of the auxiliary losses; `0` switches one off.
+
+    Attributes:
+        sequence_aux: Switch loss per sequence, averaged over the sequences of the global batch.
+        batch_aux: Switch loss of a rank's micro-batch.
+        z: mean squared log-sum-exp of the logits.
+    """
+
+    sequence_aux: float = 0.0
+    batch_aux: float = 0.0
+    z: float = 0.0
+
+
+@dataclass(frozen=True)
+class BatchTotals:
+    """Size of the global batch, which a micro-batch's losses are a share of: sequences, and unpadded tokens."""
+
+    sequences: float
+    tokens: float
+
+
+def count_experts(expert_ids: Tensor, num_experts: int) -> Tensor:
+    """Routes per expert `[E]` int64 of `expert_ids` `[T, K]`; `-1` is not counted."""
+    return torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_ids.device).scatter_add_(
+        0, torch.where(expert_ids < 0, num_experts, expert_ids).flatten(), torch.ones_like(expert_ids).flatten()
+    )[:num_experts]
+
+
+def switch_loss(probabilities: Tensor, expert_ids: Tensor, mask: Tensor) -> Tensor:
+    """Switch auxiliary loss of each of `B` groups of tokens; 1 under perfect balance.
+
+    `L = E / (K T^2) * sum_e n_e * sum_t p_te` (Switch Transformer, eq. 4 to 6, for top-k). With `f_e = n_e / (T K)` the
+    share of routes and `P_e = sum_t p_te / T` the mean probability this is `E * sum_e f_e P_e`; at `f_e = P_e = 1 / E`
+    it is `E * E / E^2 = 1`. `n_e` carries no gradient, `p_te` does.
+
+    Args:
+        probabilities: `[B, S, E]`, rows sum to 1.
+        expert_ids: `[B, S, K]`, `-1` where there is no route.
+        mask: `[B, S]` bool, true for tokens that count (`T` of them per group).
+
+    Returns:
+        `[B]`; 0 for a group without tokens.
+    """
+    groups, _, num_experts = probabilities.shape
+    top_k = expert_ids.shape[-1]
+    slots = torch.where(expert_ids < 0, num_experts, expert_ids).reshape(groups, -1)
+    counts = probabilities.new_zeros(groups, num_experts + 1).scatter_add_(
+        1, slots, torch.ones_like(slots, dtype=probabilities.dtype)
+    )[:, :num_experts]
+    probability_sums = (probabilities * mask[..., None]).sum(dim=1)
+    tokens = mask.sum(dim=1).clamp_min(1).to(probabilities.dtype)
+    return num_experts / (top_k * tokens**2) * (counts * probability_sums).sum(dim=-1)
+
+
+def z_loss(logits: Tensor, mask: Tensor) -> Tensor:
+    """`sum_t logsumexp(logits_t)^2` over the tokens of `mask` `[T]`, a scalar (ST-MoE, eq. 5, before the mean)."""
+    return (logits.logsumexp(dim=-1).square() * mask).sum()
+
+
+def router_losses(
+    routing: Routing,
+    coefficients: LossCoefficients,
+    sequence_shape: tuple[int, ...],
+    padding_mask: Tensor | None,
+    totals: BatchTotals | None,
+) -> dict[str, Tensor]:
+    """This micro-batch's share of each loss that is switched on, before its coefficient; sums to the global batch's loss.
+
+    Args:
+        routing: the router's decision for `T` tokens.
+        coefficients: which losses are on.
+        sequence_shape: the shape of the tokens, `(B, S)`; a sequence is a row.
+        padding_mask: `[T]` bool or `None`.
+        totals: the global batch; `None` where this micro-batch is all of it.
+    """
+    num_tokens = len(routing.logits)
+    sequence_length = sequence_shape[-1] if sequence_shape else 1
+    mask = routing.logits.new_ones(num_tokens, dtype=torch.bool) if padding_mask is None else ~padding_mask
+    unpadded = mask.sum()
+    sequences = num_tokens // max(sequence_length, 1)
+    if totals is None:
+        totals = BatchTotals(max(sequences, 1), 1.0)
+        token_share = 1.0 / unpadded.clamp_min(1)
+    else:
+        token_share = torch.as_tensor(1.0 / totals.tokens, dtype=routing.logits.dtype, device=routing.logits.device)
+    probabilities = routing.scores / routing.scores.sum(dim=-1, keepdim=True)
+
+    def switch(groups: int) -> Tensor:
+        shape = (groups, num_tokens // max(groups, 1))
+        return switch_loss(
+            probabilities.view(*shape, probabilities.shape[-1]),
+            routing.expert_ids.view(*shape, routing.expert_ids.shape[-1]),
+            mask.view(shape),
+        )
+
+    losses: dict[str, Tensor] = {}
+    if coefficients.sequence_aux:
+        losses["sequence_aux_loss"] = switch(sequences).sum() / totals.sequences
+    if coefficients.batch_aux:
+        losses["batch_aux_loss"] = switch(1).squeeze(0) * unpadded * token_share
+    if coefficients.z:
+        losses["z_loss"] = z_loss(routing.logits, mask) * token_share
+    return losses
+
+
+def attach_losses(
+    output: Tensor, routing: Routing, losses: dict[str, Tensor], coefficients: LossCoefficients, load: LoadCounter
+) -> Tensor:
+    """Identity on `output` `[T, H]`; its backward adds the losses' gradient and counts tokens per expert, once."""
+    weighted = {
+        "sequence_aux_loss": coefficients.sequence_aux,
+        "batch_aux_loss": coefficients.batch_aux,
+        "z_loss": coefficients.z,
+    }
+    total = sum((weighted[name] * loss for name, loss in losses.items()), start=routing.logits.new_zeros(()))
+    counts = count_experts(routing.expert_ids, routing.logits.shape[-1])
+    values = {name: loss.detach() for name, loss in losses.items()}
+    return _AttachLosses.apply(output, total, counts, values, load)  # type: ignore[return-value]
+
+
+class _AttachLosses(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, loss: Tensor, counts: Tensor, values: dict[str, Tensor], load: LoadCounter
+    ) -> Tensor:
+        # Plain attributes, not saved tensors: saved tensors of a checkpointed region are computed again.
+        ctx.counts, ctx.values, ctx.load = counts, values, load
+        ctx.loss_dtype, ctx.loss_device = loss.dtype, loss.device
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.load.record(ctx.counts, ctx.values)
+        return grads[0], torch.ones((), dtype=ctx.loss_dtype, device=ctx.loss_device), None, None, None

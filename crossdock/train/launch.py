@@ -1,0 +1,120 @@
+"""Starting the ranks of a run on this machine, and being one of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import uuid
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from crossdock.config import Config, ConfigError, validate
+from crossdock.train.trainer import StopSignal, Trainer
+
+__all__ = ["Machines", "default_nproc", "run_rank", "start_ranks"]
+
+# A stopped run writes a checkpoint first; only after this is it killed.
+_SHUTDOWN_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Machines:
+    """How many ranks run where.
+
+    Attributes:
+        nproc: ranks on this machine.
+        nnodes: machines.
+        node_rank: this machine, from 0.
+        master_addr: name or address of machine 0.
+        master_port: a free port there.
+
+    Raises:
+        ConfigError: for numbers that name no ranks.
+    """
+
+    nproc: int
+    nnodes: int = 1
+    node_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29500
+
+    def __post_init__(self) -> None:
+        for name, value, holds, valid in (
+            ("--nproc", self.nproc, self.nproc > 0, "1 or more ranks"),
+            ("--nnodes", self.nnodes, self.nnodes > 0, "1 or more machines"),
+            ("--node-rank", self.node_rank, 0 <= self.node_rank < self.nnodes, f"0 to {self.nnodes - 1}"),
+            ("--master-port", self.master_port, 0 < self.master_port < 65536, "1 to 65535"),
+        ):
+            if not holds:
+                raise ConfigError(name, value, f"must be {valid}")
+
+    @property
+    def world_size(self) -> int:
+        return self.nproc * self.nnodes
+
+
+def default_nproc() -> int:
+    """One rank per GPU; two on a machine without."""
+    return torch.cuda.device_count() or 2
+
+
+def start_ranks(arguments: list[str], machines: Machines) -> int:
+    """Run `python -m crossdock ARGUMENTS` once per rank under torchrun's elastic agent, in this process.
+
+    SIGTERM and Ctrl-C reach the ranks, which end at their next step boundary.
+
+    Returns:
+        The exit code for this command: 0, or that of the rank that failed first.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // machines.nproc)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_SECONDS))
+    alone = machines.nnodes == 1
+    config = LaunchConfig(
+        min_nodes=machines.nnodes,
+        max_nodes=machines.nnodes,
+        nproc_per_node=machines.nproc,
+        run_id=uuid.uuid4().hex if alone else "crossdock",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0" if alone else f"{machines.master_addr}:{machines.master_port}",
+        rdzv_configs={} if alone else {"is_host": machines.node_rank == 0},
+        local_addr="127.0.0.1" if alone else None,
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "crossdock", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 2 or failure.exitcode < 0:
+            ended = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+            print(f"crossdock: rank {rank} ended with {ended}; its output is above", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 1
+    except SignalException as error:
+        return 0 if error.sigval in (signal.SIGTERM, signal.SIGINT) else 1
+    return 0
+
+
+def run_rank(config: Config) -> int:
+    """Be one rank of a run; the environment is torchrun's (`RANK`, `LOCAL_RANK`, `WORLD_SIZE`, ...)."""
+    stop = StopSignal()
+    stop.install()
+    local_rank, world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    dims = validate(config, world_size)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.job.comm_timeout_seconds))
+    Trainer(config, dims, device, local_rank == 0, stop).train()
+    # A process that leaves while another still talks to it can make that one abort.
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0

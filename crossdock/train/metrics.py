@@ -1,0 +1,105 @@
+"""What a run reports: a line of JSON per step, and a display for the person who watches."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["MetricsLog", "ProgressDisplay", "memory_gib"]
+
+
+def memory_gib(device: torch.device) -> float:
+    """GiB that this process holds: the peak that the CUDA allocator reserved, or the resident set on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / 2**30
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one object per step. Lines after `resumed_step`, of a run that broke off, are dropped.
+
+    Args:
+        path: of the file.
+        resumed_step: the last step that counts, 0 for a new run.
+    """
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        kept = []
+        if path.is_file():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
+        beside = path.with_suffix(".partial")
+        beside.write_text("".join(f"{line}\n" for line in kept))
+        beside.rename(path)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (open for the whole run)
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        self._file.write(json.dumps(metrics) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; a line that broke off belongs to no step that counts."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+class ProgressDisplay:
+    """A progress bar on a terminal, else a plain line every `log_freq` steps.
+
+    Args:
+        steps: of the whole run.
+        resumed_step: where it goes on.
+        log_freq: steps between plain lines.
+    """
+
+    def __init__(self, steps: int, resumed_step: int, log_freq: int) -> None:
+        self._steps = steps
+        self._log_freq = log_freq
+        self._first = resumed_step + 1
+        self._started = time.monotonic()
+        self._bar: Progress | None = None
+        if sys.stdout.isatty():
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console())
+            self._task = self._bar.add_task("", total=steps, completed=resumed_step, line="")
+            self._bar.start()
+
+    def update(self, metrics: dict[str, Any]) -> None:
+        """Show the metrics of a step."""
+        step = metrics["step"]
+        line = (
+            f"loss {_number(metrics['loss'], '.4f')}  {metrics['tokens_per_second_per_gpu']:,.0f} tok/s/rank  "
+            f"{metrics['memory_gib']:.2f} GiB  max/mean load {metrics['max_mean_load']:.2f}"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, line=line)
+        elif step in (self._first, self._steps) or step % self._log_freq == 0:
+            seconds = (time.monotonic() - self._started) / (step - self._first + 1) * (self._steps - step)
+            self.say(f"step {step:>{len(str(self._steps))}}/{self._steps}  {line}  {seconds:.0f} s left")
+
+    def say(self, message: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(message, markup=False, highlight=False)
+        else:
+            print(message, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "not finite" if value is None else format(value, spec)

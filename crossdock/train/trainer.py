@@ -1,0 +1,311 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from crossdock.checkpoint import Checkpointer, latest_step
+from crossdock.comm import raise_together
+from crossdock.config import RUN_CONFIG_FILE, Config, to_toml
+from crossdock.models import FAMILIES, build_model, initialise_weights, resolve_hf_config
+from crossdock.moe import moe_layers, set_batch_totals
+from crossdock.parallel import ParallelDims, clip_grad_norm_, parallelize
+from crossdock.routing import max_mean_load, reduce_counts, update_expert_bias
+from crossdock.train.data import Batch, TokenBatches, TokenFile, prepare_tokens
+from crossdock.train.metrics import MetricsLog, ProgressDisplay, memory_gib
+from crossdock.train.optimizer import build_optimizer, learning_rate_factor, materialise_optimizer_state
+
+__all__ = ["StopSignal", "Trainer", "TrainingStopped"]
+
+logger = logging.getLogger(__name__)
+
+IGNORED_LABEL = -100
+_LOSS_NAMES = ("sequence_aux_loss", "batch_aux_loss", "z_loss")
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message says why and what to do."""
+
+
+class StopSignal:
+    """Remembers that SIGTERM or Ctrl-C asked for an end, until the next step boundary."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def install(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._request)
+
+    def _request(self, number: int, frame: Any) -> None:
+        self.requested = True
+
+
+class Trainer:
+    """One rank of a training run. Needs the default process group; every method is collective.
+
+    Args:
+        config: validated, with `job.dump_folder` set.
+        dims: the layout.
+        device: of this rank.
+        first_on_machine: this rank prepares the data for the others of its machine.
+        stop: asks for an early end.
+    """
+
+    def __init__(
+        self, config: Config, dims: ParallelDims, device: torch.device, first_on_machine: bool, stop: StopSignal
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.first_on_machine = first_on_machine
+        self.stop = stop
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.folder = Path(_from_first_rank(config.job.dump_folder))
+        self.tokens = self._prepare_tokens()
+        self.batches = TokenBatches(
+            self.tokens,
+            seq_len=config.training.seq_len,
+            global_batch_size=self._global_batch_size(),
+            local_batch_size=config.training.local_batch_size,
+            dp_rank=self.rank,
+            dp_degree=self.world_size,
+            seed=config.training.seed,
+        )
+        self.model = self._build_model(dims)
+        self.layers = list(moe_layers(self.model).values())
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        materialise_optimizer_state(self.optimizer)
+        torch.manual_seed(config.training.seed + self.rank)
+        self.checkpointer = Checkpointer(
+            self.folder / "checkpoint", self.model, self.optimizer, config.checkpoint.keep_latest_k
+        )
+        self.step = 0
+        self.samples = 0
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+        self._resume()
+
+    def train(self) -> None:
+        """Run to the last step, or to the step boundary after a stop was asked for; a checkpoint is left in both cases.
+
+        Raises:
+            TrainingStopped: after `training.max_skipped_steps` bad steps in a row.
+        """
+        config = self.config
+        display = ProgressDisplay(config.training.steps, self.step, config.metrics.log_freq) if self.rank == 0 else None
+        log = MetricsLog(self.folder / "metrics.jsonl", self.step) if self.rank == 0 else None
+        try:
+            self.model.train()
+            saved = self.step
+            while self.step < config.training.steps:
+                started = time.perf_counter()
+                batches = self.batches.step(self.samples // self.batches.global_batch_size)
+                targets, tokens, stop = self._batch_totals(batches)
+                if stop:
+                    break
+                metrics = self._train_step(batches, targets, tokens)
+                metrics["tokens_per_second_per_gpu"] = tokens / (time.perf_counter() - started) / self.world_size
+                if display is not None and log is not None:
+                    log.write(metrics)
+                    display.update(metrics)
+                interval = config.checkpoint.interval
+                if self.step == config.training.steps or (interval and self.step % interval == 0):
+                    saved = self._save()
+                self._stop_after_bad_steps()
+            if saved != self.step:
+                self._save()
+            if display is not None and self.step < config.training.steps:
+                display.say(f"stopped as asked, at step {self.step}; start again with --job.dump-folder {self.folder}")
+        finally:
+            if display is not None and log is not None:
+                display.close()
+                log.close()
+
+    def _train_step(self, batches: list[Batch], targets: float, tokens: float) -> dict[str, Any]:
+        """Forward, backward and update over this rank's micro-batches; the metrics of the step, the same on all ranks."""
+        config = self.config.training
+        set_batch_totals(self.model, self.batches.global_batch_size, tokens)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in batches:
+            logits = self.model(input_ids=batch.input_ids.to(self.device), use_cache=False).logits
+            batch_loss = token_loss(logits, batch.labels.to(self.device)) / max(targets, 1.0)
+            batch_loss.backward()
+            loss += batch_loss.detach()
+        norm = clip_grad_norm_(self.model.parameters(), config.max_norm).item()
+        counts = reduce_counts([layer.load for layer in self.layers], dist.group.WORLD)
+        sums, memory = self._share(loss)
+
+        self.step += 1
+        self.samples += self.batches.global_batch_size
+        rate = self.config.optimizer.lr * learning_rate_factor(self.step, config.steps, self.config.lr_scheduler)
+        finite = math.isfinite(sums["loss"]) and math.isfinite(norm)
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            update_expert_bias([layer.router for layer in self.layers], counts, self.config.moe.expert_bias_rate)
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.skipped_steps += not finite
+        self.optimizer.zero_grad()
+        for layer in self.layers:
+            layer.load.reset()
+        return {
+            "step": self.step,
+            **{name: value if math.isfinite(value) else None for name, value in sums.items()},
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "lr": rate,
+            "memory_gib": memory,
+            "max_mean_load": max_mean_load(counts).max().item(),
+            "tokens": int(tokens),
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def _batch_totals(self, batches: list[Batch]) -> tuple[float, float, bool]:
+        """Targets and tokens of the global batch, and whether any rank was asked to stop. The step's agreement."""
+        targets = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in batches)
+        tokens = sum(batch.input_ids.numel() for batch in batches)
+        totals = torch.tensor([targets, tokens, float(self.stop.requested)], dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        all_targets, all_tokens, stops = totals.tolist()
+        return all_targets, all_tokens, stops > 0
+
+    def _share(self, loss: torch.Tensor) -> tuple[dict[str, float], float]:
+        """Loss and auxiliary losses (mean over layers) summed over the ranks, and the largest memory of a rank."""
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        auxiliary = {
+            name: sum((layer.load.losses[name].double() for layer in self.layers if name in layer.load.losses), zero)
+            for name, wanted in zip(_LOSS_NAMES, dataclasses.astuple(self.layers[0].coefficients), strict=True)
+            if wanted
+        }
+        own = torch.stack([loss, *(value / len(self.layers) for value in auxiliary.values()), zero + memory_gib(self.device)])
+        everyone = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(everyone, own)
+        gathered = torch.stack(everyone)
+        values = gathered[:, :-1].sum(dim=0).tolist()
+        return dict(zip(["loss", *auxiliary], values, strict=True)), gathered[:, -1].max().item()
+
+    def _stop_after_bad_steps(self) -> None:
+        if self.skipped_in_a_row >= self.config.training.max_skipped_steps:
+            raise TrainingStopped(
+                f"{self.skipped_in_a_row} steps in a row, the last of them {self.step}, had a NaN or infinite loss or "
+                "gradient norm and were skipped. Lower optimizer.lr, lengthen lr_scheduler.warmup_steps, or resume from "
+                "an older checkpoint; training.max_skipped_steps sets how many are allowed."
+            )
+
+    def _save(self) -> int:
+        counters = {
+            "step": self.step,
+            "samples": self.samples,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+        self.checkpointer.save(self.step, counters)
+        return self.step
+
+    def _resume(self) -> None:
+        newest = _from_first_rank(latest_step(self.checkpointer.folder))
+        if newest is not None:
+            counters = self.checkpointer.load(newest)
+            self.step, self.samples = counters["step"], counters["samples"]
+            self.skipped_steps, self.skipped_in_a_row = counters["skipped_steps"], counters["skipped_in_a_row"]
+            self._tell(f"resumed {self.folder} at step {self.step}")
+
+    def _global_batch_size(self) -> int:
+        training = self.config.training
+        if training.global_batch_size != -1:
+            return training.global_batch_size
+        return training.local_batch_size * self.world_size
+
+    def _prepare_tokens(self) -> TokenFile:
+        """One rank per machine tokenises (or finds) the data and lays out the run folder, while the others wait."""
+        assets = self.config.model.hf_assets_path
+        cache = Path(self.config.data.cache_folder).expanduser()
+        vocabulary = resolve_hf_config(self.config.model).get_text_config().vocab_size or 0
+
+        def prepare() -> TokenFile:
+            tokens = prepare_tokens(self.config.data.source, Path(assets) if assets else None, cache, min(vocabulary, 8192))
+            if tokens.vocab_size > vocabulary:
+                raise TrainingStopped(
+                    f"the tokenizer has {tokens.vocab_size} tokens, the model's vocabulary {vocabulary}; "
+                    "choose another model.flavor or model.hf_assets_path"
+                )
+            return tokens
+
+        _together(prepare if self.first_on_machine else lambda: None)
+        tokens = _together(prepare)
+        _together(lambda: self._write_run_folder(tokens) if self.rank == 0 else None)
+        return tokens
+
+    def _write_run_folder(self, tokens: TokenFile) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        resolved = dataclasses.replace(self.config, job=dataclasses.replace(self.config.job, dump_folder=str(self.folder)))
+        (self.folder / RUN_CONFIG_FILE).write_text(to_toml(resolved))
+        shutil.copyfile(tokens.tokenizer_path, self.folder / "tokenizer.json")
+
+    def _build_model(self, dims: ParallelDims) -> torch.nn.Module:
+        config = self.config
+        family = FAMILIES[config.model.name]
+        hf_config = resolve_hf_config(config.model)
+        dtype = torch.float64 if config.training.dtype == "float64" else torch.float32
+        model = build_model(
+            family, hf_config, config.moe, dtype, force_load_balance=config.training.debug_moe_force_load_balance
+        )
+        parallelize(
+            model,
+            dims.build_mesh(self.device.type),
+            activation_checkpoint=config.activation_checkpoint,
+            param_dtype=torch.bfloat16 if config.training.dtype == "bfloat16" else None,
+            reshard_after_forward=config.parallelism.reshard_after_forward,
+        )
+        model.to_empty(device=self.device)
+        model.tie_weights()
+        family.reset_buffers(model)
+        for layer in moe_layers(model).values():
+            layer.reset_buffers()
+        initialise_weights(model, config.training.seed, hf_config.initializer_range)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._tell(
+            f"{family.name}: {parameters / 1e6:,.1f} M parameters on {self.world_size} ranks "
+            f"(ep {dims.ep}, ep_shard {dims.ep_shard}), {config.training.dtype}; run folder {self.folder}"
+        )
+        return model
+
+    def _tell(self, message: str) -> None:
+        if self.rank == 0:
+            print(message, flush=True)
+
+
+def token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross entropies of `logits` `[B, S, V]` at `labels` `[B, S]`, `-100` left out; in at least fp32."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+
+
+def _from_first_rank(value: Any) -> Any:
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _together(action: Callable[[], Any]) -> Any:
+    """Run `action`; if it fails on any rank, raise on all."""
+    error: Exception | None = None
+    result = None
+    try:
+        result = action()
+    except (ValueError, OSError, TrainingStopped) as caught:
+        error = caught
+    raise_together(error)
+    return result
