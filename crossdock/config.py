@@ -221,7 +221,9 @@ def validate(config: Config, world_size: int) -> ParallelDims:
     except LayoutError as error:
         raise ConfigError(f"parallelism.{error.field}", error.value, error.valid) from None
     if config.moe.dispatcher not in DISPATCHERS:
-        raise ConfigError("moe.dispatcher", config.moe.dispatcher, f"not available yet; one of {', '.join(DISPATCHERS)}")
+        raise ConfigError(
+            "moe.dispatcher", config.moe.dispatcher, f"not available yet; one of {', '.join(DISPATCHERS)}"
+        )
     try:
         model = resolve_hf_config(config.model)
     except ModelError as error:
@@ -280,7 +282,9 @@ def _check_model(config: Config, model: Any, dims: ParallelDims) -> None:
         raise ConfigError("moe.experts", config.moe.experts, "float64 needs 'eager'")
     if config.training.seq_len > model.max_position_embeddings:
         raise ConfigError(
-            "training.seq_len", config.training.seq_len, f"at most the model's {model.max_position_embeddings} positions"
+            "training.seq_len",
+            config.training.seq_len,
+            f"at most the model's {model.max_position_embeddings} positions",
         )
     if config.model.hf_assets_path and not (Path(config.model.hf_assets_path) / "tokenizer.json").is_file():
         raise ConfigError("model.hf_assets_path", config.model.hf_assets_path, "a folder with tokenizer.json")
@@ -318,7 +322,9 @@ def _check_run_folder(config: Config) -> None:
         section, key = name.split(".")
         if before[section][key] != now[section][key]:
             raise ConfigError(
-                name, now[section][key], f"{before[section][key]!r}, as in the run that {folder} holds; or another dump_folder"
+                name,
+                now[section][key],
+                f"{before[section][key]!r}, as in the run that {folder} holds; or another dump_folder",
             )
 
 

@@ -1,5 +1,5 @@
 """Checkpoints: any layout to any layout."""
 
-from crossdock.checkpoint.distributed import CheckpointConfig, CheckpointError, Checkpointer, latest_step
+from crossdock.checkpoint.distributed import CheckpointConfig, Checkpointer, CheckpointError, latest_step
 
 __all__ = ["CheckpointConfig", "CheckpointError", "Checkpointer", "latest_step"]

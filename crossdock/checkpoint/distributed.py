@@ -152,7 +152,9 @@ class Checkpointer:
     def _optimizer_step(self) -> float:
         steps = {float(state["step"]) for state in self.optimizer.state.values()}
         if len(steps) != 1:
-            raise CheckpointError(f"all parameters must have taken the same number of optimizer steps, not {sorted(steps)}")
+            raise CheckpointError(
+                f"all parameters must have taken the same number of optimizer steps, not {sorted(steps)}"
+            )
         return steps.pop()
 
     def _on_first_rank(self, action: Any) -> None:

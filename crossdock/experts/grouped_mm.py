@@ -38,7 +38,9 @@ def grouped_mm(tokens: Tensor, slot_ids: Tensor, weights: Tensor, params: Expert
 
 def _check(tokens: Tensor, params: ExpertParams) -> None:
     if tokens.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"experts backend 'grouped_mm' takes float32, bfloat16 or float16, not {tokens.dtype}; use 'eager'")
+        raise ValueError(
+            f"experts backend 'grouped_mm' takes float32, bfloat16 or float16, not {tokens.dtype}; use 'eager'"
+        )
     for name, size in (("hidden_size", tokens.shape[1]), ("intermediate_size", params.down_projs.shape[1])):
         if size * tokens.dtype.itemsize % _ALIGNMENT_BYTES:
             raise ValueError(

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeRMSNorm,
@@ -121,10 +121,10 @@ def _moe(block: Qwen3MoeSparseMoeBlock, config: Qwen3MoeConfig, moe: MoEConfig, 
         norm_topk_prob=config.norm_topk_prob,
         force_load_balance=force_load_balance,
     )
-    weight = block.experts.gate_up_proj
-    with weight.device:
-        layer = MoE(config.hidden_size, config.moe_intermediate_size, router, moe).to(weight.dtype)
+    gate_up_proj, down_proj = cast(Tensor, block.experts.gate_up_proj), cast(Tensor, block.experts.down_proj)
+    with gate_up_proj.device:
+        layer = MoE(config.hidden_size, config.moe_intermediate_size, router, moe).to(gate_up_proj.dtype)
     layer.router.weight.copy_(block.gate.weight)
-    layer.experts.gate_and_up_projs.copy_(block.experts.gate_up_proj.transpose(1, 2))
-    layer.experts.down_projs.copy_(block.experts.down_proj.transpose(1, 2))
+    layer.experts.gate_and_up_projs.copy_(gate_up_proj.transpose(1, 2))
+    layer.experts.down_projs.copy_(down_proj.transpose(1, 2))
     return layer

@@ -38,7 +38,9 @@ class Placement:
         held = {expert for expert in self.slot_to_expert if expert != EMPTY}
         if held != set(range(self.num_experts)):
             wrong = sorted(held ^ set(range(self.num_experts)))
-            raise ValueError(f"slot_to_expert must hold the experts 0..{self.num_experts - 1}; missing or unknown: {wrong}")
+            raise ValueError(
+                f"slot_to_expert must hold the experts 0..{self.num_experts - 1}; missing or unknown: {wrong}"
+            )
 
     @classmethod
     def contiguous(cls, num_experts: int, num_ranks: int) -> Placement:

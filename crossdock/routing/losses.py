@@ -17,7 +17,15 @@ from torch.autograd import Function
 from crossdock.routing.load import LoadCounter
 from crossdock.routing.router import Routing
 
-__all__ = ["BatchTotals", "LossCoefficients", "attach_losses", "count_experts", "router_losses", "switch_loss", "z_loss"]
+__all__ = [
+    "BatchTotals",
+    "LossCoefficients",
+    "attach_losses",
+    "count_experts",
+    "router_losses",
+    "switch_loss",
+    "z_loss",
+]
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,9 @@ def learning_rate_factor(step: int, steps: int, config: LRSchedulerConfig) -> fl
     warmup = min(config.warmup_steps, steps)
     if step <= warmup:
         return step / warmup
-    decay_steps = steps - warmup if config.decay_ratio is None else min(round(steps * config.decay_ratio), steps - warmup)
+    decay_steps = (
+        steps - warmup if config.decay_ratio is None else min(round(steps * config.decay_ratio), steps - warmup)
+    )
     into_decay = step - (steps - decay_steps)
     if into_decay <= 0:
         return 1.0

@@ -189,7 +189,9 @@ class Trainer:
             for name, wanted in zip(_LOSS_NAMES, dataclasses.astuple(self.layers[0].coefficients), strict=True)
             if wanted
         }
-        own = torch.stack([loss, *(value / len(self.layers) for value in auxiliary.values()), zero + memory_gib(self.device)])
+        own = torch.stack(
+            [loss, *(value / len(self.layers) for value in auxiliary.values()), zero + memory_gib(self.device)]
+        )
         everyone = [torch.empty_like(own) for _ in range(self.world_size)]
         dist.all_gather(everyone, own)
         gathered = torch.stack(everyone)
@@ -235,7 +237,9 @@ class Trainer:
         vocabulary = resolve_hf_config(self.config.model).get_text_config().vocab_size or 0
 
         def prepare() -> TokenFile:
-            tokens = prepare_tokens(self.config.data.source, Path(assets) if assets else None, cache, min(vocabulary, 8192))
+            tokens = prepare_tokens(
+                self.config.data.source, Path(assets) if assets else None, cache, min(vocabulary, 8192)
+            )
             if tokens.vocab_size > vocabulary:
                 raise TrainingStopped(
                     f"the tokenizer has {tokens.vocab_size} tokens, the model's vocabulary {vocabulary}; "
@@ -250,7 +254,9 @@ class Trainer:
 
     def _write_run_folder(self, tokens: TokenFile) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        resolved = dataclasses.replace(self.config, job=dataclasses.replace(self.config.job, dump_folder=str(self.folder)))
+        resolved = dataclasses.replace(
+            self.config, job=dataclasses.replace(self.config.job, dump_folder=str(self.folder))
+        )
         (self.folder / RUN_CONFIG_FILE).write_text(to_toml(resolved))
         shutil.copyfile(tokens.tokenizer_path, self.folder / "tokenizer.json")
 

@@ -1,0 +1,106 @@
+"""A pool of worker processes that distributed tests borrow as ranks of a gloo group."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["RankPool"]
+
+_COLLECTIVE_SECONDS = 60
+
+
+class RankPool:
+    """Workers that stay alive between tests, since each costs seconds of imports; respawned after a failure."""
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[Any, Connection]] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="crossdock-ranks-")
+        self._runs = 0
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
+        """Call `function(*args)` on `world_size` ranks, with a default process group; the results in rank order.
+
+        `function` and what it returns must pickle: module-level functions, no tensors that share memory (return numbers,
+        numpy arrays or CPU tensors, which are copied).
+
+        Raises:
+            AssertionError: with the tracebacks, if a rank failed or did not return within `timeout` seconds.
+        """
+        while len(self._workers) < world_size:
+            self._workers.append(_spawn())
+        self._runs += 1
+        store = Path(self._folder.name) / f"store-{self._runs}"
+        for rank, (_, connection) in enumerate(self._workers[:world_size]):
+            connection.send((rank, world_size, str(store), function, args))
+        deadline = time.monotonic() + timeout
+        results: list[Any] = [None] * world_size
+        failures: list[str] = []
+        for rank, (_, connection) in enumerate(self._workers[:world_size]):
+            if not connection.poll(max(0.1, deadline - time.monotonic()) if not failures else 5.0):
+                failures.append(f"rank {rank}: no result within {timeout} s")
+                continue
+            try:
+                succeeded, value = connection.recv()
+            except EOFError:
+                succeeded, value = False, "the process ended"
+            results[rank] = value
+            if not succeeded:
+                failures.append(f"rank {rank}:\n{value}")
+        if failures:
+            self.close()
+            raise AssertionError("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        for process, connection in self._workers:
+            process.kill()
+            process.join()
+            connection.close()
+        self._workers = []
+
+
+def _spawn() -> tuple[Any, Connection]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def _serve(connection: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    while True:
+        try:
+            rank, world_size, store, function, args = connection.recv()
+        except EOFError:
+            return
+        try:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=_COLLECTIVE_SECONDS),
+            )
+            result = function(*args)
+            dist.barrier()
+            dist.destroy_process_group()
+            # As numpy arrays: a tensor would be sent as shared memory that dies with this process.
+            connection.send((True, result))
+        except BaseException:  # noqa: BLE001 (whatever it was, the test wants to see it)
+            connection.send((False, traceback.format_exc()))
+            return
