@@ -105,7 +105,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class LRSchedulerConfig:
-    """`[lr_scheduler]`: linear warm-up, constant, decay. WSD is a `decay_ratio` below 1; cosine over all steps is the default."""
+    """`[lr_scheduler]`: linear warm-up, constant, decay. WSD is a `decay_ratio` below 1; the default is all cosine."""
 
     warmup_steps: int = 20
     decay_ratio: float | None = None

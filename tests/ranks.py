@@ -32,8 +32,8 @@ class RankPool:
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
         """Call `function(*args)` on `world_size` ranks, with a default process group; the results in rank order.
 
-        `function` and what it returns must pickle: module-level functions, no tensors that share memory (return numbers,
-        numpy arrays or CPU tensors, which are copied).
+        `function` and what it returns must pickle: module-level functions, no tensors that share memory (return
+        numbers or numpy arrays).
 
         Raises:
             AssertionError: with the tracebacks, if a rank failed or did not return within `timeout` seconds.
@@ -99,7 +99,6 @@ def _serve(connection: Connection) -> None:
             result = function(*args)
             dist.barrier()
             dist.destroy_process_group()
-            # As numpy arrays: a tensor would be sent as shared memory that dies with this process.
             connection.send((True, result))
         except BaseException:  # noqa: BLE001 (whatever it was, the test wants to see it)
             connection.send((False, traceback.format_exc()))

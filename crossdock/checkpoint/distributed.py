@@ -68,7 +68,7 @@ class Checkpointer:
         self._rank = dist.get_rank()
 
     def save(self, step: int, counters: dict[str, Any]) -> Path:
-        """Write the checkpoint of `step` with `counters` (what JSON can hold), then drop old ones beyond `keep_latest_k`.
+        """Write the checkpoint of `step` with `counters` (what JSON can hold), then drop old ones.
 
         Raises:
             CheckpointError: on all ranks, if any of them failed; earlier checkpoints are untouched.
@@ -177,7 +177,8 @@ class _StrictLoadPlanner(DefaultLoadPlanner):
 
     def create_local_plan(self) -> LoadPlan:
         metadata = self.metadata
-        assert isinstance(metadata, Metadata) and self.state_dict is not None
+        assert isinstance(metadata, Metadata)
+        assert self.state_dict is not None
         stored = metadata.state_dict_metadata
         problems = {name: _mismatch(stored.get(name), tensor) for name, tensor in self.state_dict.items()}
         wrong = [f"{name} {problem}" for name, problem in problems.items() if problem]

@@ -29,7 +29,7 @@ class ExpertRows:
     def split(self, name: str, parameter: nn.Parameter, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """`tensor`, laid out as `parameter` is, under the names it has in a checkpoint.
 
-        A dense parameter keeps its name. An expert's rows are `name.e` for each logical expert `e` that this rank holds:
+        A dense parameter keeps its name. An expert's rows are `name.e` for each logical expert `e` of this rank:
         views of `tensor`, sharded over the ranks that share the expert, or plain where one rank has it whole.
         """
         layer = self._layers.get(parameter)
@@ -48,7 +48,7 @@ class ExpertRows:
 
 
 def _row(tensor: Tensor, slot: int) -> Tensor:
-    """Row `slot` of this rank's part of an expert tensor `[P/R, A, B]`: `[A, B]`, sharded over dimension 0 if at all."""
+    """Row `slot` of this rank's part of an expert tensor `[P/R, A, B]`: `[A, B]`, sharded over rows or whole."""
     if not isinstance(tensor, DTensor):
         return tensor[slot]
     row = tensor.to_local()[slot]

@@ -1,7 +1,7 @@
 """Functional collectives with autograd rules, started at one node and waited for at another.
 
-Every exchange is one of torch's functional collective ops, so that selective recompute, tracing and counters see it as a
-single op. A start and a wait are separate autograd nodes: whatever the caller computes between the two runs while rows
+Every exchange is one of torch's functional collective ops, so that selective recompute, tracing and counters see
+it as a single op. A start and a wait are separate autograd nodes: whatever the caller computes between the two runs while rows
 travel, in the forward pass and, mirrored, in the backward pass.
 """
 
@@ -73,7 +73,7 @@ def exchange(rows: Tensor, splits: Splits, group_name: str) -> Pending[Tensor]:
 def attach_exchange(rows: Tensor, received: Tensor, splits: Splits, group_name: str) -> Tensor:
     """Give `received`, which is `rows` after an exchange by other means, the gradient that `exchange` would have.
 
-    For values that travelled packed with others: `rows` `[sum(splits.send), ...]`, `received` `[sum(splits.recv), ...]`.
+    For values that travelled packed with others: `rows [sum(splits.send), ...]`, `received [sum(splits.recv), ...]`.
     """
     return _Finish.apply(_AwaitGradient.apply(rows), received, splits, group_name)  # type: ignore[return-value]
 
@@ -95,7 +95,7 @@ class _AwaitGradient(Function):
 
 
 class _Finish(Function):
-    """Waits in the forward pass; its backward starts the reverse exchange and leaves the waiting to `_AwaitGradient`."""
+    """Waits in the forward pass; its backward starts the reverse exchange, for which `_AwaitGradient` waits."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, travelling: Tensor, splits: Splits, group_name: str) -> Tensor:
@@ -110,8 +110,8 @@ class _Finish(Function):
 def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
     """Raise on all ranks of `group` if any rank has an error, so that none waits for a rank that gave up.
 
-    A rank with an error raises its own; the others raise the first rank's. Collective; objects travel, so keep it out of
-    the training step.
+    A rank with an error raises its own; the others raise the first rank's. Collective; objects travel, so keep it
+    out of the training step.
     """
     if not dist.is_initialized():
         errors: Sequence[Exception | None] = [error]

@@ -27,7 +27,7 @@ class ModelConfig:
     """A named size of the family; a suffix `-deepep` chooses that dispatcher. Empty: config.json of hf_assets_path, or
     `debug` without one."""
     hf_assets_path: str = ""
-    """Folder in Hugging Face's format with the tokenizer and, where flavor is empty, config.json. Weights are not read."""
+    """Folder in Hugging Face's format with tokenizer and, where flavor is empty, config.json; no weights are read."""
 
 
 class Family(Protocol):
@@ -52,7 +52,7 @@ class Family(Protocol):
         ...
 
     def adapt(self, model: PreTrainedModel, moe: MoEConfig, *, force_load_balance: bool = False) -> PreTrainedModel:
-        """Replace the model's MoE blocks by `crossdock.MoE`, values kept, and norms by such that keep float64; in place."""
+        """Replace the MoE blocks by `crossdock.MoE`, values kept, and norms by ones that keep float64; in place."""
         ...
 
     def reset_buffers(self, model: nn.Module) -> None:

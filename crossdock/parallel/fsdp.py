@@ -1,4 +1,4 @@
-"""FSDP2 over two meshes: experts over `ep_shard`, everything else over all data-parallel ranks; every reduction a sum."""
+"""FSDP2 over two meshes: experts over `ep_shard`, the rest over all data-parallel ranks; every reduction a sum."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def global_grad_norm(parameters: Iterable[nn.Parameter], group: dist.ProcessGrou
 def clip_grad_norm_(
     parameters: Iterable[nn.Parameter], max_norm: float, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Scale all gradients so that their global norm is at most `max_norm`; returns the norm before (`global_grad_norm`)."""
+    """Scale all gradients to a global norm of at most `max_norm`; returns the norm before (`global_grad_norm`)."""
     parameters = list(parameters)
     norm = global_grad_norm(parameters, group)
     gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]

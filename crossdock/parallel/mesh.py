@@ -100,5 +100,5 @@ class ParallelDims:
         return self.dp_shard * self.cp * self.tp // self.ep
 
     def build_mesh(self, device_type: str) -> DeviceMesh:
-        """The mesh `(ep_shard, ep)`; dense parameters live on all its ranks. Collective; needs the default process group."""
+        """The mesh `(ep_shard, ep)`; dense parameters live on all its ranks. Collective, after init_process_group."""
         return init_device_mesh(device_type, (self.ep_shard, self.ep), mesh_dim_names=("ep_shard", "ep"))

@@ -32,12 +32,12 @@ class ActivationCheckpointConfig:
     """`[activation_checkpoint]`: what the forward pass keeps for the backward pass."""
 
     mode: Literal["none", "full", "selective"] = "none"
-    """`full` keeps a block's input alone and runs it again, exchanges included; `selective` keeps products, attention and
-    exchanges as well."""
+    """`full` keeps a block's input alone and runs it again, exchanges included; `selective` keeps products, attention
+    and exchanges as well."""
 
 
 def apply_activation_checkpoint(model: nn.Module, config: ActivationCheckpointConfig) -> nn.Module:
-    """Wrap the transformer blocks of `model` in non-reentrant activation checkpointing, in place. EP before, FSDP after."""
+    """Checkpoint the activations of the transformer blocks of `model`, in place. After EP, before FSDP."""
     if config.mode == "none":
         return model
     options: dict[str, Any] = {"preserve_rng_state": False}

@@ -44,7 +44,7 @@ class Placement:
 
     @classmethod
     def contiguous(cls, num_experts: int, num_ranks: int) -> Placement:
-        """Rank `g` holds the experts `g*E//R .. (g+1)*E//R - 1`, in `ceil(E / R)` slots (`E = 9`, `R = 4`: 2, 2, 2, 3)."""
+        """Rank `g` holds the experts `g*E//R .. (g+1)*E//R - 1`, in `ceil(E / R)` slots (9 on 4: 2, 2, 2, 3)."""
         slots_per_rank = -(-num_experts // num_ranks)
         slots: list[int] = []
         for rank in range(num_ranks):

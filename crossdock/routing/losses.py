@@ -96,7 +96,7 @@ def router_losses(
     padding_mask: Tensor | None,
     totals: BatchTotals | None,
 ) -> dict[str, Tensor]:
-    """This micro-batch's share of each loss that is switched on, before its coefficient; sums to the global batch's loss.
+    """This micro-batch's share of each loss that is on, before its coefficient; the shares sum to the global loss.
 
     Args:
         routing: the router's decision for `T` tokens.

@@ -25,7 +25,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 @torch.no_grad()
 def materialise_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Create the optimizer's state without changing a parameter: a checkpoint is loaded into it, memory is known early."""
+    """Create the optimizer's state, parameters unchanged: a checkpoint is loaded into it, memory is known early."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0

@@ -134,7 +134,7 @@ class Trainer:
                 log.close()
 
     def _train_step(self, batches: list[Batch], targets: float, tokens: float) -> dict[str, Any]:
-        """Forward, backward and update over this rank's micro-batches; the metrics of the step, the same on all ranks."""
+        """Forward, backward and update over this rank's micro-batches; the step's metrics, the same on all ranks."""
         config = self.config.training
         set_batch_totals(self.model, self.batches.global_batch_size, tokens)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -202,8 +202,8 @@ class Trainer:
         if self.skipped_in_a_row >= self.config.training.max_skipped_steps:
             raise TrainingStopped(
                 f"{self.skipped_in_a_row} steps in a row, the last of them {self.step}, had a NaN or infinite loss or "
-                "gradient norm and were skipped. Lower optimizer.lr, lengthen lr_scheduler.warmup_steps, or resume from "
-                "an older checkpoint; training.max_skipped_steps sets how many are allowed."
+                "gradient norm and were skipped. Lower optimizer.lr, lengthen lr_scheduler.warmup_steps, or resume "
+                "from an older checkpoint; training.max_skipped_steps sets how many are allowed."
             )
 
     def _save(self) -> int:
