@@ -1,8 +1,8 @@
 """Functional collectives with autograd rules, started at one node and waited for at another.
 
 Every exchange is one of torch's functional collective ops, so that selective recompute, tracing and counters see
-it as a single op. A start and a wait are separate autograd nodes: whatever the caller computes between the two runs while rows
-travel, in the forward pass and, mirrored, in the backward pass.
+it as a single op. A start and a wait are separate autograd nodes: whatever the caller computes between the two runs
+while rows travel, in the forward pass and, mirrored, in the backward pass.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ __all__ = ["AllToAllDispatcher", "AllToAllHandle"]
 
 
 class AllToAllHandle(NamedTuple):
-    """Which token each sent row is, `token [S]` int64, sorted by (destination rank, token), and the exchange's splits."""
+    """Which token each sent row is, `token [S]` int64, sorted by (destination rank, token); the exchange's splits."""
 
     token: Tensor
     splits: Splits
