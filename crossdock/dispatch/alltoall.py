@@ -81,8 +81,10 @@ def _pack(ids: Tensor, weights: Tensor) -> Tensor:
 def _unpack(packed: Tensor, top_k: int, id_dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     id_bytes = top_k * id_dtype.itemsize
     ids, weights = packed[:, :id_bytes], packed[:, id_bytes:]
-    # A view as a wider type needs rows that start at a multiple of its size, which slices do not promise.
-    return ids.contiguous().view(id_dtype), weights.contiguous().view(weight_dtype)
+    # A view as a wider type needs storage that starts at a multiple of its size. `contiguous` does not promise that: a
+    # slice of a single row is contiguous as it stands.
+    ids, weights = (part.clone(memory_format=torch.contiguous_format) for part in (ids, weights))
+    return ids.view(id_dtype), weights.view(weight_dtype)
 
 
 def _sum_per_token(rows: Tensor, token: Tensor, rows_per_rank: list[int], num_tokens: int) -> Tensor:
