@@ -186,9 +186,9 @@ class TokenBatches:
     """The samples of every step, for one data-parallel rank.
 
     With S = `seq_len`, window w is the tokens `w*S .. (w+1)*S` (S + 1 of them; a rest at the end of the file is never
-    used). The order of the windows in an epoch is a function of `seed` and the epoch alone. Step s takes the samples
-    `s*G .. (s+1)*G - 1` of the endless sequence of epochs, G = `global_batch_size`; row j of micro-batch m of rank r is
-    number `m*B*D + r*B + j` of these, B = `local_batch_size` and D = `dp_degree`: the same samples for every B and D.
+    used). The order of the windows in an epoch is a function of `seed` and the epoch alone. A step takes G =
+    `global_batch_size` samples of the endless sequence of epochs; row j of micro-batch m of rank r is number
+    `m*B*D + r*B + j` of these, B = `local_batch_size` and D = `dp_degree`: the same samples for every B and D.
     Raises DataError for an argument out of range, naming it, and for a file shorter than one window.
     """
 
@@ -225,12 +225,15 @@ class TokenBatches:
         """Samples until the next permutation: every window once."""
         return self.num_windows
 
-    def step(self, index: int) -> list[Batch]:
-        """The `G / (B*D)` micro-batches of this rank at step `index` >= 0 (else DataError)."""
-        if index < 0:
-            raise DataError(f"step is {index}, must be at least 0")
+    def at(self, first_sample: int) -> list[Batch]:
+        """The `G / (B*D)` micro-batches of this rank in the step that starts at `first_sample` >= 0 (else DataError).
+
+        The position is a number of samples, not of steps, so that a resumed run may take another global batch.
+        """
+        if first_sample < 0:
+            raise DataError(f"first_sample is {first_sample}, must be at least 0")
         in_step = np.arange(self.global_batch_size).reshape(-1, self.dp_degree, self.local_batch_size)
-        samples = index * self.global_batch_size + in_step[:, self.dp_rank]  # [micro-batches, B], as all up to `spans`
+        samples = first_sample + in_step[:, self.dp_rank]  # [micro-batches, B], as all up to `spans`
         epochs, positions = np.divmod(samples, self.num_windows)
         windows = np.empty_like(samples)
         for epoch in np.unique(epochs):

@@ -111,7 +111,7 @@ class Trainer:
             saved = self.step
             while self.step < config.training.steps:
                 started = time.perf_counter()
-                batches = self.batches.step(self.samples // self.batches.global_batch_size)
+                batches = self.batches.at(self.samples)
                 targets, tokens, stop = self._batch_totals(batches)
                 if stop:
                     break

