@@ -1,0 +1,183 @@
+"""The training loop: resuming, stopping, bad numbers, what a run folder holds."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tomllib
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from crossdock.config import LRSchedulerConfig, load_config, validate
+from crossdock.train.optimizer import learning_rate_factor
+from crossdock.train.trainer import StopSignal, Trainer, TrainingStopped, token_loss
+from tests.ranks import RankPool
+from tests.tiny import run_trainer, write_assets
+
+TEN_STEPS = ["--training.steps", "10", "--training.global-batch-size", "8", "--moe.expert-bias"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trainer")
+    write_assets(folder / "assets")
+    return folder
+
+
+def _train(ranks: RankPool, folder: Path, name: str, world_size: int, *overrides: str) -> dict[str, Any]:
+    arguments = (str(folder / "assets"), str(folder / name), str(folder / "cache"))
+    settings = [*TEN_STEPS, "--training.local-batch-size", str(8 // world_size), *overrides]
+    return ranks.run(world_size, run_trainer, *arguments, settings)[0]
+
+
+def _losses(result: dict[str, Any]) -> list[float]:
+    return [line["loss"] for line in result["metrics"]]
+
+
+def test_resumed_run_equals_the_uninterrupted_one(ranks: RankPool, folder: Path) -> None:
+    ep2 = ("--parallelism.expert-parallel-degree", "2")
+    whole = _train(ranks, folder, "whole", 2, "--checkpoint.interval", "5", *ep2)
+    for copy in ("same", "other", "wider"):
+        shutil.copytree(folder / "whole", folder / copy)
+        shutil.rmtree(folder / copy / "checkpoint" / "step-00000010")
+    same = _train(ranks, folder, "same", 2, *ep2)
+    assert [line["step"] for line in same["metrics"]] == list(range(1, 11)), "steps were lost or logged twice"
+    assert _losses(same) == _losses(whole), "bit for bit, at the same layout"
+    assert [line["grad_norm"] for line in same["metrics"]] == [line["grad_norm"] for line in whole["metrics"]]
+    np.testing.assert_array_equal(same["bias"][-1], whole["bias"][-1])
+    for name, world_size, ep in (("other", 1, 1), ("wider", 4, 4)):
+        other = _train(ranks, folder, name, world_size, "--parallelism.expert-parallel-degree", str(ep))
+        np.testing.assert_allclose(_losses(other), _losses(whole), rtol=1e-5)
+
+
+def test_run_folder_holds_what_is_promised(ranks: RankPool, folder: Path) -> None:
+    _train(ranks, folder, "promised", 1, "--checkpoint.interval", "3", "--checkpoint.keep-latest-k", "2")
+    run = folder / "promised"
+    assert tomllib.loads((run / "config.toml").read_text())["training"]["steps"] == 10
+    assert sorted(path.name for path in (run / "checkpoint").iterdir()) == ["step-00000009", "step-00000010"]
+    assert (run / "tokenizer.json").is_file()
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    wanted = {"step", "loss", "grad_norm", "lr", "tokens_per_second_per_gpu", "memory_gib", "max_mean_load"}
+    assert wanted <= line.keys()
+    assert line["tokens"] == 8 * 32
+    assert 1 <= line["max_mean_load"] <= 4
+
+
+def _stop_in_step(assets: str, run_folder: str, cache: str, stop_rank: int, stop_step: int) -> list[int]:
+    """Ask one rank alone to stop while it is in `stop_step`; the steps whose metrics are written."""
+    config = _config(assets, run_folder, cache)
+    stop = StopSignal()
+    dims = validate(config, dist.get_world_size())
+    trainer = Trainer(config, dims, torch.device("cpu"), dist.get_rank() == 0, stop)
+    calls = 0
+
+    def ask(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        stop.requested = stop.requested or (calls == stop_step and dist.get_rank() == stop_rank)
+
+    trainer.model.register_forward_pre_hook(ask)
+    trainer.train()
+    dist.barrier()
+    return [json.loads(line)["step"] for line in Path(run_folder, "metrics.jsonl").read_text().splitlines()]
+
+
+def _config(assets: str, run_folder: str, cache: str, *overrides: str) -> Any:
+    settings = ["--model.hf-assets-path", assets, "--job.dump-folder", run_folder, "--data.cache-folder", cache]
+    return load_config(
+        None, [*settings, "--training.seq-len", "32", *TEN_STEPS, "--training.local-batch-size", "4", *overrides]
+    )
+
+
+def test_a_stop_on_one_rank_ends_all_at_the_same_step_with_a_checkpoint(ranks: RankPool, folder: Path) -> None:
+    arguments = (str(folder / "assets"), str(folder / "stopped"), str(folder / "cache"))
+    first, second = ranks.run(2, _stop_in_step, *arguments, 1, 4)
+    assert first == second == [1, 2, 3, 4]
+    assert [path.name for path in (folder / "stopped" / "checkpoint").iterdir()] == ["step-00000004"]
+    resumed = _train(ranks, folder, "stopped", 2)
+    assert [line["step"] for line in resumed["metrics"]] == list(range(1, 11))
+
+
+def _bad_numbers(assets: str, run_folder: str, cache: str, bad_rank: int, bad_calls: list[int]) -> dict[str, Any]:
+    """NaN in one rank's logits in some steps; weights before and after the first bad step."""
+    config = _config(assets, run_folder, cache, "--training.max-skipped-steps", "3")
+    trainer = Trainer(
+        config, validate(config, dist.get_world_size()), torch.device("cpu"), dist.get_rank() == 0, StopSignal()
+    )
+    calls = 0
+    snapshots = []
+
+    def spoil(module: Any, args: Any, output: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        weights = torch.cat([p.to_local().flatten() for p in trainer.model.parameters()])  # type: ignore[union-attr]
+        snapshots.append(torch.cat([weights, *(layer.router.expert_bias for layer in trainer.layers)]).detach().clone())  # type: ignore[misc]
+        if calls in bad_calls and dist.get_rank() == bad_rank:
+            output.logits = output.logits * math.nan
+        return output
+
+    trainer.model.register_forward_hook(spoil)
+    message = ""
+    try:
+        trainer.train()
+    except TrainingStopped as error:
+        message = str(error)
+    unchanged = [bool(torch.equal(a, b)) for a, b in pairwise(snapshots)]
+    lines = [json.loads(line) for line in Path(run_folder, "metrics.jsonl").read_text().splitlines()]
+    return {"unchanged": unchanged, "message": message, "lines": lines, "step": trainer.step}
+
+
+def test_a_bad_step_is_skipped_on_all_ranks(ranks: RankPool, folder: Path) -> None:
+    arguments = (str(folder / "assets"), str(folder / "nan"), str(folder / "cache"))
+    results = ranks.run(2, _bad_numbers, *arguments, 1, [3, 7])
+    for result in results:
+        assert result["unchanged"] == [step in (3, 7) for step in range(1, 10)]
+        assert result["message"] == ""
+    lines = results[0]["lines"]
+    assert [line["loss"] is None for line in lines] == [step in (3, 7) for step in range(1, 11)]
+    assert lines[-1]["skipped_steps"] == 2
+
+
+def test_bad_steps_in_a_row_stop_the_run_with_a_message(ranks: RankPool, folder: Path) -> None:
+    arguments = (str(folder / "assets"), str(folder / "nans"), str(folder / "cache"))
+    for result in ranks.run(2, _bad_numbers, *arguments, 0, [2, 4, 5, 6]):
+        assert result["step"] == 6
+        assert "3 steps in a row" in result["message"]
+        assert "max_skipped_steps" in result["message"]
+
+
+def test_forced_balance_gives_every_expert_the_same_load(ranks: RankPool, folder: Path) -> None:
+    result = _train(ranks, folder, "forced", 2, "--training.debug_moe_force_load_balance")
+    assert [line["max_mean_load"] for line in result["metrics"]] == [1.0] * 10
+
+
+def test_token_loss_leaves_masked_labels_out_and_sums_in_at_least_float32() -> None:
+    logits = torch.randn(2, 3, 5, dtype=torch.float64)
+    labels = torch.tensor([[0, -100, 2], [4, 4, -100]])
+    expected = -sum(
+        logits[b, s].log_softmax(-1)[labels[b, s]] for b in range(2) for s in range(3) if labels[b, s] != -100
+    )
+    torch.testing.assert_close(token_loss(logits, labels), expected)
+    assert token_loss(logits.bfloat16(), labels).dtype == torch.float32
+
+
+def test_learning_rate_warms_up_stays_and_decays() -> None:
+    cosine = LRSchedulerConfig(warmup_steps=10, min_lr_factor=0.1)
+    factors = [learning_rate_factor(step, 100, cosine) for step in range(1, 101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == 1.0
+    assert factors[-1] == pytest.approx(0.1)
+    assert all(later <= earlier for earlier, later in pairwise(factors[9:]))
+    stable = LRSchedulerConfig(warmup_steps=10, decay_ratio=0.2, decay_type="linear", min_lr_factor=0.0)
+    factors = [learning_rate_factor(step, 100, stable) for step in range(1, 101)]
+    assert factors[9:80] == [1.0] * 71
+    assert factors[89] == pytest.approx(0.5)
+    assert factors[-1] == pytest.approx(0.0)
+    assert learning_rate_factor(1, 5, LRSchedulerConfig(warmup_steps=0)) <= 1.0
