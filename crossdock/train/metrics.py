@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ def memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**30
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 class MetricsLog:

@@ -267,7 +267,11 @@ def groups_per_parameter() -> dict[str, int]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
+            state = module._get_fsdp_state()
+            # torch 2.11 and 2.12 have one group per module.
+            for group in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
+                if group is None:
+                    continue
                 for parameter in group.fsdp_params:
                     held[names[id(parameter.sharded_param)]] += 1
                     size = parameter.mesh_info.mesh.size()
