@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 __all__ = ["RankPool"]
 
@@ -99,6 +100,8 @@ def _serve(connection: Connection) -> None:
             result = function(*args)
             dist.barrier()
             dist.destroy_process_group()
+            # DTensor remembers meshes whose process groups are gone now.
+            _clear_sharding_prop_cache()
             connection.send((True, result))
         except BaseException:  # noqa: BLE001 (whatever it was, the test wants to see it)
             connection.send((False, traceback.format_exc()))

@@ -11,27 +11,32 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.tensor import DTensor
 
 from crossdock.checkpoint.experts import ExpertRows
 from crossdock.comm import raise_together
+from crossdock.parallel import plain_name
 
 __all__ = ["CheckpointConfig", "CheckpointError", "Checkpointer", "latest_step"]
 
 _STATE_FILE = "state.json"
 _FORMAT = 1
+_RANDOM = "random_state."
 _FILE_BYTES = 256 * 2**20
 
 
@@ -52,10 +57,13 @@ class CheckpointError(RuntimeError):
 class Checkpointer:
     """Saves and loads one run's model, optimizer, random state and counters. All methods are collective.
 
+    Needs the default process group. Every rank holds a part of every parameter.
+
     Args:
         folder: of the run's checkpoints; all ranks see the same one.
         model: on any layout.
-        optimizer: its state must exist (`materialise_optimizer_state`).
+        optimizer: its state exists (`materialise_optimizer_state`) and is tensors alone: of the parameter's shape and
+            layout, or scalars.
         keep_latest_k: how many checkpoints are kept; 0 keeps all.
     """
 
@@ -65,35 +73,42 @@ class Checkpointer:
         self.optimizer = optimizer
         self.keep_latest_k = keep_latest_k
         self._rows = ExpertRows(model)
-        self._rank = dist.get_rank()
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
     def save(self, step: int, counters: dict[str, Any]) -> Path:
         """Write the checkpoint of `step` with `counters` (what JSON can hold), then drop old ones.
 
+        One of the same step is replaced. Until the new one is whole, nothing else is touched.
+
         Raises:
-            CheckpointError: on all ranks, if any of them failed; earlier checkpoints are untouched.
+            CheckpointError: on all ranks, if any of them failed.
         """
         final = self.folder / f"step-{step:08d}"
-        partial = self.folder / f".{final.name}.partial"
-        self._on_first_rank(lambda: _make_empty(partial))
-        tensors = self._tensors()
-        tensors[f"random_state.{self._rank}"] = torch.get_rng_state()
-        writer = HuggingFaceStorageWriter(
-            str(partial), fqn_to_index_mapping=self._file_of_each_name(tensors), save_distributed=True
-        )
+        partial = final.with_name(f".{final.name}.partial")
+        self._on_first_rank(lambda: _make_room(partial))
+        entries = self._entries()
+        tensors = {name: _contiguous(view) for entry in entries for name, view in entry.views.items()}
+        random_states = self._random_states()
+        tensors |= {f"{_RANDOM}{device}.{self._rank}": state for device, state in random_states.items()}
+        # torch hands the first rank's map to all.
+        files = _file_of_each_name(entries)
+        files |= {f"{_RANDOM}{device}.{rank}": 1 for device in random_states for rank in range(self._world_size)}
+        writer = HuggingFaceStorageWriter(str(partial), fqn_to_index_mapping=files, save_distributed=True)
         try:
             dcp.save(tensors, storage_writer=writer)
-        except (CheckpointException, OSError) as error:
+        except CheckpointException as error:
+            if self._rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(f"cannot write checkpoint {final}: {_reason(error)}") from None
         state = {
             "format": _FORMAT,
             "step": step,
-            "world_size": dist.get_world_size(),
-            "optimizer_step": self._optimizer_step(),
+            "world_size": self._world_size,
+            "random_states": list(random_states),
             "counters": counters,
         }
         self._on_first_rank(lambda: _finish(partial, final, state))
-        self._on_first_rank(self._drop_old)
+        self._on_first_rank(lambda: self._drop_old(step))
         return final
 
     def load(self, step: int) -> dict[str, Any]:
@@ -102,100 +117,158 @@ class Checkpointer:
         The random state is restored where the number of ranks is the same as when it was saved.
 
         Raises:
-            CheckpointError: on all ranks, naming what is missing, misshapen or of another dtype; nothing was loaded.
+            CheckpointError: on all ranks, naming the file or tensor that is missing, damaged or not this run's.
+                Nothing was loaded then, unless the storage failed while whole files were read.
         """
         folder = self.folder / f"step-{step:08d}"
         state = _read_state(folder)
-        tensors = self._tensors()
-        random_state = torch.get_rng_state()
-        if state["world_size"] == dist.get_world_size():
-            tensors[f"random_state.{self._rank}"] = random_state
+        self._check_headers(folder, list(state["files"]))
+        entries = self._entries()
+        tensors = {name: view for entry in entries for name, view in entry.views.items()}
+        random_states = self._random_states() if state["world_size"] == self._world_size else {}
+        random_states = {device: own for device, own in random_states.items() if device in state["random_states"]}
+        tensors |= {f"{_RANDOM}{device}.{self._rank}": own for device, own in random_states.items()}
+        planner = _StrictLoadPlanner({name for entry in entries for name in entry.all_names})
         try:
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), planner=_StrictLoadPlanner())
-        except (CheckpointException, OSError) as error:
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), planner=planner)
+        except CheckpointException as error:
             raise CheckpointError(f"cannot load checkpoint {folder}: {_reason(error)}") from None
-        torch.set_rng_state(random_state)
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                self.optimizer.state[parameter]["step"].fill_(state["optimizer_step"])
+        for device, own in random_states.items():
+            if device == "cpu":
+                torch.set_rng_state(own)
+            else:
+                torch.cuda.set_rng_state(own)
         return state["counters"]
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """All tensors of this rank by checkpoint name: views, so that loading writes in place."""
-        tensors: dict[str, Tensor] = {}
+    def _entries(self) -> list[_Entry]:
+        """All tensors of model and optimizer but the random state."""
+        # First of all, since it makes FSDP shard again what a forward pass has left gathered.
+        persistent = self.model.state_dict().keys()
+        entries = []
         for name, parameter in self.model.named_parameters():
-            tensors |= {f"model.{row}": view for row, view in self._rows.split(name, parameter, parameter.detach())}
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if key != "step":
-                    rows = self._rows.split(name, parameter, value)
-                    tensors |= {f"optimizer.{key}.{row}": view for row, view in rows}
-        persistent = self.model.state_dict().keys() - {name for name, _ in self.model.named_parameters()}
+            tensors = {"model": parameter.detach()}
+            tensors |= {f"optimizer.{key}": state for key, state in self.optimizer.state.get(parameter, {}).items()}
+            for kind, tensor in tensors.items():
+                views = self._rows.split(name, parameter, tensor)
+                all_names = self._rows.all_names(name, parameter, tensor)
+                entries.append(
+                    _Entry(
+                        {f"{kind}.{row}": view for row, view in views.items()},
+                        [f"{kind}.{row}" for row in all_names],
+                        _local(tensor).nbytes,
+                    )
+                )
         for name, buffer in self.model.named_buffers():
-            if name in persistent:
-                tensors[f"model.{name}"] = buffer
-        return tensors
+            if plain_name(name) in persistent:
+                stored = f"model.{plain_name(name)}"
+                entries.append(_Entry({stored: buffer}, [stored], buffer.nbytes))
+        return entries
 
-    def _file_of_each_name(self, own: dict[str, Tensor]) -> dict[str, int]:
-        """Which file, from 1, holds each name of any rank: saving stages a file at a time, so files stay small."""
-        names = dict.fromkeys(own)
-        for name, parameter in self.model.named_parameters():
-            rows = self._rows.all_names(name, parameter)
-            names |= dict.fromkeys(f"model.{row}" for row in rows)
-            keys = self.optimizer.state.get(parameter, {}).keys() - {"step"}
-            names |= dict.fromkeys(f"optimizer.{key}.{row}" for key in sorted(keys) for row in rows)
-        names |= dict.fromkeys(f"random_state.{rank}" for rank in range(dist.get_world_size()))
-        own_bytes = sum(tensor.numel() * tensor.element_size() for tensor in own.values()) / dist.get_world_size()
-        files = max(1, round(own_bytes / _FILE_BYTES))
-        ordered = sorted(names)
-        return {name: 1 + index * files // len(ordered) for index, name in enumerate(ordered)}
+    def _random_states(self) -> dict[str, Tensor]:
+        """A copy of the state of this rank's random generators, by device type."""
+        states = {"cpu": torch.get_rng_state()}
+        if any(parameter.is_cuda for parameter in self.model.parameters()):
+            states["cuda"] = torch.cuda.get_rng_state()
+        return states
 
-    def _optimizer_step(self) -> float:
-        steps = {float(state["step"]) for state in self.optimizer.state.values()}
-        if len(steps) != 1:
-            raise CheckpointError(
-                f"all parameters must have taken the same number of optimizer steps, not {sorted(steps)}"
-            )
-        return steps.pop()
+    def _check_headers(self, folder: Path, files: list[str]) -> None:
+        """Refuse files that are no safetensors, each rank its share of them; torch's reader would not name them."""
+        error: Exception | None = None
+        for name in files[self._rank :: self._world_size]:
+            try:
+                with safe_open(folder / name, framework="pt"):
+                    pass
+            except (OSError, SafetensorError) as caught:
+                error = CheckpointError(f"checkpoint {folder}: cannot read {name}: {caught}")
+        raise_together(error)
 
-    def _on_first_rank(self, action: Any) -> None:
+    def _on_first_rank(self, action: Callable[[], None]) -> None:
         error: Exception | None = None
         if self._rank == 0:
             try:
                 action()
-            except OSError as caught:
+            except (OSError, TypeError, ValueError) as caught:
                 error = CheckpointError(f"cannot write below {self.folder}: {caught}")
         raise_together(error)
 
-    def _drop_old(self) -> None:
+    def _drop_old(self, saved: int) -> None:
+        """Keep the checkpoint that was just saved, and the newest of the others."""
+        others = [step for step in _steps(self.folder) if step != saved]
         if self.keep_latest_k:
-            for step in _steps(self.folder)[: -self.keep_latest_k]:
-                shutil.rmtree(self.folder / f"step-{step:08d}")
+            for step in others[: max(0, len(others) + 1 - self.keep_latest_k)]:
+                shutil.rmtree(_set_aside(self.folder / f"step-{step:08d}"), ignore_errors=True)
+
+
+class _Entry(NamedTuple):
+    """One tensor of the model or the optimizer, as a checkpoint names it."""
+
+    views: dict[str, Tensor]
+    """What this rank has of it: views, so that loading writes in place."""
+    all_names: list[str]
+    """The names that any rank has of it."""
+    num_bytes: int
+    """Of what this rank has."""
 
 
 class _StrictLoadPlanner(DefaultLoadPlanner):
-    """Refuses what torch's reader would load silently: absent names or parts, other shapes, other dtypes."""
+    """Refuses what torch's reader would load or leave out silently.
+
+    That is: tensors that the checkpoint lacks, wholly or in part, those of another shape or dtype, and those that the
+    checkpoint has and the run has not.
+
+    Args:
+        expected: names of all ranks, but for the random state.
+    """
+
+    def __init__(self, expected: set[str]) -> None:
+        super().__init__()
+        self.expected = expected
 
     def create_local_plan(self) -> LoadPlan:
         metadata = self.metadata
         assert isinstance(metadata, Metadata)
         assert self.state_dict is not None
         stored = metadata.state_dict_metadata
-        problems = {name: _mismatch(stored.get(name), tensor) for name, tensor in self.state_dict.items()}
-        wrong = [f"{name} {problem}" for name, problem in problems.items() if problem]
+        missing = (self.expected | self.state_dict.keys()) - stored.keys()
+        foreign = {name for name in stored.keys() - self.expected if not name.startswith(_RANDOM)}
+        problems = {name: _mismatch(stored[name], self.state_dict[name]) for name in self.state_dict.keys() - missing}
+        wrong = [f"{name} is missing" for name in sorted(missing)]
+        wrong += [f"{name} {problem}" for name, problem in sorted(problems.items()) if problem]
+        wrong += [f"{name} is in the checkpoint, but not in this run" for name in sorted(foreign)]
         if wrong:
             raise CheckpointError(f"{'; '.join(wrong[:5])}{f'; and {len(wrong) - 5} more' if len(wrong) > 5 else ''}")
         return super().create_local_plan()
 
 
 def _mismatch(stored: Any, tensor: Tensor) -> str | None:
-    if not isinstance(stored, TensorStorageMetadata):
-        return "is missing"
+    assert isinstance(stored, TensorStorageMetadata)
     held = sum(torch.Size(chunk.sizes).numel() for chunk in stored.chunks)
     if stored.size != tensor.shape or held != tensor.numel():
         return f"holds {held} values of shape {tuple(stored.size)}, not {tensor.numel()} of {tuple(tensor.shape)}"
     if stored.properties.dtype != tensor.dtype:
         return f"is {stored.properties.dtype}, not {tensor.dtype}"
     return None
+
+
+def _file_of_each_name(entries: list[_Entry]) -> dict[str, int]:
+    """Which of a rank's files, from 1, holds each name. Saving copies a file's tensors, so files are kept small."""
+    files: dict[str, int] = {}
+    index, num_bytes = 1, 0
+    for entry in entries:
+        files |= dict.fromkeys(entry.all_names, index)
+        num_bytes += entry.num_bytes
+        if num_bytes >= _FILE_BYTES:
+            index, num_bytes = index + 1, 0
+    return files
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy where its elements are in another order in memory: safetensors refuses those."""
+    return tensor if _local(tensor).is_contiguous() else tensor.contiguous()
 
 
 def latest_step(folder: Path) -> int | None:
@@ -211,41 +284,59 @@ def _steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in names if match)
 
 
-def _make_empty(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+def _make_room(partial: Path) -> None:
+    """Make the empty folder of a new checkpoint; remove what saves that broke off and slow removals have left."""
+    for leftover in partial.parent.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
 
 
 def _finish(partial: Path, final: Path, state: dict[str, Any]) -> None:
     """Add what is no tensor and move the whole folder to its place."""
-    state["files"] = {path.name: path.stat().st_size for path in sorted(partial.glob("*.safetensors"))}
+    state["files"] = _sizes(partial)
     with open(partial / _STATE_FILE, "w") as file:
         json.dump(state, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    if final.exists():
-        shutil.rmtree(final)
+    replaced = _set_aside(final) if final.exists() else None
     partial.rename(final)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Rename a checkpoint that is to be removed, so that what is left of it is never taken for a whole one."""
+    return checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.removed"))
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
-    error: Exception | None = None
-    state: dict[str, Any] = {}
+    """What `_finish` wrote, with every tensor file in its place. Collective."""
+    state: Any = None
     try:
         state = json.loads((folder / _STATE_FILE).read_text())
-        if state["format"] != _FORMAT:
-            error = CheckpointError(f"checkpoint {folder} has format {state['format']}; this version reads {_FORMAT}")
-        for name, size in state["files"].items():
-            path = folder / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                there = "is missing" if found is None else f"has {found} bytes"
-                error = CheckpointError(f"checkpoint {folder}: {name} {there}, not {size} bytes")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as caught:
-        error = CheckpointError(f"checkpoint {folder}: cannot read {_STATE_FILE}: {caught}")
-    raise_together(error)
+        problem = _state_problem(state, _sizes(folder))
+    except (OSError, ValueError, RecursionError) as caught:
+        problem = f"cannot read {_STATE_FILE}: {caught}"
+    raise_together(CheckpointError(f"checkpoint {folder}: {problem}") if problem else None)
     return state
+
+
+def _state_problem(state: Any, sizes: dict[str, int]) -> str | None:
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        found = state.get("format") if isinstance(state, dict) else None
+        return f"{_STATE_FILE} has format {found!r}; this version reads {_FORMAT}"
+    for key, kind in {"world_size": int, "random_states": list, "counters": dict, "files": dict}.items():
+        if not isinstance(state.get(key), kind):
+            return f"{_STATE_FILE}: {key} is {state.get(key)!r}, not of type {kind.__name__}"
+    for name, size in state["files"].items():
+        if sizes.get(name) != size:
+            return f"{name} has {sizes[name]} bytes, not {size}" if name in sizes else f"{name} is missing"
+    foreign = sizes.keys() - state["files"].keys()
+    return f"{min(foreign)} is not of this checkpoint" if foreign else None
 
 
 def _reason(error: BaseException) -> str:

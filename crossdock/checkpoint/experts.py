@@ -26,36 +26,43 @@ class ExpertRows:
             parameter: layer for layer in moe_layers(model).values() for parameter in layer.experts.parameters()
         }
 
-    def split(self, name: str, parameter: nn.Parameter, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """`tensor`, laid out as `parameter` is, under the names it has in a checkpoint.
+    def split(self, name: str, parameter: nn.Parameter, tensor: Tensor) -> dict[str, Tensor]:
+        """`tensor` under the names it has in a checkpoint.
 
-        A dense parameter keeps its name. An expert's rows are `name.e` for each logical expert `e` of this rank:
-        views of `tensor`, sharded over the ranks that share the expert, or plain where one rank has it whole.
+        A dense parameter keeps its name, and so does a scalar (an optimizer's count of steps). An expert's rows are
+        `name.e` for each logical expert `e` of this rank: views of `tensor`, sharded over the ranks that share the
+        expert, or plain where one rank has it whole.
+
+        Args:
+            name: of `parameter` in the model.
+            parameter: an expert's or any other.
+            tensor: the parameter itself or a state of the optimizer, laid out as `parameter` is; or a scalar.
         """
         layer = self._layers.get(parameter)
-        if layer is None:
-            yield plain_name(name), tensor
-            return
-        for slot, expert in enumerate(layer.local_expert_ids):
-            if expert != EMPTY:
-                yield f"{plain_name(name)}.{expert}", _row(tensor, slot)
+        if layer is None or tensor.ndim == 0:
+            return {plain_name(name): tensor}
+        rows = zip(layer.local_expert_ids, _rows(tensor), strict=True)
+        return {f"{plain_name(name)}.{expert}": row for expert, row in rows if expert != EMPTY}
 
-    def all_names(self, name: str, parameter: nn.Parameter) -> list[str]:
-        """What `split` yields over all ranks together."""
+    def all_names(self, name: str, parameter: nn.Parameter, tensor: Tensor) -> list[str]:
+        """The names that `split` gives on all ranks together."""
         layer = self._layers.get(parameter)
-        experts = [] if layer is None else range(layer.num_experts)
-        return [f"{plain_name(name)}.{expert}" for expert in experts] or [plain_name(name)]
+        if layer is None or tensor.ndim == 0:
+            return [plain_name(name)]
+        return [f"{plain_name(name)}.{expert}" for expert in range(layer.num_experts)]
 
 
-def _row(tensor: Tensor, slot: int) -> Tensor:
-    """Row `slot` of this rank's part of an expert tensor `[P/R, A, B]`: `[A, B]`, sharded over rows or whole."""
+def _rows(tensor: Tensor) -> Iterator[Tensor]:
+    """The rows of this rank's part of an expert tensor `[P/R, A, B]`: each `[A, B]`, sharded over `A` or whole."""
     if not isinstance(tensor, DTensor):
-        return tensor[slot]
-    row = tensor.to_local()[slot]
-    names = tensor.device_mesh.mesh_dim_names or ()
+        yield from tensor
+        return
+    mesh, shape = tensor.device_mesh, tensor.shape[1:]
+    names = mesh.mesh_dim_names or ()
     sharded = [name for name, placement in zip(names, tensor.placements, strict=True) if placement == Shard(1)]
     if not sharded:
-        return row
-    mesh = tensor.device_mesh[sharded[0]] if tensor.device_mesh.ndim > 1 else tensor.device_mesh
-    shape = tensor.shape[1:]
-    return DTensor.from_local(row, mesh, [Shard(0)], run_check=False, shape=shape, stride=(shape[1], 1))
+        yield from tensor.to_local()
+        return
+    mesh = mesh[sharded[0]] if mesh.ndim > 1 else mesh
+    for row in tensor.to_local():
+        yield DTensor.from_local(row, mesh, [Shard(0)], run_check=False, shape=shape, stride=(shape[1], 1))
