@@ -23,4 +23,9 @@ if [[ -z ${PYTORCH_ALLOC_CONF+set} && -z ${PYTORCH_CUDA_ALLOC_CONF+set} ]] &&
     export PYTORCH_ALLOC_CONF=expandable_segments:True,max_split_size_mb:128,garbage_collection_threshold:0.8
 fi
 
-exec "$root/.venv/bin/crossdock" train "${CONFIG_FILE:-$root/configs/debug.toml}" ${launch[@]+"${launch[@]}"} "$@"
+config=("${CONFIG_FILE:-$root/configs/debug.toml}")
+if [[ -z ${CONFIG_FILE:-} && " $*" =~ \ --job\.dump[-_]folder[\ =]([^\ ]+) && -f ${BASH_REMATCH[1]}/config.toml ]]; then
+    config=() # the run is resumed with its own settings
+fi
+
+exec "$root/.venv/bin/crossdock" train ${config[@]+"${config[@]}"} ${launch[@]+"${launch[@]}"} "$@"

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
+import tempfile
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from crossdock.checkpoint import CheckpointError
 from crossdock.config import Config, ConfigError, validate
-from crossdock.train.trainer import StopSignal, Trainer
+from crossdock.train.trainer import StopSignal, Trainer, TrainingStopped
 
 __all__ = ["Machines", "default_nproc", "run_rank", "start_ranks"]
 
 # A stopped run writes a checkpoint first; only after this is it killed.
 _SHUTDOWN_SECONDS = 600
+# Names the folder where each rank leaves a file when it has ended well; the launcher sets it.
+_ENDED_FOLDER = "CROSSDOCK_ENDED_FOLDER"
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Machines:
         nproc: ranks on this machine.
         nnodes: machines.
         node_rank: this machine, from 0.
-        master_addr: name or address of machine 0.
+        master_addr: name or address of machine 0; needed for more than one.
         master_port: a free port there.
 
     Raises:
@@ -39,7 +44,7 @@ class Machines:
     nproc: int
     nnodes: int = 1
     node_rank: int = 0
-    master_addr: str = "127.0.0.1"
+    master_addr: str | None = None
     master_port: int = 29500
 
     def __post_init__(self) -> None:
@@ -51,6 +56,8 @@ class Machines:
         ):
             if not holds:
                 raise ConfigError(name, value, f"must be {valid}")
+        if self.nnodes > 1 and not self.master_addr:
+            raise ConfigError("--master-addr", self.master_addr, "must name machine 0 where --nnodes is more than 1")
 
     @property
     def world_size(self) -> int:
@@ -68,7 +75,8 @@ def start_ranks(arguments: list[str], machines: Machines) -> int:
     SIGTERM and Ctrl-C reach the ranks, which end at their next step boundary.
 
     Returns:
-        The exit code for this command: 0, or that of the rank that failed first.
+        The exit code for this command: 0 if all ranks ended well, else that of the rank that failed first, or 128 and
+        the signal's number where a stop left no checkpoint.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -88,24 +96,34 @@ def start_ranks(arguments: list[str], machines: Machines) -> int:
         local_addr="127.0.0.1" if alone else None,
         max_restarts=0,
     )
-    try:
-        elastic_launch(config, sys.executable)("-m", "crossdock", *arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode > 2 or failure.exitcode < 0:
-            ended = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-            print(f"crossdock: rank {rank} ended with {ended}; its output is above", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 1
-    except SignalException as error:
-        return 0 if error.sigval in (signal.SIGTERM, signal.SIGINT) else 1
+    with tempfile.TemporaryDirectory(prefix="crossdock-") as ended_folder:
+        os.environ[_ENDED_FOLDER] = ended_folder
+        try:
+            elastic_launch(config, sys.executable)("-m", "crossdock", *arguments)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode > 2 or failure.exitcode < 0:
+                ended = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+                print(f"crossdock: rank {rank} ended with {ended}; its output is above", file=sys.stderr)
+            return failure.exitcode if failure.exitcode > 0 else 1
+        except SignalException as error:
+            if len(list(Path(ended_folder).iterdir())) == machines.nproc:
+                return 0
+            print("crossdock: stopped without a checkpoint of this moment", file=sys.stderr)
+            return 128 + error.sigval
     return 0
 
 
-def run_rank(config: Config) -> int:
-    """Be one rank of a run; the environment is torchrun's (`RANK`, `LOCAL_RANK`, `WORLD_SIZE`, ...)."""
+def run_rank(config: Config, environment: Mapping[str, str]) -> int:
+    """Be one rank of a run.
+
+    Args:
+        config: with `job.dump_folder` set, on rank 0 at least.
+        environment: torchrun's: `LOCAL_RANK`, `WORLD_SIZE` and those that `init_process_group` reads.
+    """
     stop = StopSignal()
     stop.install()
-    local_rank, world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank, world_size = int(environment["LOCAL_RANK"]), int(environment["WORLD_SIZE"])
     dims = validate(config, world_size)
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -113,8 +131,16 @@ def run_rank(config: Config) -> int:
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=config.job.comm_timeout_seconds))
-    Trainer(config, dims, device, local_rank == 0, stop).train()
-    # A process that leaves while another still talks to it can make that one abort.
-    dist.barrier()
+    try:
+        Trainer(config, dims, device, local_rank == 0, stop).train()
+        # A process that leaves while another still talks to it can make that one abort.
+        dist.barrier()
+    except RuntimeError as error:
+        if not stop.requested or isinstance(error, (CheckpointError, TrainingStopped)):
+            raise
+        print(f"rank {dist.get_rank()}: stopped without a checkpoint, another rank is gone ({error})", file=sys.stderr)
+        return 1
     dist.destroy_process_group()
+    if _ENDED_FOLDER in environment:
+        Path(environment[_ENDED_FOLDER], str(local_rank)).touch()
     return 0

@@ -257,7 +257,9 @@ class Trainer:
         resolved = dataclasses.replace(
             self.config, job=dataclasses.replace(self.config.job, dump_folder=str(self.folder))
         )
-        (self.folder / RUN_CONFIG_FILE).write_text(to_toml(resolved))
+        beside = self.folder / f".{RUN_CONFIG_FILE}.partial"
+        beside.write_text(to_toml(resolved))
+        beside.rename(self.folder / RUN_CONFIG_FILE)
         shutil.copyfile(tokens.tokenizer_path, self.folder / "tokenizer.json")
 
     def _build_model(self, dims: ParallelDims) -> torch.nn.Module:
@@ -311,7 +313,9 @@ def _together(action: Callable[[], Any]) -> Any:
     result = None
     try:
         result = action()
-    except (ValueError, OSError, TrainingStopped) as caught:
+    except OSError as caught:
+        error = TrainingStopped(str(caught))
+    except (ValueError, TrainingStopped) as caught:
         error = caught
     raise_together(error)
     return result

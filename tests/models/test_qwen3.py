@@ -13,20 +13,22 @@ from crossdock.moe import MoE, MoEConfig, moe_layers
 from crossdock.parallel import ParallelDims, parallelize
 from tests.ranks import RankPool
 
-TINY = Qwen3MoeConfig(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=48,
-    moe_intermediate_size=16,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    num_experts=8,
-    num_experts_per_tok=3,
-    norm_topk_prob=True,
-    mlp_only_layers=[1],
-    initializer_range=0.1,
-    **{"head_dim": 16},
+TINY = Qwen3MoeConfig.from_dict(
+    {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+        "initializer_range": 0.1,
+        "head_dim": 16,
+    }
 )
 
 

@@ -1,0 +1,154 @@
+"""Reading settings: a TOML file, then command-line overrides."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import os
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import tomli_w
+import tyro
+
+from crossdock.config.settings import Config, ConfigError, setting_types
+from crossdock.models.family import DEEPEP_SUFFIX
+
+__all__ = ["RUN_CONFIG_FILE", "absolute", "load_config", "read_toml", "to_toml"]
+
+# The resolved settings in a run folder.
+RUN_CONFIG_FILE = "config.toml"
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The settings of a TOML file (or the defaults), with `--section.key value` overrides; `-` and `_` are alike.
+
+    Without a file, a `job.dump_folder` that holds a run gives that run's settings. A flavor with the suffix `-deepep`
+    sets `moe.dispatcher`. Paths that belong to the run become absolute.
+
+    Raises:
+        ConfigError: for a file that cannot be read, an unknown key or a value of the wrong type.
+        SystemExit: with code 0 for `--help`, which prints all settings.
+    """
+    base = Config() if path is None else read_toml(path)
+    if "--help" in overrides or "-h" in overrides:
+        tyro.cli(Config, prog="crossdock train [CONFIG.toml]", default=base, args=["--help"])
+    config = _override(base, overrides)
+    folder = absolute(config.job.dump_folder)
+    if path is None and folder and os.path.isfile(saved := os.path.join(folder, RUN_CONFIG_FILE)):
+        config = _override(read_toml(Path(saved)), overrides)
+    model = replace(config.model, hf_assets_path=absolute(config.model.hf_assets_path))
+    moe = replace(config.moe, dispatcher="deepep") if model.flavor.endswith(DEEPEP_SUFFIX) else config.moe
+    return replace(config, job=replace(config.job, dump_folder=folder), model=model, moe=moe)
+
+
+def to_toml(config: Config) -> str:
+    """The settings as TOML that `load_config` reads; unset ones (`None`) are left out."""
+    sections = asdict(config)
+    return tomli_w.dumps({name: {k: v for k, v in keys.items() if v is not None} for name, keys in sections.items()})
+
+
+def absolute(path: str) -> str:
+    """A path that stays the same in another working directory; empty stays empty."""
+    return os.path.abspath(os.path.expanduser(path)) if path else ""
+
+
+def read_toml(path: Path) -> Config:
+    """The settings of a TOML file; what it leaves out has its default. Raises ConfigError."""
+    try:
+        return _build(tomllib.loads(path.read_text(encoding="utf-8")))
+    except ConfigError as error:
+        raise ConfigError(error.field, error.value, f"{error.valid} (in {path})") from None
+    except OSError as error:
+        raise ConfigError("config file", str(path), f"must be a readable TOML file ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError("config file", str(path), f"must be valid TOML ({error})") from None
+
+
+def _build(document: dict[str, Any]) -> Config:
+    settings, sections = setting_types(), get_type_hints(Config)
+    values: dict[str, dict[str, Any]] = {section: {} for section in sections}
+    for written_section, table in document.items():
+        section = written_section.replace("-", "_")
+        if section not in sections:
+            raise _unknown(section, table)
+        if not isinstance(table, dict):
+            raise ConfigError(section, table, f"must be a table: [{section}]")
+        for written_key, value in table.items():
+            key = written_key.replace("-", "_")
+            name = f"{section}.{key}"
+            if name not in settings:
+                raise _unknown(name, value)
+            if key in values[section]:
+                raise ConfigError(name, value, "is set twice, with - and with _")
+            values[section][key] = _typed(name, settings[name], value)
+    return Config(**{section: cls(**values[section]) for section, cls in sections.items()})
+
+
+def _typed(name: str, hint: Any, value: Any) -> Any:
+    """The value of a TOML key; a whole number will do for a float."""
+    for option in get_args(hint) if type(None) in get_args(hint) else (hint,):
+        if (get_origin(option) is Literal and value in get_args(option)) or type(value) is option:
+            return value
+        if option is float and type(value) is int:
+            return float(value)
+    raise ConfigError(name, value, f"must be {_expected(hint)}")
+
+
+def _override(config: Config, arguments: Sequence[str]) -> Config:
+    """`config` with `--section.key value`, `--section.key=value`, `--section.switch`, `--section.no-switch` in turn."""
+    settings, rest = setting_types(), list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--") or argument == "--":
+            raise ConfigError(
+                "argument", argument, "does not belong here: settings are --section.key value, after the config file"
+            )
+        option, equals, value = argument[2:].partition("=")
+        has_value = bool(equals) or (bool(rest) and not rest[0].startswith("--"))
+        if has_value and not equals:
+            value = rest.pop(0)
+        name = option.replace("-", "_")
+        switch = name.removeprefix("no_").replace(".no_", ".")
+        off = switch.replace(".", ".no-")
+        if settings.get(switch) is bool:
+            if has_value:
+                raise ConfigError(switch, value, f"is a switch, without a value: --{switch} or --{off}")
+            canonical = f"--{switch if name == switch else off}"
+        elif name not in settings:
+            raise _unknown(name, value)
+        elif not has_value:
+            raise ConfigError(name, value, f"has no value; must be {_expected(settings[name])}")
+        else:
+            canonical = f"--{name}={value}"
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # The one message is ours.
+                config = tyro.cli(Config, default=config, args=[canonical])
+        except SystemExit:
+            raise ConfigError(name, value, f"must be {_expected(settings[name])}") from None
+    return config
+
+
+def _expected(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    if get_args(hint):
+        return " or ".join(map(_expected, get_args(hint)))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}.get(hint, "None")
+
+
+def _unknown(name: str, value: object) -> ConfigError:
+    """The error for a setting or section that does not exist; its nearest may be of the same key elsewhere."""
+    settings, sections = list(setting_types()), list(get_type_hints(Config))
+    if name in sections:
+        return ConfigError(name, value, f"is a section; a setting is written {name}.key")
+    section, _, key = name.rpartition(".")
+    same_key = [known for known in settings if known.endswith(f".{key}")]
+    siblings = [known for known in settings if known.startswith(f"{section}.")] or [*sections, *settings]
+    nearest = difflib.get_close_matches(name, same_key or siblings, n=1, cutoff=0.0 if same_key else 0.6)
+    hint = f"did you mean {nearest[0]}?" if nearest else "`crossdock --help` and `crossdock train --help` list all"
+    return ConfigError(name, value, f"does not exist; {hint}")

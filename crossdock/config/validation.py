@@ -1,0 +1,180 @@
+"""Validation: everything that can be known before a process group exists, in one place."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedConfig
+
+from crossdock.config.reading import RUN_CONFIG_FILE, absolute, read_toml
+from crossdock.config.settings import Config, ConfigError, setting_types
+from crossdock.dispatch import DISPATCHERS
+from crossdock.models import FAMILIES, ModelError, build_model, resolve_hf_config
+from crossdock.models.family import DEEPEP_SUFFIX
+from crossdock.moe import moe_layers
+from crossdock.parallel import LayoutError, ParallelDims
+
+__all__ = ["check_settings", "validate"]
+
+
+def validate(config: Config, world_size: int) -> ParallelDims:
+    """Check everything that can be known before a process group exists; returns the layout.
+
+    Args:
+        config: to check.
+        world_size: ranks over all machines.
+
+    Raises:
+        ConfigError: for the first setting that cannot work.
+    """
+    model = check_settings(config)
+    try:
+        dims = ParallelDims.from_config(config.parallelism, world_size)
+    except LayoutError as error:
+        raise ConfigError(f"parallelism.{error.field}", error.value, error.valid) from None
+    ep, most = "parallelism.expert_parallel_degree", model.num_experts
+    _require(config, ep, dims.ep <= most, f"at most {most}, the model's experts")
+    for size in ("hidden_size", "moe_intermediate_size"):
+        valid = f"leaves ep_shard = {dims.ep_shard}, which must divide the model's {size}, {getattr(model, size)}"
+        _require(config, ep, getattr(model, size) % dims.ep_shard == 0, valid)
+    batch, total = config.training.local_batch_size, config.training.global_batch_size
+    step = batch * dims.dp_replicate * dims.dp_shard
+    valid = f"-1 or a multiple of {step} (local_batch_size {batch} x data-parallel ranks)"
+    _require(config, "training.global_batch_size", total == -1 or (total > 0 and total % step == 0), valid)
+    return dims
+
+
+def check_settings(config: Config) -> PreTrainedConfig:
+    """The part of `validate` that does not depend on the number of ranks; returns the model's configuration.
+
+    Raises:
+        ConfigError: for the first setting that cannot work.
+    """
+    for name in setting_types():
+        value = attrgetter(name)(config)
+        _require(config, name, not isinstance(value, float) or math.isfinite(value), "must be a finite number")
+    for valid, (holds, names) in _RANGES.items():
+        for name in names.split():
+            value = attrgetter(name)(config)
+            _require(config, name, value is None or holds(value), f"must be {valid}")
+    _check_dispatcher(config)
+    model = _check_model(config)
+    _check_run_folder(config)
+    if not os.path.isdir(os.path.expanduser(config.data.cache_folder)):
+        _check_writable("data.cache_folder", config.data.cache_folder)
+    return model
+
+
+def _require(config: Config, name: str, holds: bool, valid: str) -> None:
+    if not holds:
+        raise ConfigError(name, attrgetter(name)(config), valid)
+
+
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "a positive number": (
+        lambda value: value > 0,
+        "training.local_batch_size training.seq_len training.steps training.max_norm training.max_skipped_steps "
+        "optimizer.eps metrics.log_freq",
+    ),
+    "0 or more": (
+        lambda value: value >= 0,
+        "optimizer.lr optimizer.weight_decay lr_scheduler.warmup_steps moe.sequence_aux_loss_coeff "
+        "moe.batch_aux_loss_coeff moe.z_loss_coeff moe.expert_bias_rate checkpoint.interval checkpoint.keep_latest_k",
+    ),
+    "at least 0 and below 1": (lambda value: 0 <= value < 1, "optimizer.beta1 optimizer.beta2"),
+    "0 to 1": (lambda value: 0 <= value <= 1, "lr_scheduler.min_lr_factor lr_scheduler.decay_ratio"),
+    "0 to 2^63 - 1": (lambda value: 0 <= value < 2**63, "training.seed"),
+    "1 to 31536000, a year": (lambda value: 0 < value <= 31_536_000, "job.comm_timeout_seconds"),
+}
+
+
+def _check_dispatcher(config: Config) -> None:
+    size = config.model.flavor.removesuffix(DEEPEP_SUFFIX)
+    use = f"not available yet; use moe.dispatcher = {' or '.join(DISPATCHERS)}"
+    available = config.moe.dispatcher in DISPATCHERS
+    _require(
+        config, "model.flavor", available or size == config.model.flavor, f"deepep is {use}, model.flavor = {size}"
+    )
+    _require(config, "moe.dispatcher", available, use)
+
+
+def _check_model(config: Config) -> PreTrainedConfig:
+    assets = config.model.hf_assets_path
+    try:
+        model: Any = resolve_hf_config(config.model)
+        if assets and not moe_layers(build_model(FAMILIES[config.model.name], model, config.moe, torch.float32)):
+            raise ModelError("hf_assets_path", assets, "its config.json has no Mixture-of-Experts layer")
+    except ModelError as error:
+        raise ConfigError(f"model.{error.field}", error.value, error.valid) from None
+    except Exception as error:  # Whatever transformers raises for a config.json that it cannot make a model of.
+        cause = f"its config.json makes no model ({type(error).__name__}: {error})"
+        raise ConfigError("model.hf_assets_path", assets, cause) from error
+    if assets:
+        _check_tokenizer(config, model.vocab_size)
+    most = model.max_position_embeddings
+    _require(config, "training.seq_len", config.training.seq_len <= most, f"at most the model's {most} positions")
+    if config.moe.experts == "grouped_mm":
+        dtype = config.training.dtype
+        _require(config, "moe.experts", dtype != "float64", "training.dtype = float64 needs eager")
+        multiple = 8 if dtype == "bfloat16" else 4
+        for size in ("hidden_size", "moe_intermediate_size"):
+            valid = f"needs a model whose {size} is a multiple of {multiple}, not {getattr(model, size)}; use eager"
+            _require(config, "moe.experts", getattr(model, size) % multiple == 0, valid)
+    return model
+
+
+def _check_tokenizer(config: Config, vocab_size: int) -> None:
+    name, path = "model.hf_assets_path", os.path.join(config.model.hf_assets_path, "tokenizer.json")
+    _require(config, name, os.path.isfile(path), "must be a folder with tokenizer.json")
+    try:
+        vocabulary = Tokenizer.from_file(path).get_vocab(with_added_tokens=True)
+    except Exception as error:  # The tokenizers package raises plain Exception for a file that it cannot parse.
+        valid = f"its tokenizer.json cannot be read ({error})"
+        raise ConfigError(name, config.model.hf_assets_path, valid) from error
+    tokens = max(vocabulary.values(), default=-1) + 1
+    _require(config, name, tokens <= vocab_size, f"its {tokens} tokens exceed the model's vocabulary of {vocab_size}")
+
+
+# What a resumed run must share with its beginning, or its data order or weights would not fit.
+_FIXED = (
+    "model.name",
+    "model.flavor",
+    "model.hf_assets_path",
+    "moe.expert_bias",
+    "data.source",
+    "training.seed",
+    "training.seq_len",
+)
+
+
+def _check_run_folder(config: Config) -> None:
+    folder = config.job.dump_folder
+    if not folder:
+        return
+    _check_writable("job.dump_folder", folder)
+    saved = os.path.join(folder, RUN_CONFIG_FILE)
+    if os.path.isfile(saved):
+        before = read_toml(Path(saved))
+        for name in _FIXED:
+            old = attrgetter(name)(before)
+            valid = f"must be {old!r}, as in the run that {folder} holds; or choose another job.dump_folder"
+            _require(config, name, attrgetter(name)(config) == old, valid)
+    else:
+        usable = not os.path.isdir(folder) or not os.listdir(folder)
+        _require(config, "job.dump_folder", usable, "must be the folder of a run, an empty one or a new one")
+
+
+def _check_writable(name: str, folder: str) -> None:
+    """A folder that exists or can be made: its nearest existing parent decides."""
+    place = absolute(folder)
+    while place and not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place) or not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+        raise ConfigError(name, folder, f"must be a folder that you may write to; {place!r} is none")

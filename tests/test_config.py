@@ -1,0 +1,371 @@
+"""Settings from TOML and the command line, and what `validate` lets through."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+
+from crossdock.config import Config, ConfigError, check_settings, load_config, to_toml, validate
+from tests.tiny import write_assets
+
+
+def every_setting() -> dict[str, tuple[Any, Any]]:
+    """Type and default of each setting by its name."""
+    default = Config()
+    return {
+        f"{section.name}.{key}": (hint, getattr(getattr(default, section.name), key))
+        for section in dataclasses.fields(Config)
+        for key, hint in get_type_hints(type(getattr(default, section.name))).items()
+    }
+
+
+def other_value(hint: Any, default: Any) -> Any:
+    """A value of the type that is not the default."""
+    if get_origin(hint) is Literal:
+        return next((choice for choice in get_args(hint) if choice != default), default)
+    if hint is bool:
+        return not default
+    if hint is int:
+        return default + 3
+    return "/some/where" if hint is str else 0.375
+
+
+def get(config: Config, name: str) -> Any:
+    section, key = name.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def toml_file(folder: Path, text: str) -> Path:
+    path = folder / "some.toml"
+    path.write_text(text)
+    return path
+
+
+def refusal(config: Config, world_size: int = 2) -> ConfigError:
+    with pytest.raises(ConfigError) as raised:
+        validate(config, world_size)
+    return raised.value
+
+
+@pytest.mark.parametrize("name", every_setting())
+def test_a_setting_is_the_same_from_the_command_line_and_from_the_toml_that_is_written(
+    name: str, tmp_path: Path
+) -> None:
+    hint, default = every_setting()[name]
+    value = other_value(hint, default)
+    if hint is bool:
+        section, key = name.split(".")
+        arguments = [f"--{name}" if value else f"--{section}.no-{key}"]
+    else:
+        arguments = [f"--{name}", str(value)]
+    config = load_config(None, arguments)
+    assert get(config, name) == value
+    assert type(get(config, name)) is type(value)
+    assert load_config(toml_file(tmp_path, to_toml(config))) == config
+    changed = {other for other in every_setting() if get(config, other) != get(Config(), other)}
+    assert changed == ({name} if value != default else set())
+
+
+def test_the_command_line_beats_the_file_beats_the_default_and_the_last_word_counts(tmp_path: Path) -> None:
+    path = toml_file(tmp_path, "[training]\nsteps = 5\nseed = 6\n")
+    config = load_config(path, ["--training.seed", "7", "--training.seed", "8"])
+    assert (config.training.steps, config.training.seed) == (5, 8)
+    assert config.training.seq_len == Config().training.seq_len
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--lr_scheduler.warmup_steps", "7"],
+        ["--lr-scheduler.warmup-steps", "7"],
+        ["--lr-scheduler.warmup_steps", "7"],
+        ["--lr_scheduler.warmup-steps=7"],
+    ],
+)
+def test_dashes_and_underscores_are_alike_on_the_command_line(arguments: list[str]) -> None:
+    assert load_config(None, arguments).lr_scheduler.warmup_steps == 7
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[lr_scheduler]\nwarmup_steps = 7", "[lr-scheduler]\nwarmup-steps = 7", "lr-scheduler.warmup_steps = 7"],
+)
+def test_dashes_and_underscores_are_alike_in_toml(text: str, tmp_path: Path) -> None:
+    assert load_config(toml_file(tmp_path, text)).lr_scheduler.warmup_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("--training.debug_moe_force_load_balance", True),
+        ("--training.debug-moe-force-load-balance", True),
+        ("--training.no-debug-moe-force-load-balance", False),
+        ("--training.no_debug_moe_force_load_balance", False),
+        ("--no-training.debug_moe_force_load_balance", False),
+    ],
+)
+@pytest.mark.parametrize("before", [True, False])
+def test_a_switch_is_bare(argument: str, value: bool, before: bool, tmp_path: Path) -> None:
+    path = toml_file(tmp_path, f"[training]\ndebug_moe_force_load_balance = {str(before).lower()}")
+    config = load_config(path, [argument, "--training.steps", "5"])
+    assert config.training.debug_moe_force_load_balance is value
+    assert config.training.steps == 5
+
+
+def test_a_setting_can_be_unset_from_the_command_line(tmp_path: Path) -> None:
+    path = toml_file(tmp_path, "[lr_scheduler]\ndecay_ratio = 0.5")
+    assert load_config(path).lr_scheduler.decay_ratio == 0.5
+    assert load_config(path, ["--lr-scheduler.decay-ratio", "None"]).lr_scheduler.decay_ratio is None
+
+
+def test_negative_numbers_and_empty_strings_are_values() -> None:
+    config = load_config(None, ["--parallelism.expert-parallel-degree", "-1", "--model.flavor", "", "--model.name="])
+    assert config.parallelism.expert_parallel_degree == -1
+    assert (config.model.flavor, config.model.name) == ("", "")
+
+
+def test_a_whole_number_will_do_for_a_float(tmp_path: Path) -> None:
+    lr = load_config(toml_file(tmp_path, "[optimizer]\nlr = 1")).optimizer.lr
+    assert lr == 1.0
+    assert type(lr) is float
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("training.stepz", "training.steps"),
+        ("optimizer.steps", "training.steps"),
+        ("steps", "training.steps"),
+        ("parallelism.expert_parallel_size", "parallelism.expert_parallel_degree"),
+        ("moe.experts_bias", "moe.expert_bias"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest(written: str, meant: str, tmp_path: Path) -> None:
+    for path, arguments in ((None, [f"--{written}", "5"]), (toml_file(tmp_path, f"{written} = 5"), [])):
+        with pytest.raises(ConfigError) as raised:
+            load_config(path, arguments)
+        assert raised.value.field == written
+        assert f"did you mean {meant}?" in raised.value.valid
+
+
+def test_an_unknown_section_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"did you mean training\.steps\?"):
+        load_config(None, ["--trainin.steps", "5"])
+    with pytest.raises(ConfigError, match=r"did you mean training\?"):
+        load_config(toml_file(tmp_path, "[trainin]\nsteps = 5"))
+
+
+def test_an_error_in_a_file_names_the_file(tmp_path: Path) -> None:
+    path = toml_file(tmp_path, "[training]\nstepz = 5")
+    with pytest.raises(ConfigError, match=r"some\.toml"):
+        load_config(path)
+
+
+def test_the_suffix_deepep_chooses_that_dispatcher_and_says_which_one_there_is() -> None:
+    config = load_config(None, ["--model.flavor", "30B-A3B-deepep"])
+    assert config.moe.dispatcher == "deepep"
+    error = refusal(config)
+    assert (error.field, error.value) == ("model.flavor", "30B-A3B-deepep")
+    assert "alltoall" in error.valid
+
+
+def test_paths_of_the_run_do_not_depend_on_where_it_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/some")
+    config = load_config(None, ["--job.dump-folder", "a/../b", "--model.hf-assets-path", "~/assets"])
+    assert config.job.dump_folder == str(tmp_path / "b")
+    assert config.model.hf_assets_path == "/home/some/assets"
+
+
+def make_run(folder: Path, *overrides: str) -> Config:
+    """A folder that holds a run of these settings."""
+    config = load_config(None, ["--job.dump-folder", str(folder), *overrides])
+    folder.mkdir()
+    (folder / "config.toml").write_text(to_toml(config))
+    return config
+
+
+def test_without_a_file_a_run_folder_gives_the_settings(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "--training.seed", "5", "--training.steps", "50")
+    assert load_config(None, ["--job.dump-folder", str(tmp_path / "run")]) == run
+    resumed = load_config(None, ["--training.steps", "70", "--job.dump-folder", str(tmp_path / "run")])
+    assert (resumed.training.seed, resumed.training.steps) == (5, 70)
+    validate(resumed, 2)
+
+
+def test_with_a_file_a_run_folder_gives_no_settings(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "--training.steps", "50")
+    path = toml_file(tmp_path, "[training]\nseed = 0\n")
+    config = load_config(path, ["--job.dump-folder", str(tmp_path / "run")])
+    assert config.training.steps == Config().training.steps
+
+
+def test_a_moved_run_folder_is_written_where_it_is_now(tmp_path: Path) -> None:
+    make_run(tmp_path / "before")
+    (tmp_path / "before").rename(tmp_path / "after")
+    config = load_config(None, ["--job.dump-folder", str(tmp_path / "after")])
+    assert config.job.dump_folder == str(tmp_path / "after")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("training.seed", "6"), ("training.seq_len", "64"), ("model.flavor", "10B-A1B")]
+)
+def test_a_run_is_resumed_with_its_own_data_and_model(name: str, value: str, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "--training.seed", "5")
+    error = refusal(load_config(None, ["--job.dump-folder", str(tmp_path / "run"), f"--{name}", value]))
+    assert error.field == name
+    assert str(tmp_path / "run") in error.valid
+
+
+def test_a_run_folder_is_new_or_empty_or_holds_a_run(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").touch()
+    (tmp_path / "file").touch()
+    for good in ("new/and/deep", "empty"):
+        validate(load_config(None, ["--job.dump-folder", str(tmp_path / good)]), 2)
+    for bad in ("foreign", "file", "file/below"):
+        error = refusal(load_config(None, ["--job.dump-folder", str(tmp_path / bad)]))
+        assert (error.field, error.value) == ("job.dump_folder", str(tmp_path / bad))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locked").mkdir()
+    # Not by its mode, since root may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "locked" or not mode & os.W_OK)
+    for name in ("job.dump_folder", "data.cache_folder"):
+        assert refusal(load_config(None, [f"--{name}", str(tmp_path / "locked" / "new" / "deep")])).field == name
+    assert refusal(load_config(None, ["--job.dump-folder", str(tmp_path / "locked")])).field == "job.dump_folder"
+
+
+def test_data_may_be_cached_in_a_folder_that_can_only_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    validate(load_config(None, ["--data.cache_folder", str(tmp_path)]), 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("job.comm_timeout_seconds", ["1", "31536000"], ["0", "31536001"]),
+        ("training.local_batch_size", ["1"], ["0", "-1"]),
+        ("training.seq_len", ["1", "4096"], ["0", "4097"]),
+        ("training.steps", ["1"], ["0"]),
+        ("training.seed", ["0", str(2**63 - 1)], ["-1", str(2**63)]),
+        ("training.max_norm", ["1e-30"], ["0", "nan", "inf"]),
+        ("training.max_skipped_steps", ["1"], ["0"]),
+        ("training.global_batch_size", ["-1", "16", "48"], ["-16", "0", "8", "24"]),
+        ("optimizer.lr", ["0"], ["-1e-9", "nan", "-inf"]),
+        ("optimizer.beta1", ["0", "0.999"], ["1", "-0.1", "nan"]),
+        ("optimizer.beta2", ["0", "0.999"], ["1", "-0.1"]),
+        ("optimizer.eps", ["1e-30"], ["0"]),
+        ("optimizer.weight_decay", ["0"], ["-0.1", "inf"]),
+        ("lr_scheduler.warmup_steps", ["0"], ["-1"]),
+        ("lr_scheduler.decay_ratio", ["0", "1", "None"], ["-0.1", "1.1", "nan"]),
+        ("lr_scheduler.min_lr_factor", ["0", "1"], ["-0.1", "1.1"]),
+        ("moe.z_loss_coeff", ["0"], ["-1", "nan"]),
+        ("moe.expert_bias_rate", ["0"], ["-1", "inf"]),
+        ("checkpoint.interval", ["0"], ["-1"]),
+        ("checkpoint.keep_latest_k", ["0"], ["-1"]),
+        ("metrics.log_freq", ["1"], ["0"]),
+        ("parallelism.expert_parallel_degree", ["-1", "1", "2"], ["-2", "0", "3", "4"]),
+        ("parallelism.data_parallel_shard_degree", ["-1", "2"], ["-2", "0", "1", "4"]),
+        ("parallelism.data_parallel_replicate_degree", ["1"], ["0", "2"]),
+        ("parallelism.context_parallel_degree", ["1"], ["0", "2"]),
+        ("parallelism.tensor_parallel_degree", ["1"], ["0", "2"]),
+        ("parallelism.pipeline_parallel_degree", ["1"], ["0", "2"]),
+    ],
+)
+def test_validate_accepts_up_to_the_boundary_on_two_ranks(name: str, good: list[str], bad: list[str]) -> None:
+    for value in good:
+        validate(load_config(None, [f"--{name}", value]), 2)
+    for value in bad:
+        assert refusal(load_config(None, [f"--{name}", value])).field == name
+
+
+def test_no_more_ranks_than_experts() -> None:
+    config = load_config(None, ["--parallelism.expert-parallel-degree", "8"])
+    assert validate(config, 8).ep == 8
+    error = refusal(load_config(None, ["--parallelism.expert-parallel-degree", "16"]), 16)
+    assert error.field == "parallelism.expert_parallel_degree"
+    assert "8" in error.valid
+
+
+def test_expert_shards_must_divide_the_sizes() -> None:
+    error = refusal(load_config(None, ["--parallelism.expert-parallel-degree", "2"]), 6)
+    assert error.field == "parallelism.expert_parallel_degree"
+    assert "hidden_size" in error.valid
+
+
+def test_the_automatic_degree_is_two_where_the_ranks_are_even() -> None:
+    config = load_config(None, ["--parallelism.expert-parallel-degree", "-1"])
+    assert [validate(config, ranks).ep for ranks in (1, 2, 4)] == [1, 2, 2]
+
+
+def test_float64_needs_the_eager_experts() -> None:
+    assert refusal(load_config(None, ["--training.dtype", "float64"])).field == "moe.experts"
+    validate(load_config(None, ["--training.dtype", "float64", "--moe.experts", "eager"]), 2)
+
+
+def test_settings_alone_say_nothing_of_the_layout() -> None:
+    config = load_config(None, ["--parallelism.expert-parallel-degree", "3", "--training.global-batch-size", "17"])
+    check_settings(config)
+    with pytest.raises(ConfigError):
+        validate(config, 2)
+
+
+def assets_config(folder: Path, *overrides: str) -> Config:
+    return load_config(None, ["--model.hf-assets-path", str(folder), "--training.seq-len", "64", *overrides])
+
+
+def test_a_folder_of_assets_is_accepted(tmp_path: Path) -> None:
+    validate(assets_config(write_assets(tmp_path / "assets")), 2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_experts_per_tok": 9},
+        {"num_experts": 0},
+        {"hidden_size": "32"},
+        {"num_key_value_heads": 0},
+        {"model_type": "llama"},
+        {"vocab_size": 256},
+        {"hidden_act": "nothing"},
+    ],
+)
+def test_a_config_json_that_makes_no_model_is_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_assets(tmp_path / "assets", **wrong)
+    error = refusal(assets_config(folder))
+    assert (error.field, error.value) == ("model.hf_assets_path", str(folder))
+
+
+def test_a_vocabulary_holds_every_token(tmp_path: Path) -> None:
+    validate(assets_config(write_assets(tmp_path / "just", vocab_size=257)), 2)
+    error = refusal(assets_config(write_assets(tmp_path / "short", vocab_size=256)))
+    assert "257" in error.valid
+    assert "256" in error.valid
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "{nope", "[]"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_file_of_the_assets_that_cannot_be_read_is_refused(name: str, content: str | None, tmp_path: Path) -> None:
+    folder = write_assets(tmp_path / "assets")
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    error = refusal(assets_config(folder))
+    assert error.field == "model.hf_assets_path"
+    assert name in error.valid
+
+
+def test_sizes_that_grouped_mm_cannot_take_are_refused(tmp_path: Path) -> None:
+    folder = str(write_assets(tmp_path / "assets", moe_intermediate_size=12))
+    validate(assets_config(Path(folder)), 2)
+    error = refusal(assets_config(Path(folder), "--training.dtype", "bfloat16"))
+    assert error.field == "moe.experts"
+    validate(assets_config(Path(folder), "--training.dtype", "bfloat16", "--moe.experts", "eager"), 2)
