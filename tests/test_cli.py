@@ -103,6 +103,7 @@ MISTAKES = [
     ("train --job.dump-folder corrupt", "config file", "config.toml'", "valid TOML"),
     ("train --job.dump-folder " + "long" * 100, "job.dump_folder", "longlong", "too long"),
     ("train --data.cache-folder file/cache", "data.cache_folder", "file/cache'", "folder"),
+    ("train --nnodes 2", "--master-addr", "None", "machine 0"),
     ("train --nproc 0", "--nproc", "0", "1 or more"),
     ("train --nproc some", "--nproc", "'some'", "int"),
     ("train --nproc", "--nproc", "one argument", ""),
@@ -282,7 +283,7 @@ def test_what_config_prints_is_a_config_file_for_the_same_settings(
 
 def test_config_checks_the_layout_where_the_ranks_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("config --parallelism.expert-parallel-degree 4") == 0
-    assert call("config --parallelism.expert-parallel-degree 4 --nproc 2 --nnodes 2") == 0
+    assert call("config --parallelism.expert-parallel-degree 4 --nproc 2 --nnodes 2 --master-addr host") == 0
     assert call("config --parallelism.expert-parallel-degree 4 --nproc 2") == 2
 
 
