@@ -82,13 +82,15 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
     from crossdock.checkpoint import CheckpointError
     from crossdock.config import load_config, validate
     from crossdock.train.data import DataError
-    from crossdock.train.launch import run_rank, start_ranks
+    from crossdock.train.launch import ENDED_FOLDER, run_rank, start_ranks
     from crossdock.train.trainer import TrainingStopped
 
     try:
         config = load_config(path, overrides)
         if "LOCAL_RANK" in os.environ:
-            return run_rank(_with_run_folder(config, path, first=os.environ["RANK"] == "0"), os.environ)
+            # Our launcher has named the folder, on the first machine, whose ranks need not be the first ones.
+            first = ENDED_FOLDER not in os.environ and os.environ["RANK"] == "0"
+            return run_rank(_with_run_folder(config, path, first=first), os.environ)
         machines = _machines(options)
         dims = validate(config, machines.world_size)
         _check_gpus(config, machines)
@@ -153,7 +155,7 @@ def _split_path(arguments: list[str]) -> tuple[Path | None, list[str]]:
 def _with_run_folder(config: Config, config_path: Path | None, *, first: bool) -> Config:
     """The settings with a run folder that exists: `job.dump_folder`, or a new `runs/<config>/<date-time>`.
 
-    Only the `first` machine or rank makes a new one, and its rank 0 tells all others.
+    Only the `first` machine or rank makes a new one, and tells all others.
     """
     from crossdock.config import ConfigError
 

@@ -18,12 +18,12 @@ from crossdock.checkpoint import CheckpointError
 from crossdock.config import Config, ConfigError, validate
 from crossdock.train.trainer import StopSignal, Trainer, TrainingStopped
 
-__all__ = ["Machines", "default_nproc", "run_rank", "start_ranks"]
+__all__ = ["ENDED_FOLDER", "Machines", "default_nproc", "run_rank", "start_ranks"]
 
 # A stopped run writes a checkpoint first; only after this is it killed.
 _SHUTDOWN_SECONDS = 600
 # Names the folder where each rank leaves a file when it has ended well; the launcher sets it.
-_ENDED_FOLDER = "CROSSDOCK_ENDED_FOLDER"
+ENDED_FOLDER = "CROSSDOCKENDED_FOLDER"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def start_ranks(arguments: list[str], machines: Machines) -> int:
         max_restarts=0,
     )
     with tempfile.TemporaryDirectory(prefix="crossdock-") as ended_folder:
-        os.environ[_ENDED_FOLDER] = ended_folder
+        os.environ[ENDED_FOLDER] = ended_folder
         try:
             elastic_launch(config, sys.executable)("-m", "crossdock", *arguments)
         except ChildFailedError as error:
@@ -118,7 +118,7 @@ def run_rank(config: Config, environment: Mapping[str, str]) -> int:
     """Be one rank of a run.
 
     Args:
-        config: with `job.dump_folder` set, on rank 0 at least.
+        config: with `job.dump_folder` set, on one rank at least.
         environment: torchrun's: `LOCAL_RANK`, `WORLD_SIZE` and those that `init_process_group` reads.
     """
     stop = StopSignal()
@@ -141,6 +141,6 @@ def run_rank(config: Config, environment: Mapping[str, str]) -> int:
         print(f"rank {dist.get_rank()}: stopped without a checkpoint, another rank is gone ({error})", file=sys.stderr)
         return 1
     dist.destroy_process_group()
-    if _ENDED_FOLDER in environment:
-        Path(environment[_ENDED_FOLDER], str(local_rank)).touch()
+    if ENDED_FOLDER in environment:
+        Path(environment[ENDED_FOLDER], str(local_rank)).touch()
     return 0

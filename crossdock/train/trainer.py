@@ -57,7 +57,7 @@ class Trainer:
     """One rank of a training run. Needs the default process group; every method is collective.
 
     Args:
-        config: validated, with `job.dump_folder` set.
+        config: validated, with `job.dump_folder` set on one rank at least.
         dims: the layout.
         device: of this rank.
         first_on_machine: this rank prepares the data for the others of its machine.
@@ -72,7 +72,7 @@ class Trainer:
         self.first_on_machine = first_on_machine
         self.stop = stop
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.folder = Path(_from_first_rank(config.job.dump_folder))
+        self.folder = Path(_first_named(config.job.dump_folder))
         self.tokens = self._prepare_tokens()
         self.batches = TokenBatches(
             self.tokens,
@@ -305,6 +305,13 @@ def _from_first_rank(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def _first_named(folder: str) -> str:
+    """The folder that the first rank with one names."""
+    folders: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(folders, folder)
+    return next(name for name in folders if name)
 
 
 def _together(action: Callable[[], Any]) -> Any:
