@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.ranks import RankPool
+
+# Threads that wait for busy cores make small operations hundreds of times slower.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ class AllToAllDispatcher:
         handle = AllToAllHandle(token, splits, len(x))
 
         row_ids = slot_ids[token] - (destination * self.slots_per_rank)[:, None]
-        own = (row_ids >= 0) & (row_ids < self.slots_per_rank) & (slot_ids[token] >= 0)
+        own = (row_ids >= 0) & (row_ids < self.slots_per_rank)
         row_ids = row_ids.masked_fill(~own, -1).to(self.id_dtype)
         row_weights = weights[token].masked_fill(~own, 0)
         routes = exchange(_pack(row_ids, row_weights.detach()), splits, self.group_name)

@@ -31,8 +31,7 @@ class Placement:
     slot_to_expert: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.num_experts < 1 or self.num_ranks < 1:
-            raise ValueError(f"num_experts ({self.num_experts}) and num_ranks ({self.num_ranks}) must be positive")
+        _check_positive(self.num_experts, self.num_ranks)
         if len(self.slot_to_expert) % self.num_ranks:
             raise ValueError(f"{len(self.slot_to_expert)} slots do not divide evenly over {self.num_ranks} ranks")
         held = {expert for expert in self.slot_to_expert if expert != EMPTY}
@@ -45,6 +44,7 @@ class Placement:
     @classmethod
     def contiguous(cls, num_experts: int, num_ranks: int) -> Placement:
         """Rank `g` holds the experts `g*E//R .. (g+1)*E//R - 1`, in `ceil(E / R)` slots (9 on 4: 2, 2, 2, 3)."""
+        _check_positive(num_experts, num_ranks)
         slots_per_rank = -(-num_experts // num_ranks)
         slots: list[int] = []
         for rank in range(num_ranks):
@@ -72,3 +72,8 @@ class Placement:
     def experts_on(self, rank: int) -> tuple[int, ...]:
         """The logical expert of each of the rank's own slots, `-1` where a slot is empty; `slots_per_rank` entries."""
         return self.slot_to_expert[rank * self.slots_per_rank : (rank + 1) * self.slots_per_rank]
+
+
+def _check_positive(num_experts: int, num_ranks: int) -> None:
+    if num_experts < 1 or num_ranks < 1:
+        raise ValueError(f"num_experts ({num_experts}) and num_ranks ({num_ranks}) must be positive")

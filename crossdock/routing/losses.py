@@ -75,7 +75,7 @@ def switch_loss(probabilities: Tensor, expert_ids: Tensor, mask: Tensor) -> Tens
     """
     groups, _, num_experts = probabilities.shape
     top_k = expert_ids.shape[-1]
-    slots = torch.where(expert_ids < 0, num_experts, expert_ids).reshape(groups, -1)
+    slots = torch.where(expert_ids < 0, num_experts, expert_ids).flatten(1)
     counts = probabilities.new_zeros(groups, num_experts + 1).scatter_add_(
         1, slots, torch.ones_like(slots, dtype=probabilities.dtype)
     )[:, :num_experts]
@@ -112,7 +112,7 @@ def router_losses(
     sequences = num_tokens // max(sequence_length, 1)
     if totals is None:
         totals = BatchTotals(max(sequences, 1), 1.0)
-        token_share = 1.0 / unpadded.clamp_min(1)
+        token_share = 1.0 / unpadded.clamp_min(1).to(routing.logits.dtype)
     else:
         token_share = torch.as_tensor(1.0 / totals.tokens, dtype=routing.logits.dtype, device=routing.logits.device)
     probabilities = routing.scores / routing.scores.sum(dim=-1, keepdim=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -74,7 +75,8 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
-        self.register_buffer("expert_bias", torch.zeros(config.num_experts) if config.expert_bias else None)
+        bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.expert_bias else None
+        self.register_buffer("expert_bias", bias)
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
@@ -92,8 +94,7 @@ class Router(nn.Module):
             sequence_shape: `(B, S)` with `B * S = T`, for routers that look at whole sequences; this one does not.
             padding_mask: `[T]` bool, true where a token is padding: it gets no expert.
         """
-        compute_dtype = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(x.to(compute_dtype), self.weight.to(compute_dtype))
+        logits = self._logits(x)
         scores = logits.softmax(dim=-1) if self.config.score_function == "softmax" else logits.sigmoid()
         expert_ids = self._choose(scores.detach(), padding_mask)
         weights = scores.gather(1, expert_ids)
@@ -104,6 +105,14 @@ class Router(nn.Module):
             expert_ids = expert_ids.masked_fill(padding_mask[:, None], NO_EXPERT)
             weights = weights.masked_fill(padding_mask[:, None], 0)
         return Routing(expert_ids, weights, scores, logits)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """`x W^T` `[T, E]` in fp32 (float64 where `x` is), under autocast too."""
+        compute_dtype = torch.promote_types(x.dtype, torch.float32)
+        device = x.device.type
+        has_autocast = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
+            return F.linear(x.to(compute_dtype), self.weight.to(compute_dtype))
 
     def _choose(self, scores: Tensor, padding_mask: Tensor | None) -> Tensor:
         """The `K` experts of each token, `[T, K]`. The bias changes which are chosen, never their weights."""

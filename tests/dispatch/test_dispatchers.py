@@ -1,0 +1,427 @@
+"""Tokens travel to their slots and back: exactly, once per rank, in order, in a constant number of collectives.
+
+One run of the workers per world size covers all cases in all dtypes; each test then looks at one property of what
+they return, against a computation from all ranks' inputs in this process.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from crossdock import MoE, MoEConfig, RouterConfig, apply_ep
+from crossdock.dispatch import Dispatcher, LocalDispatcher, build_dispatcher
+from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activation_checkpoint
+from tests.ranks import RankPool
+
+H = 6
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and pattern of the routes; `slots` per rank, `0` for 2,048 experts spread over the ranks."""
+
+    top_k: int = 3
+    slots: int = 4
+    pattern: str = "any"
+
+    def slots_per_rank(self, world_size: int) -> int:
+        return self.slots or -(-2048 // world_size)
+
+
+CASES = {
+    "any": Case(),
+    "missing routes": Case(pattern="missing"),
+    "no tokens on the first rank": Case(pattern="idle source"),
+    "tokens on the last rank only": Case(pattern="one source"),
+    "no tokens for the last rank": Case(pattern="idle destination"),
+    "all tokens to the first rank": Case(pattern="one destination"),
+    "no routes": Case(pattern="no routes"),
+    "no tokens": Case(pattern="no tokens"),
+    "one token per rank": Case(top_k=1, pattern="one token"),
+    "one slot per rank": Case(top_k=2, slots=1),
+    "all slots": Case(top_k=0),
+    "2048 experts": Case(top_k=8, slots=0),
+    "ids beyond int16": Case(slots=40_000, pattern="largest ids"),
+    "strided": Case(pattern="strided"),
+    "bad numbers": Case(pattern="bad numbers"),
+}
+
+
+class Inputs(NamedTuple):
+    """`x [T, H]`, `slot_ids [T, K]`, `weights [T, K]` of one rank, and the gradient of its output `[T, H]`."""
+
+    x: Tensor
+    slot_ids: Tensor
+    weights: Tensor
+    grad: Tensor
+
+
+def _inputs(name: str, dtype: torch.dtype, world_size: int, rank: int) -> Inputs:
+    case = CASES[name]
+    torch.manual_seed(1000 * list(CASES).index(name) + rank)
+    num_tokens = 9 + 4 * rank
+    match case.pattern:
+        case "idle source":
+            num_tokens *= rank != 0
+        case "one source":
+            num_tokens *= rank == world_size - 1
+        case "no tokens":
+            num_tokens = 0
+        case "one token":
+            num_tokens = 1
+    slots_per_rank = case.slots_per_rank(world_size)
+    num_slots = world_size * slots_per_rank
+    top_k = case.top_k or num_slots
+    scores = torch.rand(num_tokens, num_slots)
+    match case.pattern:
+        case "idle destination":
+            scores[:, -slots_per_rank:] -= 2
+        case "one destination":
+            scores[:, :slots_per_rank] += 2
+    slot_ids = scores.topk(top_k, dim=1).indices
+    match case.pattern:
+        case "missing":
+            slot_ids[torch.rand(slot_ids.shape) < 0.5] = -1
+            slot_ids[0] = -1
+        case "no routes":
+            slot_ids.fill_(-1)
+        case "largest ids":
+            slot_ids[:, -1] = torch.arange(num_tokens) % world_size * slots_per_rank + slots_per_rank - 1
+    x = torch.randn(num_tokens, H, dtype=torch.float64).to(dtype)
+    weights = torch.rand(num_tokens, top_k, dtype=torch.promote_types(dtype, torch.float32))
+    weights[:, 0] *= 1e-40  # subnormal in fp32: bits survive only where nothing is computed
+    grad = torch.randn(num_tokens, H, dtype=torch.float64).to(dtype)
+    match case.pattern:
+        case "bad numbers":
+            x[::3] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 0.0, 1.0], dtype=dtype)
+        case "strided":
+            x, slot_ids, weights = (tensor.t().contiguous().t() for tensor in (x, slot_ids, weights))
+            grad = torch.ones((), dtype=dtype).expand(num_tokens, H)
+    return Inputs(x, slot_ids, weights, grad)
+
+
+def _destinations(slot_ids: Tensor, slots_per_rank: int) -> list[set[int]]:
+    return [{slot // slots_per_rank for slot in slots if slot >= 0} for slots in slot_ids.tolist()]
+
+
+class _Recorder(TorchDispatchMode):
+    """Names the collectives that run, `kind dtype width`, and chosen other ops."""
+
+    def __init__(self, *others: str) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self._others = others
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if func.namespace in ("_c10d_functional", "c10d", "_c10d_functional_autograd"):
+            tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
+            kind = "wait" if name == "wait_tensor" else name
+            self.names.append(f"{kind} {tensor.dtype} {tensor.shape[-1]}")
+        elif name in self._others:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+    def collectives(self) -> list[str]:
+        return [name for name in self.names if "." in name and not name.startswith("wait")]
+
+
+def _scales(slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """What distinguishes the experts of these tests: a factor per global slot; 0 for no route."""
+    return torch.where(slots < 0, 0, slots % 13 + 1).to(dtype) / 8
+
+
+def _bits(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().contiguous().view(torch.uint8).numpy()
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().double().numpy()
+
+
+def _round_trip(dispatcher: Dispatcher, inputs: Inputs, first_slot: int) -> dict[str, Any]:
+    """Experts that square: `y = x^2 sum_k w_k scale(slot_k)`; what arrived, the output, gradients, collectives."""
+    x, weights = inputs.x.clone().requires_grad_(), inputs.weights.clone().requires_grad_()
+    with _Recorder() as recorder:
+        marks = [0]
+
+        def mark() -> None:
+            marks.append(len(recorder.collectives()))
+
+        arriving = dispatcher.dispatch(x, inputs.slot_ids, weights)
+        mark()
+        arrived = arriving.wait()
+        mark()
+        global_slots = torch.where(arrived.slot_ids < 0, -1, arrived.slot_ids + first_slot)
+        factors = (arrived.weights * _scales(global_slots, arrived.weights.dtype)).sum(dim=1, keepdim=True)
+        y = (arrived.tokens.to(factors.dtype).square() * factors).to(x.dtype)
+        if not inputs.x.is_contiguous():
+            y = y.t().contiguous().t()
+        returning = dispatcher.combine(y, arrived.handle)
+        mark()
+        out = returning.wait()
+        mark()
+        out.backward(inputs.grad)
+        mark()
+    assert x.grad is not None
+    assert weights.grad is not None
+    assert (out.dtype, out.shape) == (x.dtype, x.shape)
+    return {
+        "tokens": _bits(arrived.tokens),
+        "tokens_shape": tuple(arrived.tokens.shape),
+        "dtypes": (arrived.tokens.dtype, arrived.slot_ids.dtype, arrived.weights.dtype),
+        "slot_ids": arrived.slot_ids.numpy(),
+        "weights": _bits(arrived.weights),
+        "out": _array(out),
+        "grad_x": _array(x.grad),
+        "grad_weights": _array(weights.grad),
+        "collectives": [recorder.collectives()[start:end] for start, end in pairwise(marks)],
+    }
+
+
+def _all_cases(dispatcher_name: str) -> list[dict[str, Any]]:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    assert dist.group.WORLD is not None
+    results = []
+    for name, case in CASES.items():
+        slots_per_rank = case.slots_per_rank(world_size)
+        dispatcher = build_dispatcher(dispatcher_name, dist.group.WORLD, slots_per_rank)
+        for dtype in DTYPES:
+            inputs = _inputs(name, dtype, world_size, rank)
+            first, second = (_round_trip(dispatcher, inputs, rank * slots_per_rank) for _ in range(2))
+            unequal = [key for key in first if key != "collectives" and not _same(first[key], second[key])]
+            ones = torch.ones_like(inputs.x)
+            ones[:, ::2] = 0.25
+            arrived = dispatcher.dispatch(ones, inputs.slot_ids, inputs.weights).wait()
+            identity = dispatcher.combine(arrived.tokens, arrived.handle).wait()
+            results.append(first | {"case": name, "dtype": dtype, "unequal": unequal, "identity": _array(identity)})
+    return results
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, np.ndarray):
+        return np.array_equal(first, second, equal_nan=first.dtype.kind == "f")
+    return first == second
+
+
+Results = tuple[int, list[list[dict[str, Any]]]]
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4], ids=lambda world_size: f"{world_size}-ranks")
+def results(request: pytest.FixtureRequest, ranks: RankPool) -> Results:
+    """World size, and the results of each rank."""
+    return request.param, ranks.run(request.param, _all_cases, "alltoall")
+
+
+def test_what_arrives_is_exact_in_order_and_once_per_rank(results: Results) -> None:
+    """Rows in (source rank, position) order, bit by bit; the rank's own ids; foreign ones -1 with weight 0."""
+    world_size, by_rank = results
+    for rank, rank_results in enumerate(by_rank):
+        for result in rank_results:
+            slots_per_rank = CASES[result["case"]].slots_per_rank(world_size)
+            sources = [_inputs(result["case"], result["dtype"], world_size, source) for source in range(world_size)]
+            tokens, ids, weights = [], [], []
+            for source in sources:
+                needed = [rank in ranks for ranks in _destinations(source.slot_ids, slots_per_rank)]
+                local = source.slot_ids[needed] - rank * slots_per_rank
+                own = (source.slot_ids[needed] >= 0) & (local >= 0) & (local < slots_per_rank)
+                tokens.append(source.x[needed])
+                ids.append(local.masked_fill(~own, -1))
+                weights.append(source.weights[needed].masked_fill(~own, 0))
+            label = f"{result['case']}, {result['dtype']}, rank {rank}"
+            assert result["tokens_shape"] == (sum(map(len, tokens)), H), label
+            np.testing.assert_array_equal(result["tokens"], _bits(torch.cat(tokens)), label)
+            np.testing.assert_array_equal(result["slot_ids"], torch.cat(ids), label)
+            np.testing.assert_array_equal(result["weights"], _bits(torch.cat(weights)), label)
+            weights_dtype = torch.promote_types(result["dtype"], torch.float32)
+            assert result["dtypes"] == (result["dtype"], torch.int64, weights_dtype), label
+
+
+def test_identity_experts_return_x_times_its_destinations(results: Results) -> None:
+    world_size, by_rank = results
+    for rank, rank_results in enumerate(by_rank):
+        for result in rank_results:
+            slot_ids = _inputs(result["case"], result["dtype"], world_size, rank).slot_ids
+            slots_per_rank = CASES[result["case"]].slots_per_rank(world_size)
+            counts = np.array([len(ranks) for ranks in _destinations(slot_ids, slots_per_rank)])
+            expected = counts.reshape(-1, 1) * np.where(np.arange(H) % 2 == 0, 0.25, 1.0)
+            np.testing.assert_array_equal(result["identity"], expected, result["case"])
+
+
+def test_output_and_gradients_equal_a_single_process(results: Results) -> None:
+    world_size, by_rank = results
+    tolerances = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1.5e-2}
+    for rank, rank_results in enumerate(by_rank):
+        for result in rank_results:
+            inputs = _inputs(result["case"], result["dtype"], world_size, rank)
+            x, weights, grad = _array(inputs.x), _array(inputs.weights), _array(inputs.grad)
+            real = inputs.slot_ids.numpy() >= 0
+            scales = np.where(real, inputs.slot_ids.numpy() % 13 + 1, 0) / 8
+            factors = (weights * scales).sum(axis=1, keepdims=True)
+            routed = real.any(axis=1, keepdims=True)
+            with np.errstate(invalid="ignore"):
+                expected = {
+                    "out": np.where(routed, x**2 * factors, 0),
+                    "grad_x": np.where(routed, 2 * x * factors * grad, 0),
+                    "grad_weights": np.where(real, (grad * x**2).sum(axis=1, keepdims=True) * scales, 0),
+                }
+            for key, value in expected.items():
+                tolerance = tolerances[result["dtype"]]
+                scale = np.abs(value[np.isfinite(value)]).max(initial=1e-36)  # above the subnormal numbers
+                label = f"{key}: {result['case']}, {result['dtype']}, rank {rank}"
+                np.testing.assert_allclose(result[key], value, 4 * tolerance, tolerance * scale, err_msg=label)
+
+
+def test_number_of_collectives_does_not_depend_on_the_routing(results: Results) -> None:
+    """The same on every rank, in every case, and nothing is exchanged about the routes on the way back."""
+    _, by_rank = results
+    all_results = [result for rank_results in by_rank for result in rank_results]
+    counts = Counter(tuple(len(names) for names in result["collectives"]) for result in all_results)
+    assert list(counts) == [(3, 0, 1, 0, 3)], "dispatch, its wait, combine, its wait, backward"
+    for result in all_results:
+        *_, backward = result["collectives"]
+        assert not any("int" in name for name in backward), backward
+        assert all(name.startswith("all_to_all_single") for names in result["collectives"] for name in names)
+
+
+def test_two_runs_are_bit_equal(results: Results) -> None:
+    _, by_rank = results
+    assert [result["unequal"] for rank_results in by_rank for result in rank_results if result["unequal"]] == []
+
+
+def _accumulation() -> list[float]:
+    """All ranks hold slots of a token; each returns one term. bf16 rounds 256 + 1 to 256, and their fp32 sum once."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    assert dist.group.WORLD is not None
+    dispatcher = build_dispatcher("alltoall", dist.group.WORLD, 1)
+    x = torch.ones(2, H, dtype=torch.bfloat16, requires_grad=True)
+    arrived = dispatcher.dispatch(x, torch.arange(world_size).repeat(2, 1), torch.ones(2, world_size)).wait()
+    out = dispatcher.combine(arrived.tokens * (256 if rank == 0 else 1), arrived.handle).wait()
+    out.sum().backward()
+    assert x.grad is not None
+    return [*out.flatten().tolist(), *x.grad.flatten().tolist()]
+
+
+def test_sums_over_ranks_in_fp32_and_rounds_once(ranks: RankPool) -> None:
+    for values in ranks.run(4, _accumulation):
+        assert set(values) == {260.0}, "256 + 1 + 1 + 1 = 259 rounds to 260; in bf16 the ones are lost"
+
+
+def _overlap() -> tuple[list[str], list[str]]:
+    rank = dist.get_rank()
+    assert dist.group.WORLD is not None
+    dispatcher = build_dispatcher("alltoall", dist.group.WORLD, 2)
+    x = torch.randn(5 + rank, H, dtype=torch.float64, requires_grad=True)
+    with _Recorder("sin", "cos", "sinh", "cosh") as recorder:
+        arriving = dispatcher.dispatch(x, torch.randint(0, 4, (len(x), 1)), torch.rand(len(x), 1))
+        meanwhile = x.sin()
+        arrived = arriving.wait()
+        returning = dispatcher.combine(arrived.tokens * arrived.weights, arrived.handle)
+        later = x.sinh()
+        out = returning.wait() + meanwhile + later
+        forward = list(recorder.names)
+        out.sum().backward()
+    return forward, recorder.names[len(forward) :]
+
+
+def test_other_work_runs_while_tokens_travel_in_both_directions(ranks: RankPool) -> None:
+    start, wait = f"all_to_all_single torch.float64 {H}", f"wait torch.float64 {H}"
+    for forward, backward in ranks.run(2, _overlap):
+        forward = [name for name in forward if name in (start, wait, "sin", "sinh")]
+        assert forward == [start, "sin", wait, start, "sinh", wait]
+        backward = [name for name in backward if name in (start, wait, "cos", "cosh")]
+        assert backward == [start, "cosh", wait, start, "cos", wait]
+
+
+class _Block(nn.Module):
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(H)
+        self.moe = MoE(
+            H,
+            4,
+            RouterConfig(num_experts, 2),
+            MoEConfig(experts="eager", sequence_aux_loss_coeff=0.1, z_loss_coeff=0.01, expert_bias=True),
+        )
+        self.moe.router.reset_parameters(std=1.0)
+        self.moe.experts.reset_parameters(std=0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.moe(self.norm(x))
+
+
+def _recompute() -> dict[str, dict[str, Any]]:
+    """Two MoE layers of 9 experts on 4 ranks; the last rank has no tokens; two micro-batches."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("ep",))
+    torch.manual_seed(1)
+    batches = torch.randn(2, world_size, 5, H, dtype=torch.float64)
+    own = batches[:, rank, : 0 if rank == world_size - 1 else 5 - rank]
+    results: dict[str, dict[str, Any]] = {}
+    for mode in ("none", "full", "selective"):
+        torch.manual_seed(0)
+        blocks = nn.ModuleList([_Block(9), _Block(9)]).double()
+        apply_activation_checkpoint(apply_ep(blocks, mesh), ActivationCheckpointConfig(mode))
+        with _Recorder() as recorder:
+            for batch in own:
+                x = batch.clone().requires_grad_()
+                out = x
+                for block in blocks:
+                    out = block(out)
+                out.square().sum().backward()
+        grads = [parameter.grad for parameter in blocks.parameters()]
+        assert all(grad is not None for grad in grads)
+        results[mode] = {
+            "grads": [_array(grad.to_local() if isinstance(grad, DTensor) else cast(Tensor, grad)) for grad in grads],
+            "collectives": len(recorder.collectives()),
+            "counts": [moe.load.tokens_per_expert.tolist() for moe in blocks.modules() if isinstance(moe, MoE)],
+        }
+    return results
+
+
+def test_selective_recompute_repeats_no_exchange_and_counts_once(ranks: RankPool) -> None:
+    exchanges = 2 * 2 * (4 + 3)  # layers, micro-batches, forward and backward
+    for rank, results in enumerate(ranks.run(4, _recompute)):
+        assert results["none"]["collectives"] == exchanges
+        assert results["selective"]["collectives"] == exchanges
+        assert results["full"]["collectives"] > exchanges, "nothing was recomputed"
+        routes = 0 if rank == 3 else 2 * 2 * (5 - rank)
+        for mode in ("none", "full", "selective"):
+            assert [sum(counts) for counts in results[mode]["counts"]] == [routes, routes]
+            assert results[mode]["counts"] == results["none"]["counts"]
+            for ours, theirs in zip(results[mode]["grads"], results["none"]["grads"], strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+
+
+def _build_on_one_rank() -> str:
+    assert dist.group.WORLD is not None
+    return type(build_dispatcher("alltoall", dist.group.WORLD, 4)).__name__
+
+
+def test_one_rank_needs_no_exchange(ranks: RankPool) -> None:
+    assert ranks.run(1, _build_on_one_rank) == [LocalDispatcher.__name__]
+    inputs = _inputs("missing routes", torch.float32, 1, 0)
+    dispatcher = LocalDispatcher()
+    arrived = dispatcher.dispatch(inputs.x, inputs.slot_ids, inputs.weights).wait()
+    assert torch.equal(arrived.tokens, inputs.x)
+    assert torch.equal(arrived.slot_ids, inputs.slot_ids)
+    assert torch.equal(arrived.weights, inputs.weights)
+    assert torch.equal(dispatcher.combine(arrived.tokens, arrived.handle).wait(), inputs.x)
+
+
+def test_unknown_dispatcher_is_refused_with_the_valid_names() -> None:
+    with pytest.raises(ValueError, match=r"'carrier-pigeon'.*alltoall"):
+        build_dispatcher("carrier-pigeon", cast(Any, None), 1)

@@ -1,0 +1,307 @@
+"""Every experts backend computes the same function: the float64 oracle's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from crossdock.experts import EXPERTS_BACKENDS, ExpertParams, ExpertsBackend, GroupedExperts, eager, grouped_mm, swiglu
+from tests.experts.oracle import experts_forward, experts_gradients
+
+# name: (U, K, slots, H, I, which routes)
+CASES = {
+    "plain": (33, 2, 5, 16, 24, "any"),
+    "one route each": (17, 1, 4, 8, 16, "any"),
+    "all slots for each": (9, 6, 6, 16, 8, "any"),
+    "a single slot": (11, 1, 1, 16, 8, "any"),
+    "most slots idle": (20, 2, 12, 8, 8, "first three"),
+    "the outer slots idle": (20, 2, 6, 8, 8, "inner"),
+    "one slot has everything": (25, 1, 7, 16, 16, "last"),
+    "skewed": (64, 3, 8, 24, 8, "skewed"),
+    "missing routes": (40, 4, 6, 16, 8, "some"),
+    "no routes": (8, 3, 4, 8, 8, "none"),
+    "no tokens": (0, 3, 4, 16, 8, "any"),
+    "one token": (1, 2, 3, 8, 8, "any"),
+    "many slots": (30, 8, 500, 8, 8, "any"),
+}
+_deterministic: Any = torch.utils.deterministic  # its setting is a property that type checkers do not know
+BACKENDS = sorted(EXPERTS_BACKENDS.items())
+
+
+def _routes(num_tokens: int, top_k: int, num_slots: int, pattern: str) -> Tensor:
+    """Distinct slots for each token, `[U, K]`, `-1` where the pattern has no route."""
+    scores = torch.rand(num_tokens, num_slots)
+    match pattern:
+        case "first three":
+            scores[:, 3:] -= 2
+        case "inner":
+            scores[:, [0, -1]] -= 2
+        case "last":
+            scores[:, -1] += 2
+        case "skewed":
+            scores += 2 * (torch.arange(num_slots) < 4)
+    slot_ids = scores.topk(top_k, dim=1).indices
+    if pattern == "some":
+        slot_ids[torch.rand(num_tokens, top_k) < 0.6] = -1
+        slot_ids[::5] = -1
+    return slot_ids.fill_(-1) if pattern == "none" else slot_ids
+
+
+def _inputs(case: str, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, ExpertParams, Tensor]:
+    """Tokens, slot ids, weights, parameters, and the output's gradient; weights without a route are not 0."""
+    num_tokens, top_k, num_slots, hidden_size, intermediate_size, pattern = CASES[case]
+    torch.manual_seed(seed)
+    tokens = torch.randn(num_tokens, hidden_size, dtype=torch.float64).to(dtype)
+    slot_ids = _routes(num_tokens, top_k, num_slots, pattern)
+    weights = torch.rand(num_tokens, top_k, dtype=torch.promote_types(dtype, torch.float32)) + 0.1
+    params = ExpertParams(
+        (torch.randn(num_slots, hidden_size, 2 * intermediate_size, dtype=torch.float64) * hidden_size**-0.5).to(dtype),
+        (torch.randn(num_slots, intermediate_size, hidden_size, dtype=torch.float64) * 0.5).to(dtype),
+    )
+    return tokens, slot_ids, weights, params, torch.randn(num_tokens, hidden_size, dtype=torch.float64).to(dtype)
+
+
+def _evaluate(
+    backend: ExpertsBackend,
+    tokens: Tensor,
+    slot_ids: Tensor,
+    weights: Tensor,
+    params: ExpertParams,
+    grad_y: Tensor,
+) -> dict[str, Tensor]:
+    """The output and all gradients by name."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (tokens, weights, *params)]
+    y = backend(leaves[0], slot_ids, leaves[1], ExpertParams(leaves[2], leaves[3]))
+    assert y.dtype == tokens.dtype
+    assert y.shape == tokens.shape
+    grads = torch.autograd.grad(y, leaves, grad_y)  # raises where an input is not in the graph
+    names = ("tokens", "weights", "gate_and_up_projs", "down_projs")
+    return {"y": y.detach()} | dict(zip(names, grads, strict=True))
+
+
+def _oracle(
+    tokens: Tensor, slot_ids: Tensor, weights: Tensor, params: ExpertParams, grad_y: Tensor
+) -> dict[str, np.ndarray]:
+    arrays = [
+        tensor.double().numpy() if tensor.is_floating_point() else tensor.numpy() for tensor in (tokens, slot_ids)
+    ]
+    arrays += [tensor.double().numpy() for tensor in (weights, *params)]
+    return {"y": experts_forward(*arrays)} | experts_gradients(grad_y.double().numpy(), *arrays)._asdict()
+
+
+def _assert_close(ours: dict[str, Tensor], theirs: dict[str, np.ndarray], tolerance: float) -> None:
+    for name, expected in theirs.items():
+        error = np.linalg.norm(ours[name].double().numpy() - expected)
+        assert error <= tolerance * np.linalg.norm(expected), f"{name}: {error}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_eager_equals_the_float64_oracle(case: str) -> None:
+    inputs = _inputs(case, torch.float64)
+    _assert_close(_evaluate(eager, *inputs), _oracle(*inputs), 1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_backends_equal_the_oracle_in_fp32(case: str) -> None:
+    inputs = _inputs(case, torch.float32)
+    expected = _oracle(*inputs)
+    for _, backend in BACKENDS:
+        _assert_close(_evaluate(backend, *inputs), expected, 2e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_grouped_mm_equals_eager(case: str) -> None:
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)):
+        inputs = _inputs(case, dtype)
+        ours, theirs = _evaluate(grouped_mm, *inputs), _evaluate(eager, *inputs)
+        _assert_close(ours, {name: value.double().numpy() for name, value in theirs.items()}, tolerance)
+        assert all(ours[name].dtype == value.dtype for name, value in theirs.items())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_backends_stay_near_the_oracle_in_bf16(case: str) -> None:
+    inputs = _inputs(case, torch.bfloat16)
+    expected = _oracle(*inputs)
+    for _, backend in BACKENDS:
+        _assert_close(_evaluate(backend, *inputs), expected, 2e-2)
+
+
+@pytest.mark.parametrize(("name", "backend"), BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_idle_slots_and_missing_routes_get_exact_zeros(name: str, backend: ExpertsBackend, dtype: torch.dtype) -> None:
+    for case in ("most slots idle", "missing routes", "no routes", "no tokens"):
+        tokens, slot_ids, weights, params, grad_y = _inputs(case, dtype)
+        results = _evaluate(backend, tokens, slot_ids, weights, params, grad_y)
+        without = (slot_ids < 0).all(dim=1)
+        assert (results["y"][without] == 0).all()
+        assert (results["tokens"][without] == 0).all()
+        assert (results["weights"][slot_ids < 0] == 0).all()
+        idle = torch.ones(CASES[case][2], dtype=torch.bool)
+        idle[slot_ids[slot_ids >= 0]] = False
+        assert idle.any() or case == "missing routes", name
+        for parameter in ("gate_and_up_projs", "down_projs"):
+            assert (results[parameter][idle] == 0).all()
+            assert results[parameter][~idle].flatten(1).any(dim=1).all()
+
+
+@pytest.mark.parametrize(("name", "backend"), BACKENDS)
+def test_what_has_no_route_is_not_read(name: str, backend: ExpertsBackend) -> None:
+    """NaN in rows and weights without a route, and in slots without a token, stays there."""
+    tokens, slot_ids, weights, params, grad_y = _inputs("missing routes", torch.float32)
+    slot_ids[slot_ids == 3] = -1
+    expected = _evaluate(backend, tokens, slot_ids, weights, params, grad_y)
+    without = (slot_ids < 0).all(dim=1)
+    assert without.any()
+    tokens[without] = torch.nan
+    grad_y[without] = torch.nan
+    weights[slot_ids < 0] = torch.nan
+    for param in params:
+        param[3] = torch.nan
+    for key, value in _evaluate(backend, tokens, slot_ids, weights, params, grad_y).items():
+        assert torch.equal(value, expected[key]), f"{name}: {key}"
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Every tensor that torch allocates without a value is NaN (or the largest integer)."""
+    enabled, fill = torch.are_deterministic_algorithms_enabled(), _deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    _deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(enabled)
+    _deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(("name", "backend"), BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_depends_on_uninitialised_memory(name: str, backend: ExpertsBackend, dtype: torch.dtype) -> None:
+    for case in CASES:
+        poisoned = _evaluate(backend, *_inputs(case, dtype))
+        _deterministic.fill_uninitialized_memory = False
+        plain = _evaluate(backend, *_inputs(case, dtype))
+        _deterministic.fill_uninitialized_memory = True
+        for key, value in poisoned.items():
+            assert value.isfinite().all(), f"{name}, {case}: {key}"
+            assert torch.equal(value, plain[key]), f"{name}, {case}: {key}"
+
+
+@pytest.mark.parametrize(("name", "backend"), BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strided_inputs_change_nothing(name: str, backend: ExpertsBackend, dtype: torch.dtype) -> None:
+    tokens, slot_ids, weights, params, grad_y = _inputs("plain", dtype)
+    expected = _evaluate(backend, tokens, slot_ids, weights, params, grad_y)
+
+    def padded(tensor: Tensor) -> Tensor:
+        """The same values a column off, so that rows start at odd addresses."""
+        wide = tensor.new_empty(len(tensor), tensor.shape[1] + 3)
+        wide[:, 1:-2] = tensor
+        return wide[:, 1:-2]
+
+    for view in (lambda tensor: tensor.t().contiguous().t(), padded):
+        strided = view(tokens), view(slot_ids), view(weights)
+        assert not any(tensor.is_contiguous() for tensor in strided)
+        results = _evaluate(backend, *strided, params, view(grad_y))
+        for key, value in results.items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-6, msg=f"{name}: {key}")
+
+    summed = _evaluate(backend, tokens, slot_ids, weights, params, torch.ones_like(grad_y))
+    expanded = _evaluate(backend, tokens, slot_ids, weights, params, torch.ones((), dtype=dtype).expand(grad_y.shape))
+    for key, value in expanded.items():
+        assert torch.equal(value, summed[key]), f"{name}: {key}"
+
+
+@pytest.mark.parametrize(("name", "backend"), BACKENDS)
+def test_sums_over_a_tokens_slots_in_fp32_and_rounds_once(name: str, backend: ExpertsBackend) -> None:
+    """256 and 63 times 1, all exact in bf16: a bf16 accumulator stays at 256, the exact 319 rounds to 320."""
+    num_slots = 64
+    tokens = torch.zeros(3, 8, dtype=torch.bfloat16)
+    tokens[:, 0] = 1
+    gate_and_up_projs = torch.zeros(num_slots, 8, 16, dtype=torch.bfloat16)
+    gate_and_up_projs[:, 0, 0], gate_and_up_projs[:, 0, 8] = 32, 1 / 32  # silu(32) is 32
+    down_projs = torch.zeros(num_slots, 8, 8, dtype=torch.bfloat16)
+    down_projs[:, 0] = 1
+    weights = torch.ones(3, num_slots)
+    weights[:, 0] = 256
+    y = backend(tokens, torch.arange(num_slots).repeat(3, 1), weights, ExpertParams(gate_and_up_projs, down_projs))
+    assert (y == 320).all(), name
+
+
+@pytest.mark.parametrize(("name", "backend"), BACKENDS)
+def test_outputs_of_two_calls_with_disjoint_slots_add(name: str, backend: ExpertsBackend) -> None:
+    tokens, slot_ids, weights, params, _ = _inputs("skewed", torch.float32)
+    whole = backend(tokens, slot_ids, weights, params)
+    first = backend(
+        tokens, slot_ids.masked_fill(slot_ids >= 3, -1), weights, ExpertParams(*(param[:3] for param in params))
+    )
+    second_ids = torch.where(slot_ids < 3, -1, slot_ids - 3)
+    second = backend(tokens, second_ids, weights, ExpertParams(*(param[3:] for param in params)))
+    torch.testing.assert_close(first + second, whole, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("name", "backend"), BACKENDS)
+def test_is_deterministic(name: str, backend: ExpertsBackend) -> None:
+    inputs = _inputs("skewed", torch.bfloat16)
+    first, second = (_evaluate(backend, *inputs) for _ in range(2))
+    assert all(torch.equal(value, second[key]) for key, value in first.items()), name
+
+
+def test_gradcheck_of_eager() -> None:
+    torch.manual_seed(0)
+    slot_ids = torch.tensor([[0, 2], [2, -1], [-1, -1]])
+    tokens, weights = torch.randn(3, 4, dtype=torch.float64), torch.rand(3, 2, dtype=torch.float64)
+    params = torch.randn(3, 4, 6, dtype=torch.float64), torch.randn(3, 3, 4, dtype=torch.float64)
+    leaves = tuple(tensor.requires_grad_() for tensor in (tokens, weights, *params))
+    assert torch.autograd.gradcheck(lambda x, w, g, d: eager(x, slot_ids, w, ExpertParams(g, d)), leaves)
+
+
+def test_swiglu_multiplies_the_weight_in_fp32_and_rounds_once() -> None:
+    torch.manual_seed(0)
+    gate_and_up, weights = (torch.randn(200, 32) * 3).bfloat16(), torch.rand(200)
+    gate, up = gate_and_up.double().chunk(2, dim=1)
+    exact = gate / (1 + (-gate).exp()) * up * weights.double()[:, None]
+    activated = swiglu(gate_and_up, weights)
+    assert activated.dtype == torch.bfloat16
+    assert ((activated.double() - exact).abs() <= 2.0**-8 * exact.abs()).all()
+
+
+@pytest.mark.parametrize(("name", "backend"), BACKENDS)
+def test_module_keeps_all_parameters_in_the_graph_when_idle(name: str, backend: ExpertsBackend) -> None:
+    experts = GroupedExperts(4, 8, 16, backend)
+    for tokens, slot_ids in ((torch.randn(0, 8), torch.zeros(0, 2)), (torch.randn(5, 8), -torch.ones(5, 2))):
+        experts.zero_grad()
+        weights = torch.rand(len(tokens), 2, requires_grad=True)
+        y = experts(tokens, slot_ids.long(), weights)
+        assert y.requires_grad
+        y.sum().backward()
+        assert weights.grad is not None
+        for parameter_name, parameter in experts.named_parameters():
+            assert parameter.grad is not None, f"{name}: {parameter_name}"
+            assert (parameter.grad == 0).all(), f"{name}: {parameter_name}"
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "intermediate_size", "dtype", "reason"),
+    [
+        (8, 8, torch.float64, "float64"),
+        (6, 8, torch.float32, "hidden_size = 6"),
+        (8, 6, torch.float32, "intermediate_size = 6"),
+        (12, 8, torch.bfloat16, "hidden_size = 12"),
+        (8, 12, torch.bfloat16, "intermediate_size = 12"),
+    ],
+)
+def test_grouped_mm_names_what_it_cannot_do(
+    hidden_size: int, intermediate_size: int, dtype: torch.dtype, reason: str
+) -> None:
+    experts = GroupedExperts(2, hidden_size, intermediate_size, grouped_mm).to(dtype)
+    tokens, slot_ids, weights = torch.randn(3, hidden_size, dtype=dtype), torch.zeros(3, 1).long(), torch.ones(3, 1)
+    with pytest.raises(ValueError, match=f"grouped_mm.*{reason}.*eager"):
+        experts(tokens, slot_ids, weights)
+    experts.backend = eager
+    assert experts(tokens, slot_ids, weights).shape == (3, hidden_size)

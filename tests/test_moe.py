@@ -1,0 +1,230 @@
+"""The MoE layer on one rank, against router and experts in float64 numpy, with gradients by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from crossdock import MoE, MoEConfig, RouterConfig, moe_layers
+from tests.experts.oracle import experts_forward, experts_gradients
+from tests.routing.oracle import route, route_gradients
+
+B, S, H, I = 3, 9, 16, 8
+
+
+def _layer(router: RouterConfig, dtype: torch.dtype, experts: str = "eager", **settings: Any) -> MoE:
+    torch.manual_seed(0)
+    layer = MoE(H, I, router, MoEConfig(experts=experts, **settings))  # pyright: ignore[reportArgumentType]
+    layer.router.reset_parameters(std=0.5)
+    layer.experts.reset_parameters(std=0.4)
+    if layer.router.expert_bias is not None:
+        layer.router.expert_bias.normal_(std=0.2)
+    return layer.to(dtype)
+
+
+def _array(tensor: Tensor | None) -> np.ndarray:
+    assert tensor is not None
+    return tensor.detach().double().numpy()
+
+
+def _run(layer: MoE, x: Tensor, padding_mask: Tensor | None, grad: Tensor) -> dict[str, np.ndarray]:
+    layer.zero_grad()
+    inputs = x.detach().requires_grad_()
+    output = layer(inputs, padding_mask)
+    assert output.dtype == x.dtype
+    assert output.shape == x.shape
+    output.backward(grad)
+    return {"output": _array(output), "x": _array(inputs.grad)} | {
+        name: _array(parameter.grad) for name, parameter in layer.named_parameters()
+    }
+
+
+def _expected(layer: MoE, x: Tensor, padding_mask: Tensor | None, grad: Tensor) -> dict[str, np.ndarray]:
+    tokens, grad_output = _array(x).reshape(-1, H), _array(grad).reshape(-1, H)
+    mask = None if padding_mask is None else padding_mask.numpy().reshape(-1)
+    config, bias = layer.router.config, layer.router.expert_bias
+    scoring = (config.score_function, config.norm_topk_prob, config.routed_scaling_factor)
+    weight = _array(layer.router.weight)
+    routing = route(tokens, weight, config.top_k, *scoring, None if bias is None else _array(bias), mask)
+    params = _array(layer.experts.gate_and_up_projs), _array(layer.experts.down_projs)
+    inputs = tokens, routing.expert_ids, routing.weights, *params
+    grads = experts_gradients(grad_output, *inputs)
+    through_router, grad_weight = route_gradients(grads.weights, routing, tokens, weight, *scoring)
+    return {
+        "output": experts_forward(*inputs).reshape(x.shape),
+        "x": (grads.tokens + through_router).reshape(x.shape),
+        "router.weight": grad_weight,
+        "experts.gate_and_up_projs": grads.gate_and_up_projs,
+        "experts.down_projs": grads.down_projs,
+    }
+
+
+def _assert_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        error = np.linalg.norm(ours[name] - expected)
+        assert error <= tolerance * np.linalg.norm(expected), f"{name}: {error}"
+
+
+ROUTERS = {
+    "softmax": RouterConfig(6, 2),
+    "softmax, raw weights": RouterConfig(6, 2, norm_topk_prob=False),
+    "sigmoid, scaled": RouterConfig(6, 3, "sigmoid", routed_scaling_factor=2.5),
+    "expert bias": RouterConfig(6, 2, "sigmoid", expert_bias=True),
+    "all experts": RouterConfig(6, 6),
+    "one expert": RouterConfig(1, 1, norm_topk_prob=False),
+}
+
+
+def _tokens(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    x, grad = (torch.randn(B, S, H, dtype=torch.float64).to(dtype) for _ in range(2))
+    return x, torch.arange(S) >= torch.tensor([[S], [4], [7]]), grad
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_output_and_gradients_equal_the_float64_reference(name: str) -> None:
+    cases = (
+        ("eager", torch.float64, 1e-12),
+        ("eager", torch.float32, 2e-6),
+        ("grouped_mm", torch.float32, 2e-6),
+        ("grouped_mm", torch.bfloat16, 2e-2),
+    )
+    for experts, dtype, tolerance in cases:
+        layer = _layer(ROUTERS[name], dtype, experts)
+        x, padding_mask, grad = _tokens(dtype)
+        for mask in (None, padding_mask):
+            _assert_close(_run(layer, x, mask, grad), _expected(layer, x, mask, grad), tolerance)
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+def test_2048_experts(experts: str) -> None:
+    layer = _layer(RouterConfig(2048, 8), torch.float32, experts)
+    x, mask, grad = _tokens(torch.float32)
+    _assert_close(_run(layer, x, mask, grad), _expected(layer, x, mask, grad), 2e-6)
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+def test_skewed_routing_leaves_idle_experts_a_zero_gradient(experts: str) -> None:
+    layer = _layer(RouterConfig(8, 2, expert_bias=True), torch.float32, experts)
+    assert layer.router.expert_bias is not None
+    layer.router.expert_bias.copy_(torch.tensor([0, 0, 5.0, 0, 0, 5.0, 0, 0]))
+    x, mask, grad = _tokens(torch.float32)
+    grads = _run(layer, x, mask, grad)
+    _assert_close(grads, _expected(layer, x, mask, grad), 2e-6)
+    assert layer.load.tokens_per_expert.nonzero().flatten().tolist() == [2, 5]
+    idle = [0, 1, 3, 4, 6, 7]
+    assert not grads["experts.gate_and_up_projs"][idle].any()
+    assert not grads["experts.down_projs"][idle].any()
+
+
+def test_shape_and_strides_of_the_input_change_nothing() -> None:
+    layer = _layer(ROUTERS["softmax"], torch.float32, "grouped_mm")
+    x, _, grad = _tokens(torch.float32)
+    expected = _run(layer, x, None, grad)
+    views = {
+        "transposed batch": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+        "transposed features": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+        "reversed strides": lambda t: t.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+        "every other feature": lambda t: torch.stack([t, torch.zeros_like(t)], dim=-1)[..., 0],
+    }
+    for name, view in views.items():
+        assert not view(x).is_contiguous(), name
+        for key, value in _run(layer, view(x), None, view(grad)).items():
+            np.testing.assert_allclose(value, expected[key], rtol=1e-5, atol=1e-6, err_msg=f"{name}: {key}")
+    flat = _run(layer, x.view(-1, H), None, grad.view(-1, H))
+    deep = _run(layer, x.view(B, 3, 3, H), None, grad.view(B, 3, 3, H))
+    for key, value in expected.items():
+        np.testing.assert_array_equal(flat[key].reshape(value.shape), value)
+        np.testing.assert_array_equal(deep[key].reshape(value.shape), value)
+    torch.testing.assert_close(layer(x[0, 0]).double().detach(), torch.from_numpy(expected["output"][0, 0]))
+
+    ones = _run(layer, x, None, torch.ones_like(x))
+    expanded = _run(layer, x, None, torch.ones(()).expand(x.shape))
+    for key, value in ones.items():
+        np.testing.assert_array_equal(expanded[key], value)
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+def test_padding_gives_zero_rows_and_moves_nothing_else(experts: str) -> None:
+    layer = _layer(ROUTERS["softmax"], torch.float32, experts)
+    x, padding_mask, _ = _tokens(torch.float32)
+    output = layer(x, padding_mask)
+    assert (output[padding_mask] == 0).all()
+    assert output[~padding_mask].any(dim=1).all()
+    torch.testing.assert_close(output[~padding_mask], layer(x)[~padding_mask], rtol=1e-6, atol=1e-6)
+    other = x.clone()
+    other[padding_mask] = 1e6
+    assert torch.equal(layer(other, padding_mask), output)
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+def test_no_tokens_give_zero_gradients(experts: str) -> None:
+    layer = _layer(ROUTERS["softmax"], torch.float32, experts)
+    for shape in ((0, H), (0, S, H), (B, 0, H)):
+        layer.zero_grad()
+        x = torch.zeros(shape, requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad is not None
+        for name, parameter in layer.named_parameters():
+            assert parameter.grad is not None, name
+            assert (parameter.grad == 0).all(), name
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_bad_numbers_flow_and_stay_in_their_row(experts: str, value: float) -> None:
+    layer = _layer(
+        ROUTERS["expert bias"], torch.float32, experts, sequence_aux_loss_coeff=0.1, batch_aux_loss_coeff=0.1
+    )
+    x, _, _ = _tokens(torch.float32)
+    clean = layer(x)
+    x[1, 2, 3] = value
+    output = layer(x)
+    assert not output[1, 2].isfinite().any()
+    others = torch.ones(B, S, dtype=torch.bool)
+    others[1, 2] = False
+    torch.testing.assert_close(output[others], clean[others], rtol=1e-5, atol=1e-6)
+    output.sum().backward()
+    assert layer.load.tokens_per_expert.sum() == 2 * B * S
+
+
+def test_wrong_sizes_and_names_are_refused() -> None:
+    layer = _layer(ROUTERS["softmax"], torch.float32)
+    with pytest.raises(ValueError, match=rf"{H + 1} features.*hidden_size is {H}"):
+        layer(torch.randn(B, S, H + 1))
+    with pytest.raises(ValueError, match=r"'abacus'.*eager, grouped_mm"):
+        _layer(ROUTERS["softmax"], torch.float32, "abacus")
+
+
+@pytest.mark.parametrize("expert_bias", [True, False])
+def test_can_be_built_on_the_meta_device(expert_bias: bool) -> None:
+    with torch.device("meta"):
+        layer = MoE(H, I, RouterConfig(6, 2, expert_bias=expert_bias), MoEConfig(experts="eager"))
+    assert all(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers()))
+    layer.to_empty(device="cpu")
+    layer.router.reset_parameters()
+    layer.experts.reset_parameters()
+    for buffer in layer.buffers():
+        buffer.fill_(3)  # as uninitialised memory may
+    layer.reset_buffers()
+    reference = MoE(H, I, RouterConfig(6, 2, expert_bias=expert_bias), MoEConfig(experts="eager"))
+    for (name, buffer), (other, expected) in zip(layer.named_buffers(), reference.named_buffers(), strict=True):
+        assert name == other
+        assert buffer.dtype == expected.dtype, name
+        assert torch.equal(buffer, expected), name
+    reference.load_state_dict(layer.state_dict())
+    x, _, _ = _tokens(torch.float32)
+    assert torch.equal(layer(x), reference(x))
+
+
+def test_metadata_of_one_rank() -> None:
+    layer = _layer(RouterConfig(5, 2), torch.float32)
+    assert (layer.ep_group, layer.ep_rank, layer.ep_world_size) == (None, 0, 1)
+    assert layer.local_expert_ids == (0, 1, 2, 3, 4)
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Sequential(layer)})
+    assert moe_layers(model) == {"b.0": layer}
