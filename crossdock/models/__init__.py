@@ -13,9 +13,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from crossdock.models.family import DEEPEP_SUFFIX, Family, ModelConfig
 from crossdock.models.initial import initialise_weights
 from crossdock.models.qwen3 import Qwen3
-from crossdock.moe import MoEConfig
+from crossdock.moe import MoEConfig, moe_layers
 
-__all__ = ["FAMILIES", "Family", "ModelConfig", "ModelError", "build_model", "initialise_weights", "resolve_hf_config"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "ModelConfig",
+    "ModelError",
+    "build_model",
+    "count_parameters",
+    "initialise_weights",
+    "resolve_hf_config",
+]
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in (Qwen3(),)})
 
@@ -72,3 +81,12 @@ def build_model(
     with torch.device("meta"):
         model = family.build(hf_config)
         return family.adapt(model, moe, force_load_balance=force_load_balance).to(dtype)  # type: ignore[arg-type]
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Parameters of the whole model on any layout; slots without an expert do not count."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for layer in moe_layers(model).values():
+        per_slot = sum(parameter.numel() for parameter in layer.experts.parameters()) // layer.placement.num_slots
+        total -= per_slot * (layer.placement.num_slots - layer.num_experts)
+    return total

@@ -45,7 +45,7 @@ class Qwen3:
                 "hidden_size": 256,
                 "intermediate_size": 512,
                 "moe_intermediate_size": 256,
-                "num_hidden_layers": 4,
+                "num_hidden_layers": 3,
                 "num_attention_heads": 4,
                 "num_key_value_heads": 2,
                 "head_dim": 64,

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from crossdock.checkpoint import Checkpointer, latest_step
 from crossdock.comm import raise_together
 from crossdock.config import RUN_CONFIG_FILE, Config, to_toml
-from crossdock.models import FAMILIES, build_model, initialise_weights, resolve_hf_config
+from crossdock.models import FAMILIES, build_model, count_parameters, initialise_weights, resolve_hf_config
 from crossdock.moe import moe_layers, set_batch_totals
 from crossdock.parallel import ParallelDims, clip_grad_norm_, parallelize
 from crossdock.routing import max_mean_load, reduce_counts, update_expert_bias
@@ -283,7 +283,7 @@ class Trainer:
         for layer in moe_layers(model).values():
             layer.reset_buffers()
         initialise_weights(model, config.training.seed, hf_config.initializer_range)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = count_parameters(model)
         self._tell(
             f"{family.name}: {parameters / 1e6:,.1f} M parameters on {self.world_size} ranks "
             f"(ep {dims.ep}, ep_shard {dims.ep_shard}), {config.training.dtype}; run folder {self.folder}"
