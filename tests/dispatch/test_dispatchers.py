@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossdock import MoE, MoEConfig, RouterConfig, apply_ep
-from crossdock.dispatch import Dispatcher, LocalDispatcher, build_dispatcher
+from crossdock.dispatch import DISPATCHERS, Dispatcher, LocalDispatcher, build_dispatcher
 from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activation_checkpoint
 from tests.ranks import RankPool
 
@@ -220,10 +220,15 @@ def _same(first: Any, second: Any) -> bool:
 Results = tuple[int, list[list[dict[str, Any]]]]
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4], ids=lambda world_size: f"{world_size}-ranks")
+@pytest.fixture(
+    scope="module",
+    params=[(name, world_size) for name in sorted(DISPATCHERS) for world_size in (2, 3, 4)],
+    ids=lambda param: f"{param[0]}-{param[1]}-ranks",
+)
 def results(request: pytest.FixtureRequest, ranks: RankPool) -> Results:
     """World size, and the results of each rank."""
-    return request.param, ranks.run(request.param, _all_cases, "alltoall")
+    dispatcher_name, world_size = request.param
+    return world_size, ranks.run(world_size, _all_cases, dispatcher_name)
 
 
 def test_what_arrives_is_exact_in_order_and_once_per_rank(results: Results) -> None:
