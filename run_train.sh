@@ -24,8 +24,15 @@ if [[ -z ${PYTORCH_ALLOC_CONF+set} && -z ${PYTORCH_CUDA_ALLOC_CONF+set} ]] &&
 fi
 
 config=("${CONFIG_FILE:-$root/configs/debug.toml}")
-if [[ -z ${CONFIG_FILE:-} && " $*" =~ \ --job\.dump[-_]folder[\ =]([^\ ]+) && -f ${BASH_REMATCH[1]}/config.toml ]]; then
-    config=() # the run is resumed with its own settings
-fi
+previous=''
+for argument in "$@"; do
+    case $previous$argument in
+    --job.dump[-_]folder=* | --job.dump[-_]folder\ *)
+        # A run is resumed with its own settings.
+        if [[ -z ${CONFIG_FILE:-} && -f ${argument#--job.dump?folder=}/config.toml ]]; then config=(); fi
+        ;;
+    esac
+    previous="$argument "
+done
 
 exec "$root/.venv/bin/crossdock" train ${config[@]+"${config[@]}"} ${launch[@]+"${launch[@]}"} "$@"

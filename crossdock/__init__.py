@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from crossdock.moe import MoE, MoEConfig, moe_layers, set_batch_totals
+from crossdock.moe import MoE, MoEConfig, finish_step, moe_layers, set_batch_totals
 from crossdock.parallel import (
     ExpertParallel,
     ParallelDims,
@@ -25,6 +25,7 @@ __all__ = [
     "apply_ep",
     "apply_fsdp",
     "clip_grad_norm_",
+    "finish_step",
     "moe_layers",
     "parallelize",
     "set_batch_totals",

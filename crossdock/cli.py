@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import signal
 import sys
 from dataclasses import replace
 from datetime import datetime
@@ -44,7 +45,13 @@ examples
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point of `crossdock` and `python -m crossdock`."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        _main(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def _main(arguments: list[str]) -> NoReturn:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if command in ("", "-h", "--help", "help"):
         print(_USAGE, end="", file=sys.stdout if command else sys.stderr)
@@ -87,7 +94,7 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
 
     try:
         config = load_config(path, overrides)
-        if "LOCAL_RANK" in os.environ:
+        if _is_rank():
             # Our launcher has named the folder, on the first machine, whose ranks need not be the first ones.
             first = ENDED_FOLDER not in os.environ and os.environ["RANK"] == "0"
             return run_rank(_with_run_folder(config, path, first=first), os.environ)
@@ -176,13 +183,18 @@ def _with_run_folder(config: Config, config_path: Path | None, *, first: bool) -
     return replace(config, job=replace(config.job, dump_folder=str(folder)))
 
 
+def _is_rank() -> bool:
+    """Whether torchrun started this process."""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
 def _fail(message: str, *, exit_code: int = 2) -> NoReturn:
-    """End with one message for a person; of all ranks only the first speaks."""
+    """End with one message for a person; of a machine's ranks only the first speaks."""
     from rich.console import Console
     from rich.panel import Panel
     from rich.text import Text
 
-    if os.environ.get("RANK", "0") == "0":
+    if not _is_rank() or os.environ["LOCAL_RANK"] == "0":
         panel = Panel(Text(message), title="crossdock", title_align="left", border_style="red")
         Console(stderr=True).print(panel)
     sys.exit(exit_code)

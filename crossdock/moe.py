@@ -20,10 +20,12 @@ from crossdock.routing import (
     RouterConfig,
     attach_losses,
     count_experts,
+    reduce_counts,
     router_losses,
+    update_expert_bias,
 )
 
-__all__ = ["MoE", "MoEConfig", "moe_layers", "set_batch_totals"]
+__all__ = ["MoE", "MoEConfig", "finish_step", "moe_layers", "set_batch_totals"]
 
 
 @dataclass(frozen=True)
@@ -96,18 +98,19 @@ class MoE(nn.Module):
         self.ep_group = ep_group
         self.ep_rank = dist.get_rank(ep_group) if ep_group is not None else 0
         self.ep_world_size = placement.num_ranks
-        self.reset_placement_buffer()
+        self._write_placement()
 
-    def reset_placement_buffer(self) -> None:
-        """Write the placement's map of logical experts to slots to the device (again, after `to_empty`)."""
+    def _write_placement(self) -> None:
+        """Write the placement's map of logical experts to slots to the device."""
         slots = torch.tensor(self.placement.expert_to_slot)
         if not self._expert_to_slot.is_meta:
             self._expert_to_slot.copy_(slots)
 
     def reset_buffers(self) -> None:
         """Give all buffers their first values: needed after `to_empty`, which leaves them uninitialised."""
-        self.reset_placement_buffer()
+        self._write_placement()
         self.load.reset()
+        self.load.reset_evaluation()
         if self.router.expert_bias is not None:
             self.router.expert_bias.zero_()
 
@@ -135,7 +138,7 @@ class MoE(nn.Module):
         y = self.experts(arrived.tokens, arrived.slot_ids, arrived.weights)
         output = self.dispatcher.combine(y, arrived.handle).wait()
 
-        if self.training and torch.is_grad_enabled():
+        if self.training and output.requires_grad:
             losses = router_losses(routing, self.coefficients, sequence_shape, mask, self.batch_totals)
             output = attach_losses(output, routing, losses, self.coefficients, self.load)
         else:
@@ -151,17 +154,37 @@ class MoE(nn.Module):
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
-    """The MoE layers of a model by name, in order."""
+    """The MoE layers of a model by name (as `named_modules` has it, wrappers included), in order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
 
 
-def set_batch_totals(model: nn.Module, sequences: float, tokens: float) -> None:
+def set_batch_totals(model: nn.Module, sequences: int, tokens: int) -> None:
     """Tell every MoE layer the size of the global batch (all ranks and micro-batches of the step).
 
     Args:
         sequences: rows of the batch.
-        tokens: unpadded tokens.
+        tokens: unpadded tokens, more than 0.
     """
     totals = BatchTotals(sequences, tokens)
     for layer in moe_layers(model).values():
         layer.batch_totals = totals
+
+
+def finish_step(model: nn.Module, group: dist.ProcessGroup | None = None, *, update_bias: bool = True) -> Tensor:
+    """After an optimizer step: sum the step's counts over the ranks, move the expert biases, start counting anew.
+
+    Args:
+        model: its MoE layers all have the same number of experts.
+        group: the data-parallel ranks; `None` for this rank alone. Collective.
+        update_bias: false leaves the biases as they are, after a step that was skipped.
+
+    Returns:
+        `[L, E]` int64, routes per layer and logical expert over the whole global batch.
+    """
+    layers = list(moe_layers(model).values())
+    counts = reduce_counts([layer.load for layer in layers], group)
+    for layer, layer_counts in zip(layers, counts, strict=True):
+        if update_bias:
+            update_expert_bias([layer.router], layer_counts[None], layer.config.expert_bias_rate)
+        layer.load.reset()
+    return counts

@@ -300,6 +300,9 @@ def _finish(partial: Path, final: Path, state: dict[str, Any]) -> None:
         os.fsync(file.fileno())
     replaced = _set_aside(final) if final.exists() else None
     partial.rename(final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
 

@@ -27,13 +27,16 @@ EXCHANGE_OPS = (_all_to_all, _wait)
 
 
 class Pending(Generic[T]):
-    """A value that is on its way. `wait()` yields it and may be called once."""
+    """A value that is on its way. `wait()` yields it, once: a second call would be a second exchange backward."""
 
     def __init__(self, finish: Callable[[], T]) -> None:
-        self._finish = finish
+        self._finish: Callable[[], T] | None = finish
 
     def wait(self) -> T:
-        return self._finish()
+        finish, self._finish = self._finish, None
+        if finish is None:
+            raise RuntimeError("a pending value can be waited for once")
+        return finish()
 
 
 class Splits(NamedTuple):
@@ -104,14 +107,15 @@ class _Finish(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        # What is returned is still on its way; nothing but `_AwaitGradient` lies between.
         return _start(grads[0], ctx.splits.reversed, ctx.group_name), None, None, None
 
 
 def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
     """Raise on all ranks of `group` if any rank has an error, so that none waits for a rank that gave up.
 
-    A rank with an error raises its own; the others raise the first rank's. Collective; objects travel, so keep it
-    out of the training step.
+    A rank with an error raises its own; the others raise the first rank's, so errors must pickle. Collective; objects
+    travel, so keep it out of the training step.
     """
     if not dist.is_initialized():
         errors: Sequence[Exception | None] = [error]

@@ -27,8 +27,11 @@ class ConfigError(ValueError):
     """A setting that cannot be used: `field` (`section.key`), its `value`, and what would be `valid`."""
 
     def __init__(self, field: str, value: object, valid: str) -> None:
-        super().__init__(f"{field} = {value!r}: {valid}")
+        super().__init__(field, value, valid)
         self.field, self.value, self.valid = field, value, valid
+
+    def __str__(self) -> str:
+        return f"{self.field} = {self.value!r}: {self.valid}"
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,15 @@ def validate(config: Config, world_size: int) -> ParallelDims:
         raise ConfigError(f"parallelism.{error.field}", error.value, error.valid) from None
     ep, most = "parallelism.expert_parallel_degree", model.num_experts
     _require(config, ep, dims.ep <= most, f"at most {most}, the model's experts")
-    for size in ("hidden_size", "moe_intermediate_size"):
-        valid = f"leaves ep_shard = {dims.ep_shard}, which must divide the model's {size}, {getattr(model, size)}"
-        _require(config, ep, getattr(model, size) % dims.ep_shard == 0, valid)
+    sizes = (model.hidden_size, model.moe_intermediate_size)
+    working = [
+        degree
+        for degree in range(1, min(world_size, most) + 1)
+        if world_size % degree == 0 and not any(size % (world_size // degree) for size in sizes)
+    ]
+    valid = f"one of {', '.join(map(str, working))}" if working else "there is none for this number of ranks"
+    why = f"{world_size} ranks / expert_parallel_degree must divide the experts' sizes {sizes[0]} and {sizes[1]}"
+    _require(config, ep, dims.ep in working, f"{valid}: {why}")
     batch, total = config.training.local_batch_size, config.training.global_batch_size
     step = batch * dims.dp_replicate * dims.dp_shard
     valid = f"-1 or a multiple of {step} (local_batch_size {batch} x data-parallel ranks)"
@@ -166,8 +172,11 @@ def _check_run_folder(config: Config) -> None:
             old = attrgetter(name)(before)
             valid = f"must be {old!r}, as in the run that {folder} holds; or choose another job.dump_folder"
             _require(config, name, attrgetter(name)(config) == old, valid)
+        old, dtype = before.training.dtype, config.training.dtype
+        valid = f"the run that {folder} holds is {old}; weights of float64 and others do not mix"
+        _require(config, "training.dtype", (old == "float64") == (dtype == "float64"), valid)
     else:
-        usable = not os.path.isdir(folder) or not os.listdir(folder)
+        usable = not os.path.isdir(folder) or all(name.startswith(".") for name in os.listdir(folder))
         _require(config, "job.dump_folder", usable, "must be the folder of a run, an empty one or a new one")
 
 

@@ -39,8 +39,7 @@ class AllToAllDispatcher:
         self.id_dtype = torch.int16 if slots_per_rank <= torch.iinfo(torch.int16).max else torch.int32
 
     def dispatch(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
-        destination, token = self._routes_by_rank(slot_ids)
-        send_counts = torch.bincount(destination, minlength=self.num_ranks)
+        destination, token, send_counts = self._rows_by_rank(slot_ids)
         splits = exchange_counts(send_counts, self.group_name)
         handle = AllToAllHandle(token, splits, len(x))
 
@@ -63,14 +62,15 @@ class AllToAllDispatcher:
         rows = exchange(y, splits.reversed, self.group_name)
         return Pending(lambda: _Gather.apply(rows.wait(), token, splits.send, num_tokens))  # type: ignore[arg-type]
 
-    def _routes_by_rank(self, slot_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The distinct (destination rank, token) pairs of `slot_ids` `[T, K]`, sorted: two `[S]` int64 tensors."""
+    def _rows_by_rank(self, slot_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The distinct (destination rank, token) pairs of `slot_ids [T, K]`, sorted, two `[S]`; their counts `[R]`."""
         no_rank = self.num_ranks
         ranks = torch.where(slot_ids < 0, no_rank, slot_ids // self.slots_per_rank)
         needed = torch.zeros(len(slot_ids), self.num_ranks + 1, dtype=torch.bool, device=slot_ids.device)
         needed.scatter_(1, ranks, True)
-        destination, token = needed[:, :no_rank].t().nonzero().unbind(1)
-        return destination, token
+        by_rank = needed[:, :no_rank].t()
+        destination, token = by_rank.nonzero().unbind(1)
+        return destination, token, by_rank.sum(dim=1)
 
 
 def _pack(ids: Tensor, weights: Tensor) -> Tensor:
@@ -104,6 +104,7 @@ class _Spread(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, token: Tensor, rows_per_rank: list[int]) -> Tensor:
+        # A plain attribute: recompute would make a saved tensor again.
         ctx.token, ctx.rows_per_rank, ctx.num_tokens = token, rows_per_rank, len(x)
         return x[token]
 

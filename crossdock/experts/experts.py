@@ -77,6 +77,11 @@ class GroupedExperts(nn.Module):
     def forward(self, tokens: Tensor, slot_ids: Tensor, weights: Tensor) -> Tensor:
         """`tokens [U, H]`, `slot_ids [U, K]` (this rank's own slots), `weights [U, K]` -> `[U, H]`."""
         params = ExpertParams(_local(self.gate_and_up_projs), _local(self.down_projs))
+        device = tokens.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            # Autocast does not know every backend's products.
+            dtype = torch.get_autocast_dtype(device)
+            tokens, params = tokens.to(dtype), ExpertParams(*(weight.to(dtype) for weight in params))
         return self.backend(tokens, slot_ids, weights, params)
 
     def extra_repr(self) -> str:

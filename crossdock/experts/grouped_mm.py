@@ -27,13 +27,16 @@ def grouped_mm(tokens: Tensor, slot_ids: Tensor, weights: Tensor, params: Expert
     route = (slots >= 0).nonzero().squeeze(1)
     route = route[slots[route].argsort(stable=True)]
     row = route // slot_ids.shape[1]
-    offsets = torch.bincount(slots[route], minlength=num_slots).cumsum(0).to(torch.int32)
+    counts = torch.zeros(num_slots, dtype=torch.int64, device=slots.device)
+    offsets = counts.scatter_add_(0, slots[route], torch.ones_like(route)).cumsum(0).to(torch.int32)
 
     gate_and_up = F.grouped_mm(tokens[row], params.gate_and_up_projs, offs=offsets)
     activated = swiglu(gate_and_up, weights.flatten()[route])
     outputs = F.grouped_mm(activated, params.down_projs, offs=offsets)
-    y = torch.zeros_like(tokens, dtype=torch.promote_types(tokens.dtype, torch.float32))
-    return y.index_add(0, row, outputs.to(y.dtype)).to(tokens.dtype)
+    # Each route has a row of its own, so that a token's routes are summed in one order on every device.
+    routes = tokens.new_zeros(slots.numel(), tokens.shape[1]).index_copy(0, route, outputs)
+    y = routes.view(*slot_ids.shape, tokens.shape[1]).sum(dim=1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+    return y.to(tokens.dtype)
 
 
 def _check(tokens: Tensor, params: ExpertParams) -> None:

@@ -33,8 +33,11 @@ class ModelError(ValueError):
     """A `[model]` setting that names no model. `field` is the key, `value` what it holds, `valid` what would do."""
 
     def __init__(self, field: str, value: str, valid: str) -> None:
-        super().__init__(f"{field} = {value!r}: {valid}")
+        super().__init__(field, value, valid)
         self.field, self.value, self.valid = field, value, valid
+
+    def __str__(self) -> str:
+        return f"{self.field} = {self.value!r}: {self.valid}"
 
 
 def resolve_hf_config(config: ModelConfig) -> PreTrainedConfig:

@@ -42,9 +42,9 @@ class Qwen3:
             "debug": _COMMON
             | {
                 "vocab_size": 8192,
-                "hidden_size": 256,
-                "intermediate_size": 512,
-                "moe_intermediate_size": 256,
+                "hidden_size": 240,
+                "intermediate_size": 480,
+                "moe_intermediate_size": 240,
                 "num_hidden_layers": 3,
                 "num_attention_heads": 4,
                 "num_key_value_heads": 2,
@@ -115,6 +115,8 @@ class Qwen3:
 @torch.no_grad()
 def _moe(block: Qwen3MoeSparseMoeBlock, config: Qwen3MoeConfig, moe: MoEConfig, force_load_balance: bool) -> MoE:
     """The block as a `MoE` of the same device and dtype: projections are transposed, gate stays before up."""
+    if config.hidden_act not in ("silu", "swish"):
+        raise ValueError(f"hidden_act is {config.hidden_act!r}; experts compute silu alone")
     router = RouterConfig(
         num_experts=config.num_experts,
         top_k=config.num_experts_per_tok,

@@ -10,8 +10,8 @@ _CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."
 
 
 def block_lists(model: nn.Module) -> list[nn.ModuleList]:
-    """The outermost `nn.ModuleList`s of a model: by convention they hold its transformer blocks."""
-    if isinstance(model, nn.ModuleList):
+    """The outermost `nn.ModuleList`s that hold modules, not lists: by convention a model's transformer blocks."""
+    if isinstance(model, nn.ModuleList) and not any(isinstance(entry, nn.ModuleList) for entry in model):
         return [model]
     return [blocks for child in model.children() for blocks in block_lists(child)]
 

@@ -34,6 +34,7 @@ class ExpertParallel(ParallelStyle):
             raise ValueError("expert parallelism has been applied to this layer already")
         group = device_mesh.get_group()
         placement = Placement.contiguous(module.num_experts, device_mesh.size())
+        dispatcher = build_dispatcher(module.config.dispatcher, group, placement.slots_per_rank)
         own = placement.experts_on(device_mesh.get_local_rank())
         for name, parameter in list(module.experts.named_parameters(recurse=False)):
             if isinstance(parameter, DTensor):
@@ -45,7 +46,6 @@ class ExpertParallel(ParallelStyle):
                         rows[slot] = parameter[expert]
             sharded = DTensor.from_local(rows, device_mesh, [Shard(0)], run_check=False)
             module.experts.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
-        dispatcher = build_dispatcher(module.config.dispatcher, group, placement.slots_per_rank)
         module.place(placement, dispatcher, group)
         return module
 

@@ -31,15 +31,17 @@ def apply_fsdp(
         model: with expert parallelism applied, where it is wanted.
         mesh: from `ParallelDims.build_mesh`, with dimensions `ep_shard` and `ep`; dense parameters use all its ranks.
         param_dtype: dtype of computation (bf16 mixed precision); parameters and reductions keep theirs.
-        blocks: modules that are gathered as a unit; by default `transformer_blocks(model)`.
+        blocks: modules that are gathered as a unit; by default the entries of the outermost `nn.ModuleList`s.
         reshard_after_forward: free gathered parameters after a block's forward pass.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: if an expert's matrix does not divide evenly over `ep_shard`.
+        ValueError: for another mesh, or if an expert's matrix does not divide evenly over `ep_shard`.
     """
+    if not {"ep_shard", "ep"} <= set(mesh.mesh_dim_names or ()):
+        raise ValueError(f"the mesh must have dimensions ep_shard and ep, not {mesh.mesh_dim_names}; see ParallelDims")
     expert_modules = [module for module in model.modules() if isinstance(module, GroupedExperts)]
     _check_even(expert_modules, mesh["ep_shard"].size())
     policy = MixedPrecisionPolicy(
@@ -60,7 +62,7 @@ def apply_fsdp(
             )
     expert_parameters = {parameter for module in expert_modules for parameter in module.parameters()}
 
-    def placement(parameter: nn.Parameter) -> Any:
+    def sharding_of(parameter: nn.Parameter) -> Any:
         return shard_experts if parameter in expert_parameters else None
 
     for unit in [*(transformer_blocks(model) if blocks is None else blocks), model]:
@@ -68,8 +70,9 @@ def apply_fsdp(
             unit,
             mesh=dense_mesh,
             mp_policy=policy,
-            reshard_after_forward=reshard_after_forward,
-            shard_placement_fn=placement,
+            # The root's are wanted again at once, in the backward pass.
+            reshard_after_forward=reshard_after_forward and unit is not model,
+            shard_placement_fn=sharding_of,
         )
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -27,12 +27,14 @@ def global_grad_norm(parameters: Iterable[nn.Parameter], group: dist.ProcessGrou
         fp64 scalar on the parameters' device. Collective: one all-gather of a scalar.
     """
     world_size = dist.get_world_size(group) if dist.is_initialized() else 1
+    parameters = list(parameters)
+    device = parameters[0].device if parameters else torch.device("cpu")
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     squares = [
         torch.linalg.vector_norm(_local(gradient), dtype=torch.float64).square() / _holders(gradient, world_size)
         for gradient in gradients
     ]
-    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
     if world_size == 1:
         return total.sqrt()
     # Gathered, then summed in rank order: an all-reduce need not give all ranks the same last bit.
@@ -49,7 +51,8 @@ def clip_grad_norm_(
     parameters = list(parameters)
     norm = global_grad_norm(parameters, group)
     gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp_max(1.0))
+    if gradients:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp_max(1.0))
     return norm
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import cast
 
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["LayoutError", "ParallelDims", "ParallelismConfig"]
 
@@ -35,8 +39,11 @@ class LayoutError(ValueError):
     """A layout that cannot work. `field` is the `[parallelism]` key, `value` what it holds, `valid` what would do."""
 
     def __init__(self, field: str, value: int, valid: str) -> None:
-        super().__init__(f"{field} = {value}: {valid}")
+        super().__init__(field, value, valid)
         self.field, self.value, self.valid = field, value, valid
+
+    def __str__(self) -> str:
+        return f"{self.field} = {self.value!r}: {self.valid}"
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,17 @@ class ParallelDims:
         """Ranks that hold the same experts, sharded."""
         return self.dp_shard * self.cp * self.tp // self.ep
 
-    def build_mesh(self, device_type: str) -> DeviceMesh:
-        """The mesh `(ep_shard, ep)`; dense parameters live on all its ranks. Collective, after init_process_group."""
-        return init_device_mesh(device_type, (self.ep_shard, self.ep), mesh_dim_names=("ep_shard", "ep"))
+    def build_mesh(self, device_type: str, timeout: timedelta | None = None) -> DeviceMesh:
+        """The mesh `(ep_shard, ep)`; dense parameters live on all its ranks. Collective, after init_process_group.
+
+        Args:
+            device_type: `cpu` or `cuda`.
+            timeout: of every collective in the mesh's groups; torch's default if `None`.
+        """
+        grid = torch.arange(self.world_size).view(self.ep_shard, self.ep)
+        # init_device_mesh would give its groups torch's default time-out, whatever the default group's is.
+        groups = [
+            cast(dist.ProcessGroup, dist.new_subgroups_by_enumeration(ranks, timeout=timeout)[0])
+            for ranks in (grid.t().tolist(), grid.tolist())
+        ]
+        return DeviceMesh.from_group(groups, device_type, mesh=grid, mesh_dim_names=("ep_shard", "ep"))

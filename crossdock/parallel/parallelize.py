@@ -19,17 +19,20 @@ def parallelize(
     *,
     activation_checkpoint: ActivationCheckpointConfig | None = None,
     param_dtype: torch.dtype | None = None,
+    blocks: list[nn.Module] | None = None,
     reshard_after_forward: bool = True,
 ) -> nn.Module:
     """Expert parallelism, activation checkpointing, FSDP: in this order, in place.
 
     Args:
-        model: holds `crossdock.MoE` layers; on the meta device or initialised.
+        model: holds `crossdock.MoE` layers; on the meta device or initialised. The entries of its outermost
+            `nn.ModuleList`s are taken for its transformer blocks.
         mesh: from `ParallelDims.build_mesh`.
         activation_checkpoint: none by default.
         param_dtype: dtype of computation, see `apply_fsdp`.
+        blocks: what FSDP gathers as a unit; by default the model's transformer blocks.
         reshard_after_forward: see `apply_fsdp`.
     """
     apply_ep(model, mesh)
     apply_activation_checkpoint(model, activation_checkpoint or ActivationCheckpointConfig())
-    return apply_fsdp(model, mesh, param_dtype=param_dtype, reshard_after_forward=reshard_after_forward)
+    return apply_fsdp(model, mesh, param_dtype=param_dtype, blocks=blocks, reshard_after_forward=reshard_after_forward)

@@ -23,6 +23,7 @@ _PRODUCTS = (
     torch.ops.aten._grouped_mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 )
 
@@ -40,7 +41,7 @@ def apply_activation_checkpoint(model: nn.Module, config: ActivationCheckpointCo
     """Checkpoint the activations of the transformer blocks of `model`, in place. After EP, before FSDP."""
     if config.mode == "none":
         return model
-    options: dict[str, Any] = {"preserve_rng_state": False}
+    options: dict[str, Any] = {}
     if config.mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for blocks in block_lists(model):

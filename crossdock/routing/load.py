@@ -10,7 +10,7 @@ __all__ = ["LoadCounter", "max_mean_load", "reduce_counts"]
 
 
 class LoadCounter(nn.Module):
-    """Counts of one layer since they were last taken.
+    """Counts of one layer since the last `reset`.
 
     Training counts in the backward pass (`losses.attach_losses`), evaluation in its forward pass into a counter of its
     own, which the expert bias never sees.
@@ -26,9 +26,13 @@ class LoadCounter(nn.Module):
         self.losses: dict[str, Tensor] = {}
 
     def reset(self) -> None:
+        """Forget what training counted."""
         self.tokens_per_expert.zero_()
-        self.evaluation_tokens_per_expert.zero_()
         self.losses = {}
+
+    def reset_evaluation(self) -> None:
+        """Forget what evaluation counted."""
+        self.evaluation_tokens_per_expert.zero_()
 
     @torch.no_grad()
     def record(self, counts: Tensor, losses: dict[str, Tensor]) -> None:

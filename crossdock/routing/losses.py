@@ -1,8 +1,8 @@
 """Auxiliary losses of the router, and the autograd node that carries them (SEMANTICS.md, "Losses and bias").
 
-Both losses enter the graph as gradients only: `attach` is the identity on the layer's output, so that the reported
-language-model loss stays pure, and adds the losses' gradient in its backward pass. The same node counts the tokens per
-expert in its backward, which runs exactly once per forward pass, under recompute and any pipeline schedule alike.
+Both losses enter the graph as gradients only: `attach_losses` is the identity on the layer's output, so that the
+reported language-model loss stays pure, and adds the losses' gradient in its backward pass. The same node counts the
+tokens per expert in its backward, once per forward pass, under recompute and any pipeline schedule alike.
 """
 
 from __future__ import annotations
@@ -42,13 +42,18 @@ class LossCoefficients:
     batch_aux: float = 0.0
     z: float = 0.0
 
+    def active(self) -> dict[str, float]:
+        """The coefficient of each loss that is on, by the name under which its value is recorded."""
+        named = {"sequence_aux_loss": self.sequence_aux, "batch_aux_loss": self.batch_aux, "z_loss": self.z}
+        return {name: coefficient for name, coefficient in named.items() if coefficient}
+
 
 @dataclass(frozen=True)
 class BatchTotals:
-    """Size of the global batch, which a micro-batch's losses are a share of: sequences, and unpadded tokens."""
+    """Size of the global batch, which a micro-batch's losses are a share of: sequences, and unpadded tokens (not 0)."""
 
-    sequences: float
-    tokens: float
+    sequences: int
+    tokens: int
 
 
 def count_experts(expert_ids: Tensor, num_experts: int) -> Tensor:
@@ -105,17 +110,19 @@ def router_losses(
         padding_mask: `[T]` bool or `None`.
         totals: the global batch; `None` where this micro-batch is all of it.
     """
+    if not coefficients.active():
+        return {}
     num_tokens = len(routing.logits)
     sequence_length = sequence_shape[-1] if sequence_shape else 1
     mask = routing.logits.new_ones(num_tokens, dtype=torch.bool) if padding_mask is None else ~padding_mask
     unpadded = mask.sum()
     sequences = num_tokens // max(sequence_length, 1)
     if totals is None:
-        totals = BatchTotals(max(sequences, 1), 1.0)
-        token_share = 1.0 / unpadded.clamp_min(1).to(routing.logits.dtype)
+        totals = BatchTotals(max(sequences, 1), 1)
+        token_share: Tensor | float = 1.0 / unpadded.clamp_min(1).to(routing.logits.dtype)
     else:
-        token_share = torch.as_tensor(1.0 / totals.tokens, dtype=routing.logits.dtype, device=routing.logits.device)
-    probabilities = routing.scores / routing.scores.sum(dim=-1, keepdim=True)
+        token_share = 1.0 / totals.tokens
+    probabilities = routing.scores / (routing.scores.sum(dim=-1, keepdim=True) + 1e-20)
 
     def switch(groups: int) -> Tensor:
         shape = (groups, num_tokens // max(groups, 1))
@@ -139,12 +146,8 @@ def attach_losses(
     output: Tensor, routing: Routing, losses: dict[str, Tensor], coefficients: LossCoefficients, load: LoadCounter
 ) -> Tensor:
     """Identity on `output` `[T, H]`; its backward adds the losses' gradient and counts tokens per expert, once."""
-    weighted = {
-        "sequence_aux_loss": coefficients.sequence_aux,
-        "batch_aux_loss": coefficients.batch_aux,
-        "z_loss": coefficients.z,
-    }
-    total = sum((weighted[name] * loss for name, loss in losses.items()), start=routing.logits.new_zeros(()))
+    weights = coefficients.active()
+    total = sum((weights[name] * loss for name, loss in losses.items()), start=routing.logits.new_zeros(()))
     counts = count_experts(routing.expert_ids, routing.logits.shape[-1])
     values = {name: loss.detach() for name, loss in losses.items()}
     return _AttachLosses.apply(output, total, counts, values, load)  # type: ignore[return-value]
@@ -162,5 +165,8 @@ class _AttachLosses(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        ctx.load.record(ctx.counts, ctx.values)
+        # Once per forward pass, though a graph that is retained can run backward again.
+        if ctx.load is not None:
+            ctx.load.record(ctx.counts, ctx.values)
+            ctx.load = None
         return grads[0], torch.ones((), dtype=ctx.loss_dtype, device=ctx.loss_device), None, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -23,7 +24,7 @@ __all__ = ["ENDED_FOLDER", "Machines", "default_nproc", "run_rank", "start_ranks
 # A stopped run writes a checkpoint first; only after this is it killed.
 _SHUTDOWN_SECONDS = 600
 # Names the folder where each rank leaves a file when it has ended well; the launcher sets it.
-ENDED_FOLDER = "CROSSDOCKENDED_FOLDER"
+ENDED_FOLDER = "CROSSDOCK_ENDED_FOLDER"
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,17 @@ def run_rank(config: Config, environment: Mapping[str, str]) -> int:
 
     Args:
         config: with `job.dump_folder` set, on one rank at least.
-        environment: torchrun's: `LOCAL_RANK`, `WORLD_SIZE` and those that `init_process_group` reads.
+        environment: torchrun's: `RANK`, `LOCAL_RANK`, `WORLD_SIZE` and those that `init_process_group` reads.
     """
     stop = StopSignal()
     stop.install()
     local_rank, world_size = int(environment["LOCAL_RANK"]), int(environment["WORLD_SIZE"])
     dims = validate(config, world_size)
+    if environment["RANK"] == "0":
+        # The package's own notes; not those of the libraries it uses.
+        notes = logging.getLogger("crossdock")
+        notes.setLevel(logging.INFO)
+        notes.addHandler(logging.StreamHandler(sys.stdout))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["MetricsLog", "ProgressDisplay", "memory_gib"]
+__all__ = ["MetricsLog", "ProgressDisplay", "memory_gib", "say"]
 
 
 def memory_gib(device: torch.device) -> float:
@@ -35,7 +35,7 @@ class MetricsLog:
     def __init__(self, path: Path, resumed_step: int) -> None:
         kept = []
         if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
+            kept = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= resumed_step]
         beside = path.with_suffix(".partial")
         beside.write_text("".join(f"{line}\n" for line in kept))
         beside.rename(path)
@@ -51,9 +51,18 @@ class MetricsLog:
 def _step_of(line: str) -> float:
     """The step of a line; a line that broke off belongs to no step that counts."""
     try:
-        return json.loads(line)["step"]
+        step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
+    return step if type(step) is int else float("inf")
+
+
+def say(message: str) -> None:
+    """Print a line, unless nobody reads any more."""
+    try:
+        print(message, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open until the process ends)
 
 
 class ProgressDisplay:
@@ -95,7 +104,7 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.console.print(message, markup=False, highlight=False)
         else:
-            print(message, flush=True)
+            say(message)
 
     def close(self) -> None:
         if self._bar is not None:

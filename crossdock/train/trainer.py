@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import logging
 import math
 import shutil
 import signal
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -20,11 +22,11 @@ from crossdock.checkpoint import Checkpointer, latest_step
 from crossdock.comm import raise_together
 from crossdock.config import RUN_CONFIG_FILE, Config, to_toml
 from crossdock.models import FAMILIES, build_model, count_parameters, initialise_weights, resolve_hf_config
-from crossdock.moe import moe_layers, set_batch_totals
+from crossdock.moe import finish_step, moe_layers, set_batch_totals
 from crossdock.parallel import ParallelDims, clip_grad_norm_, parallelize
-from crossdock.routing import max_mean_load, reduce_counts, update_expert_bias
+from crossdock.routing import max_mean_load
 from crossdock.train.data import Batch, TokenBatches, TokenFile, prepare_tokens
-from crossdock.train.metrics import MetricsLog, ProgressDisplay, memory_gib
+from crossdock.train.metrics import MetricsLog, ProgressDisplay, memory_gib, say
 from crossdock.train.optimizer import build_optimizer, learning_rate_factor, materialise_optimizer_state
 
 __all__ = ["StopSignal", "Trainer", "TrainingStopped"]
@@ -32,7 +34,6 @@ __all__ = ["StopSignal", "Trainer", "TrainingStopped"]
 logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
-_LOSS_NAMES = ("sequence_aux_loss", "batch_aux_loss", "z_loss")
 
 
 class TrainingStopped(RuntimeError):
@@ -92,6 +93,7 @@ class Trainer:
             self.folder / "checkpoint", self.model, self.optimizer, config.checkpoint.keep_latest_k
         )
         self.step = 0
+        self._resumed_step: int | None = None
         self.samples = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
@@ -104,11 +106,15 @@ class Trainer:
             TrainingStopped: after `training.max_skipped_steps` bad steps in a row.
         """
         config = self.config
+        if self.step >= config.training.steps:
+            self._tell(f"nothing to do: {self.step} steps are done, training.steps is {config.training.steps}")
+        lock = _together(lambda: _lock(self.folder) if self.rank == 0 else None)
+        path = self.folder / "metrics.jsonl"
+        log = _together(lambda: MetricsLog(path, self.step) if self.rank == 0 else None)
         display = ProgressDisplay(config.training.steps, self.step, config.metrics.log_freq) if self.rank == 0 else None
-        log = MetricsLog(self.folder / "metrics.jsonl", self.step) if self.rank == 0 else None
         try:
             self.model.train()
-            saved = self.step
+            saved = self._resumed_step
             while self.step < config.training.steps:
                 started = time.perf_counter()
                 batches = self.batches.at(self.samples)
@@ -117,35 +123,40 @@ class Trainer:
                     break
                 metrics = self._train_step(batches, targets, tokens)
                 metrics["tokens_per_second_per_gpu"] = tokens / (time.perf_counter() - started) / self.world_size
-                if display is not None and log is not None:
-                    log.write(metrics)
+                if display is not None:
                     display.update(metrics)
-                interval = config.checkpoint.interval
-                if self.step == config.training.steps or (interval and self.step % interval == 0):
-                    saved = self._save()
+                    try:
+                        log.write(metrics)
+                    except OSError as error:
+                        display.say(f"stopping: cannot write {path}: {error}")
+                        self.stop.requested = True
                 self._stop_after_bad_steps()
+                interval = config.checkpoint.interval
+                # A streak of bad steps must not push the last good checkpoint out.
+                if interval and self.step % interval == 0 and not self.skipped_in_a_row:
+                    saved = self._save()
             if saved != self.step:
                 self._save()
             if display is not None and self.step < config.training.steps:
                 display.say(f"stopped as asked, at step {self.step}; start again with --job.dump-folder {self.folder}")
         finally:
-            if display is not None and log is not None:
+            if display is not None:
                 display.close()
                 log.close()
+                lock.close()
 
-    def _train_step(self, batches: list[Batch], targets: float, tokens: float) -> dict[str, Any]:
+    def _train_step(self, batches: list[Batch], targets: int, tokens: int) -> dict[str, Any]:
         """Forward, backward and update over this rank's micro-batches; the step's metrics, the same on all ranks."""
         config = self.config.training
         set_batch_totals(self.model, self.batches.global_batch_size, tokens)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
             logits = self.model(input_ids=batch.input_ids.to(self.device), use_cache=False).logits
-            batch_loss = token_loss(logits, batch.labels.to(self.device)) / max(targets, 1.0)
+            batch_loss = token_loss(logits, batch.labels.to(self.device)) / max(targets, 1)
             batch_loss.backward()
             loss += batch_loss.detach()
         norm = clip_grad_norm_(self.model.parameters(), config.max_norm).item()
-        counts = reduce_counts([layer.load for layer in self.layers], dist.group.WORLD)
-        sums, memory = self._share(loss)
+        sums, memory = self._gather_metrics(loss)
 
         self.step += 1
         self.samples += self.batches.global_batch_size
@@ -155,12 +166,10 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
-            update_expert_bias([layer.router for layer in self.layers], counts, self.config.moe.expert_bias_rate)
+        counts = finish_step(self.model, dist.group.WORLD, update_bias=finite)
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.skipped_steps += not finite
         self.optimizer.zero_grad()
-        for layer in self.layers:
-            layer.load.reset()
         return {
             "step": self.step,
             **{name: value if math.isfinite(value) else None for name, value in sums.items()},
@@ -168,26 +177,25 @@ class Trainer:
             "lr": rate,
             "memory_gib": memory,
             "max_mean_load": max_mean_load(counts).max().item(),
-            "tokens": int(tokens),
+            "tokens": tokens,
             "skipped_steps": self.skipped_steps,
         }
 
-    def _batch_totals(self, batches: list[Batch]) -> tuple[float, float, bool]:
+    def _batch_totals(self, batches: list[Batch]) -> tuple[int, int, bool]:
         """Targets and tokens of the global batch, and whether any rank was asked to stop. The step's agreement."""
         targets = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in batches)
         tokens = sum(batch.input_ids.numel() for batch in batches)
         totals = torch.tensor([targets, tokens, float(self.stop.requested)], dtype=torch.float64, device=self.device)
         dist.all_reduce(totals)
         all_targets, all_tokens, stops = totals.tolist()
-        return all_targets, all_tokens, stops > 0
+        return int(all_targets), int(all_tokens), stops > 0
 
-    def _share(self, loss: torch.Tensor) -> tuple[dict[str, float], float]:
+    def _gather_metrics(self, loss: torch.Tensor) -> tuple[dict[str, float], float]:
         """Loss and auxiliary losses (mean over layers) summed over the ranks, and the largest memory of a rank."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         auxiliary = {
             name: sum((layer.load.losses[name].double() for layer in self.layers if name in layer.load.losses), zero)
-            for name, wanted in zip(_LOSS_NAMES, dataclasses.astuple(self.layers[0].coefficients), strict=True)
-            if wanted
+            for name in self.layers[0].coefficients.active()
         }
         own = torch.stack(
             [loss, *(value / len(self.layers) for value in auxiliary.values()), zero + memory_gib(self.device)]
@@ -202,8 +210,9 @@ class Trainer:
         if self.skipped_in_a_row >= self.config.training.max_skipped_steps:
             raise TrainingStopped(
                 f"{self.skipped_in_a_row} steps in a row, the last of them {self.step}, had a NaN or infinite loss or "
-                "gradient norm and were skipped. Lower optimizer.lr, lengthen lr_scheduler.warmup_steps, or resume "
-                "from an older checkpoint; training.max_skipped_steps sets how many are allowed."
+                "gradient norm and were skipped. Lower optimizer.lr, lengthen lr_scheduler.warmup_steps, or go back: "
+                f"remove the newest folders of {self.checkpointer.folder} and start again. training.max_skipped_steps "
+                "sets how many are allowed."
             )
 
     def _save(self) -> int:
@@ -211,17 +220,17 @@ class Trainer:
             "step": self.step,
             "samples": self.samples,
             "skipped_steps": self.skipped_steps,
-            "skipped_in_a_row": self.skipped_in_a_row,
         }
         self.checkpointer.save(self.step, counters)
         return self.step
 
     def _resume(self) -> None:
-        newest = _from_first_rank(latest_step(self.checkpointer.folder))
+        newest = _from_first_rank(_together(lambda: latest_step(self.checkpointer.folder) if self.rank == 0 else None))
         if newest is not None:
             counters = self.checkpointer.load(newest)
             self.step, self.samples = counters["step"], counters["samples"]
-            self.skipped_steps, self.skipped_in_a_row = counters["skipped_steps"], counters["skipped_in_a_row"]
+            self.skipped_steps = counters["skipped_steps"]
+            self._resumed_step = self.step
             self._tell(f"resumed {self.folder} at step {self.step}")
 
     def _global_batch_size(self) -> int:
@@ -231,12 +240,12 @@ class Trainer:
         return training.local_batch_size * self.world_size
 
     def _prepare_tokens(self) -> TokenFile:
-        """One rank per machine tokenises (or finds) the data and lays out the run folder, while the others wait."""
+        """One rank per machine tokenises (or finds) the data while the others wait; rank 0 lays out the run folder."""
         assets = self.config.model.hf_assets_path
         cache = Path(self.config.data.cache_folder).expanduser()
-        vocabulary = resolve_hf_config(self.config.model).get_text_config().vocab_size or 0
 
         def prepare() -> TokenFile:
+            vocabulary = resolve_hf_config(self.config.model).get_text_config().vocab_size or 0
             tokens = prepare_tokens(
                 self.config.data.source, Path(assets) if assets else None, cache, min(vocabulary, 8192)
             )
@@ -272,7 +281,7 @@ class Trainer:
         )
         parallelize(
             model,
-            dims.build_mesh(self.device.type),
+            dims.build_mesh(self.device.type, timedelta(seconds=config.job.comm_timeout_seconds)),
             activation_checkpoint=config.activation_checkpoint,
             param_dtype=torch.bfloat16 if config.training.dtype == "bfloat16" else None,
             reshard_after_forward=config.parallelism.reshard_after_forward,
@@ -292,7 +301,7 @@ class Trainer:
 
     def _tell(self, message: str) -> None:
         if self.rank == 0:
-            print(message, flush=True)
+            say(message)
 
 
 def token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -314,6 +323,17 @@ def _first_named(folder: str) -> str:
     return next(name for name in folders if name)
 
 
+def _lock(folder: Path) -> TextIO:
+    """Hold the run folder until the file is closed, so that no other run writes there."""
+    file = open(folder / ".lock", "w")  # noqa: SIM115 (open for the whole run)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise TrainingStopped(f"job.dump_folder {folder} is in use by another run") from None
+    return file
+
+
 def _together(action: Callable[[], Any]) -> Any:
     """Run `action`; if it fails on any rank, raise on all."""
     error: Exception | None = None
@@ -322,7 +342,7 @@ def _together(action: Callable[[], Any]) -> Any:
         result = action()
     except OSError as caught:
         error = TrainingStopped(str(caught))
-    except (ValueError, TrainingStopped) as caught:
+    except Exception as caught:  # noqa: BLE001 (whatever it is, the others must hear of it)
         error = caught
     raise_together(error)
     return result

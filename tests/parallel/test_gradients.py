@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -282,3 +283,77 @@ def groups_per_parameter() -> dict[str, int]:
 def test_each_parameter_is_in_exactly_one_fsdp_group(ranks: RankPool) -> None:
     held = ranks.run(4, groups_per_parameter)[0]
     assert set(held.values()) == {1}
+
+
+def time_outs() -> list[float]:
+    mesh = ParallelDims(4, ep=2).build_mesh("cpu", timedelta(seconds=33))
+    parallelize(build(8, torch.float32, MoEConfig()), mesh)
+    backends = [mesh[name].get_group()._get_backend(torch.device("cpu")) for name in ("ep", "ep_shard")]
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
+def test_the_mesh_keeps_the_time_out_that_it_is_given(ranks: RankPool) -> None:
+    assert ranks.run(4, time_outs)[0] == [33.0, 33.0]
+
+
+def dropout(mode: Any) -> float:
+    torch.manual_seed(dist.get_rank())
+    model = build(8, torch.float64, MoEConfig(experts="eager"))
+    for block in model.layers:
+        block.register_forward_hook(lambda _, args, output: F.dropout(output, 0.5))
+    parallelize(model, ParallelDims(2, ep=2).build_mesh("cpu"), activation_checkpoint=ActivationCheckpointConfig(mode))
+    x, labels = batch()
+    torch.manual_seed(7)
+    loss_of(model(x), labels, 10).backward()
+    return global_grad_norm(model.parameters()).item()
+
+
+def test_recompute_draws_the_same_random_numbers(ranks: RankPool) -> None:
+    plain, full, selective = (ranks.run(2, dropout, mode)[0] for mode in ("none", "full", "selective"))
+    assert full == pytest.approx(plain, rel=1e-12)
+    assert selective == pytest.approx(plain, rel=1e-12)
+
+
+class Nested(Classifier):
+    """Blocks as lists of their parts, as some models have them."""
+
+    def __init__(self, num_experts: int, config: MoEConfig) -> None:
+        super().__init__(num_experts, config)
+        self.layers = nn.ModuleList([nn.ModuleList([block]) for block in self.layers])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for layer in self.layers:
+            assert isinstance(layer, nn.ModuleList)
+            x = layer[0](x)
+        return self.head(x)
+
+
+def nested() -> bool:
+    model = parallelize(
+        Nested(8, MoEConfig()),
+        ParallelDims(2, ep=2).build_mesh("cpu"),
+        activation_checkpoint=ActivationCheckpointConfig("full"),
+    )
+    x, labels = batch()
+    loss_of(model(x.float()), labels, 10).backward()
+    return all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_blocks_in_nested_lists_are_found(ranks: RankPool) -> None:
+    assert ranks.run(2, nested) == [True, True]
+
+
+def test_clipping_without_gradients_is_a_norm_of_zero() -> None:
+    assert clip_grad_norm_(nn.Linear(2, 2).parameters(), 1.0) == 0
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+def test_autocast_computes_experts_in_its_dtype(experts: Any) -> None:
+    model = build(8, torch.float32, MoEConfig(experts=experts))
+    x = batch()[0].float()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(x)
+    assert relative(output.float().detach().numpy(), model(x).detach().numpy()) < 3e-2
+    output.float().sum().backward()
+    assert all(p.grad is not None for layer in moe_layers(model).values() for p in layer.experts.parameters())

@@ -203,7 +203,7 @@ def test_gradient_equals_that_of_the_explicit_objective(score_function: ScoreFun
 def _accumulated(layer: MoE, micro_batches: list[slice], use_totals: bool = True) -> dict[str, Tensor]:
     x, padding_mask, probe = _batch()
     if use_totals:
-        set_batch_totals(layer, sequences=B, tokens=float((~padding_mask).sum()))
+        set_batch_totals(layer, sequences=B, tokens=int((~padding_mask).sum()))
     for rows in micro_batches:
         (layer(x[rows], padding_mask[rows]) * probe[rows]).sum().backward()
     return _gradients(layer)
