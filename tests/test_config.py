@@ -296,14 +296,16 @@ def test_no_more_ranks_than_experts() -> None:
 
 
 def test_expert_shards_must_divide_the_sizes() -> None:
-    error = refusal(load_config(None, ["--parallelism.expert-parallel-degree", "2"]), 6)
+    error = refusal(load_config(None, ["--parallelism.expert-parallel-degree", "-1"]), 7)
     assert error.field == "parallelism.expert_parallel_degree"
-    assert "hidden_size" in error.valid
+    assert error.valid.startswith("one of 7:")
+    assert "240" in error.valid
+    assert refusal(load_config(None), 11).valid.startswith("there is none")
 
 
 def test_the_automatic_degree_is_two_where_the_ranks_are_even() -> None:
     config = load_config(None, ["--parallelism.expert-parallel-degree", "-1"])
-    assert [validate(config, ranks).ep for ranks in (1, 2, 4)] == [1, 2, 2]
+    assert [validate(config, ranks).ep for ranks in (1, 2, 3, 4, 5, 6, 8)] == [1, 2, 1, 2, 1, 2, 2]
 
 
 def test_float64_needs_the_eager_experts() -> None:

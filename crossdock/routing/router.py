@@ -94,9 +94,6 @@ class Router(nn.Module):
             sequence_shape: `(B, S)` with `B * S = T`, for routers that look at whole sequences; this one does not.
             padding_mask: `[T]` bool, true where a token is padding: it gets no expert.
         """
-        if padding_mask is not None:
-            # Whatever padding holds, infinities too, must not reach a sum or a gradient.
-            x = x.masked_fill(padding_mask[:, None], 0)
         logits = self._logits(x)
         scores = logits.softmax(dim=-1) if self.config.score_function == "softmax" else logits.sigmoid()
         expert_ids = self._choose(scores.detach(), padding_mask)

@@ -296,11 +296,15 @@ def test_the_mesh_keeps_the_time_out_that_it_is_given(ranks: RankPool) -> None:
     assert ranks.run(4, time_outs)[0] == [33.0, 33.0]
 
 
+def _drop(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return F.dropout(output, 0.5)
+
+
 def dropout(mode: Any) -> float:
     torch.manual_seed(dist.get_rank())
     model = build(8, torch.float64, MoEConfig(experts="eager"))
     for block in model.layers:
-        block.register_forward_hook(lambda _, args, output: F.dropout(output, 0.5))
+        block.register_forward_hook(_drop)
     parallelize(model, ParallelDims(2, ep=2).build_mesh("cpu"), activation_checkpoint=ActivationCheckpointConfig(mode))
     x, labels = batch()
     torch.manual_seed(7)

@@ -302,7 +302,10 @@ def test_evaluation_counts_into_its_own_counter() -> None:
     assert layer.load.tokens_per_expert.sum() == real
     assert layer.load.evaluation_tokens_per_expert.sum() == 2 * real
     layer.load.reset()
-    assert layer.load.tokens_per_expert.sum() == layer.load.evaluation_tokens_per_expert.sum() == 0
+    assert layer.load.tokens_per_expert.sum() == 0
+    assert layer.load.evaluation_tokens_per_expert.sum() == 2 * real, "a training step forgets no evaluation"
+    layer.load.reset_evaluation()
+    assert layer.load.evaluation_tokens_per_expert.sum() == 0
 
 
 def test_counting_leaves_dropped_routes_out_and_is_exact() -> None:

@@ -117,7 +117,9 @@ def _bad_numbers(assets: str, run_folder: str, cache: str, bad_rank: int, bad_ca
     def spoil(module: Any, args: Any, output: Any) -> Any:
         nonlocal calls
         calls += 1
-        weights = torch.cat([p.to_local().flatten() for p in trainer.model.parameters()])  # type: ignore[union-attr]
+        # The optimizer's are the shards; the model's may be gathered at this moment.
+        shards = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+        weights = torch.cat([p.to_local().flatten() for p in shards])
         snapshots.append(torch.cat([weights, *(layer.router.expert_bias for layer in trainer.layers)]).detach().clone())  # type: ignore[misc]
         if calls in bad_calls and dist.get_rank() == bad_rank:
             output.logits = output.logits * math.nan
