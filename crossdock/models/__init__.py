@@ -23,6 +23,7 @@ __all__ = [
     "build_model",
     "count_parameters",
     "initialise_weights",
+    "materialise",
     "resolve_hf_config",
 ]
 
@@ -84,6 +85,25 @@ def build_model(
     with torch.device("meta"):
         model = family.build(hf_config)
         return family.adapt(model, moe, force_load_balance=force_load_balance).to(dtype)  # type: ignore[arg-type]
+
+
+def materialise(family: Family, model: PreTrainedModel, device: torch.device, seed: int, std: float) -> None:
+    """Give a model from `build_model`, made parallel or not, its memory and first values: each rank's own shards alone.
+
+    Args:
+        family: of the model.
+        model: on the meta device; changed in place.
+        device: where it will live.
+        seed: see `initialise_weights`.
+        std: see `initialise_weights`.
+    """
+    model.to_empty(device=device)
+    # What follows is undefined after `to_empty`, or no longer shared.
+    model.tie_weights()
+    family.reset_buffers(model)
+    for layer in moe_layers(model).values():
+        layer.reset_buffers()
+    initialise_weights(model, seed, std)
 
 
 def count_parameters(model: PreTrainedModel) -> int:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from crossdock.checkpoint import Checkpointer, latest_step
 from crossdock.comm import raise_together
 from crossdock.config import RUN_CONFIG_FILE, Config, to_toml
-from crossdock.models import FAMILIES, build_model, count_parameters, initialise_weights, resolve_hf_config
+from crossdock.models import FAMILIES, build_model, count_parameters, materialise, resolve_hf_config
 from crossdock.moe import finish_step, moe_layers, set_batch_totals
 from crossdock.parallel import ParallelDims, clip_grad_norm_, parallelize
 from crossdock.routing import max_mean_load
@@ -256,8 +256,8 @@ class Trainer:
                 )
             return tokens
 
-        _together(prepare if self.first_on_machine else lambda: None)
-        tokens = _together(prepare)
+        prepared = _together(prepare if self.first_on_machine else lambda: None)
+        tokens = _together(lambda: prepared or prepare())
         _together(lambda: self._write_run_folder(tokens) if self.rank == 0 else None)
         return tokens
 
@@ -286,12 +286,7 @@ class Trainer:
             param_dtype=torch.bfloat16 if config.training.dtype == "bfloat16" else None,
             reshard_after_forward=config.parallelism.reshard_after_forward,
         )
-        model.to_empty(device=self.device)
-        model.tie_weights()
-        family.reset_buffers(model)
-        for layer in moe_layers(model).values():
-            layer.reset_buffers()
-        initialise_weights(model, config.training.seed, hf_config.initializer_range)
+        materialise(family, model, self.device, config.training.seed, hf_config.initializer_range)
         parameters = count_parameters(model)
         self._tell(
             f"{family.name}: {parameters / 1e6:,.1f} M parameters on {self.world_size} ranks "

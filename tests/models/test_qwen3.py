@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from crossdock.models import FAMILIES, build_model, initialise_weights
+from crossdock.models import FAMILIES, build_model, materialise
 from crossdock.moe import MoE, MoEConfig, moe_layers
 from crossdock.parallel import ParallelDims, parallelize
 from tests.ranks import RankPool
@@ -73,12 +73,8 @@ def _materialise(world_size: int, ep: int) -> dict[str, np.ndarray]:
     own = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
     whole = sum(p.numel() for p in model.parameters())
     assert own <= whole / world_size * 1.1, "a rank holds more than its share"
-    model.to_empty(device="cpu")
-    family.reset_buffers(model)
+    materialise(family, model, torch.device("cpu"), seed=3, std=0.1)
     layers = moe_layers(model)
-    for layer in layers.values():
-        layer.reset_buffers()
-    initialise_weights(model, seed=3, std=0.1)
     rows = {id(p): layer.placement.expert_to_slot for layer in layers.values() for p in layer.experts.parameters()}
     values = {}
     for name, parameter in model.named_parameters():
