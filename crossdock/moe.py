@@ -66,6 +66,7 @@ class MoE(nn.Module):
         load: counts of tokens per logical expert.
         batch_totals: size of the global batch that auxiliary losses are a share of (`set_batch_totals`); `None` where
             the micro-batch of this rank is all of it.
+        padding_mask: `[..., S]`, of the next forward pass, where the model hands the layer `x` alone.
     """
 
     _expert_to_slot: Tensor
@@ -88,6 +89,7 @@ class MoE(nn.Module):
         )
         self.load = LoadCounter(router.num_experts)
         self.batch_totals: BatchTotals | None = None
+        self.padding_mask: Tensor | None = None
         self.register_buffer("_expert_to_slot", torch.arange(self.num_experts), persistent=False)
         self.place(Placement.contiguous(self.num_experts, 1), LocalDispatcher(), None)
 
@@ -124,12 +126,15 @@ class MoE(nn.Module):
 
         Args:
             x: this rank's tokens; any number, none included.
-            padding_mask: `[..., S]` bool, true where a token is padding: it is routed nowhere and gives 0.
+            padding_mask: `[..., S]` bool, true where a token is padding: it is routed nowhere and gives 0. `None` takes
+                the attribute of that name.
         """
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x has {x.shape[-1]} features, this layer's hidden_size is {self.hidden_size}")
         sequence_shape = tuple(x.shape[:-1])
         tokens = x.reshape(-1, self.hidden_size)
+        if padding_mask is None:
+            padding_mask = self.padding_mask
         mask = None if padding_mask is None else padding_mask.reshape(-1)
 
         routing = self.router(tokens, sequence_shape=sequence_shape, padding_mask=mask)

@@ -1,5 +1,24 @@
-"""Checkpoints: any layout to any layout."""
+"""Checkpoints: any layout to any layout, and Hugging Face's format in and out."""
 
-from crossdock.checkpoint.distributed import CheckpointConfig, Checkpointer, CheckpointError, latest_step
+from crossdock.checkpoint.distributed import (
+    CHECKPOINT_FOLDER,
+    CheckpointConfig,
+    Checkpointer,
+    CheckpointError,
+    find_checkpoint,
+    latest_step,
+)
+from crossdock.checkpoint.hf import DTYPES, HFCheckpoint, HFKeys, save_hf
 
-__all__ = ["CheckpointConfig", "CheckpointError", "Checkpointer", "latest_step"]
+__all__ = [
+    "CHECKPOINT_FOLDER",
+    "DTYPES",
+    "CheckpointConfig",
+    "CheckpointError",
+    "Checkpointer",
+    "HFCheckpoint",
+    "HFKeys",
+    "find_checkpoint",
+    "latest_step",
+    "save_hf",
+]

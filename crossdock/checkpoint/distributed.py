@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,11 +32,21 @@ from crossdock.checkpoint.experts import ExpertRows
 from crossdock.comm import raise_together
 from crossdock.parallel import plain_name
 
-__all__ = ["CheckpointConfig", "CheckpointError", "Checkpointer", "latest_step"]
+__all__ = [
+    "CHECKPOINT_FOLDER",
+    "CheckpointConfig",
+    "CheckpointError",
+    "Checkpointer",
+    "find_checkpoint",
+    "latest_step",
+]
 
+CHECKPOINT_FOLDER = "checkpoint"
+"""Of a run folder, where its checkpoints are."""
 _STATE_FILE = "state.json"
 _FORMAT = 1
 _RANDOM = "random_state."
+_OPTIMIZER = "optimizer."
 _FILE_BYTES = 256 * 2**20
 
 
@@ -48,6 +58,14 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved. 0 saves the last step alone."""
     keep_latest_k: int = 2
     """How many checkpoints are kept; 0 keeps all."""
+    initial_load_in_hf: bool = False
+    """A new run starts from the weights in model.hf_assets_path."""
+    initial_load_path: str = ""
+    """A new run starts from the weights in this folder: one in Hugging Face's format, a run folder or a checkpoint."""
+    last_save_in_hf: bool = True
+    """When the last step is done, write the folder `hf`, in Hugging Face's format."""
+    export_dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    """Of what is written in Hugging Face's format; empty: what loaded weights had, else the run's."""
 
 
 class CheckpointError(RuntimeError):
@@ -63,11 +81,13 @@ class Checkpointer:
         folder: of the run's checkpoints; all ranks see the same one.
         model: on any layout.
         optimizer: its state exists (`materialise_optimizer_state`) and is tensors alone: of the parameter's shape and
-            layout, or scalars.
+            layout, or scalars. `None` loads weights alone, and saves none.
         keep_latest_k: how many checkpoints are kept; 0 keeps all.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, keep_latest_k: int) -> None:
+    def __init__(
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, keep_latest_k: int = 0
+    ) -> None:
         self.folder = folder
         self.model = model
         self.optimizer = optimizer
@@ -114,7 +134,7 @@ class Checkpointer:
     def load(self, step: int) -> dict[str, Any]:
         """Load the checkpoint of `step` into model and optimizer, whatever layout wrote it; returns its counters.
 
-        The random state is restored where the number of ranks is the same as when it was saved.
+        The random state is restored with the optimizer, where the number of ranks is the same as when it was saved.
 
         Raises:
             CheckpointError: on all ranks, naming the file or tensor that is missing, damaged or not this run's.
@@ -125,10 +145,12 @@ class Checkpointer:
         self._check_headers(folder, list(state["files"]))
         entries = self._entries()
         tensors = {name: view for entry in entries for name, view in entry.views.items()}
-        random_states = self._random_states() if state["world_size"] == self._world_size else {}
+        restores = self.optimizer is not None and state["world_size"] == self._world_size
+        random_states = self._random_states() if restores else {}
         random_states = {device: own for device, own in random_states.items() if device in state["random_states"]}
         tensors |= {f"{_RANDOM}{device}.{self._rank}": own for device, own in random_states.items()}
-        planner = _StrictLoadPlanner({name for entry in entries for name in entry.all_names})
+        ignored = (_RANDOM,) if self.optimizer is not None else (_RANDOM, _OPTIMIZER)
+        planner = _StrictLoadPlanner({name for entry in entries for name in entry.all_names}, ignored)
         try:
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), planner=planner)
         except CheckpointException as error:
@@ -147,7 +169,8 @@ class Checkpointer:
         entries = []
         for name, parameter in self.model.named_parameters():
             tensors = {"model": parameter.detach()}
-            tensors |= {f"optimizer.{key}": state for key, state in self.optimizer.state.get(parameter, {}).items()}
+            states = self.optimizer.state.get(parameter, {}) if self.optimizer is not None else {}
+            tensors |= {f"{_OPTIMIZER}{key}": state for key, state in states.items()}
             for kind, tensor in tensors.items():
                 views = self._rows.split(name, parameter, tensor)
                 all_names = self._rows.all_names(name, parameter, tensor)
@@ -217,12 +240,14 @@ class _StrictLoadPlanner(DefaultLoadPlanner):
     checkpoint has and the run has not.
 
     Args:
-        expected: names of all ranks, but for the random state.
+        expected: names of all ranks.
+        ignored: how names begin that the checkpoint may have and the run not.
     """
 
-    def __init__(self, expected: set[str]) -> None:
+    def __init__(self, expected: set[str], ignored: tuple[str, ...]) -> None:
         super().__init__()
         self.expected = expected
+        self.ignored = ignored
 
     def create_local_plan(self) -> LoadPlan:
         metadata = self.metadata
@@ -230,7 +255,7 @@ class _StrictLoadPlanner(DefaultLoadPlanner):
         assert self.state_dict is not None
         stored = metadata.state_dict_metadata
         missing = (self.expected | self.state_dict.keys()) - stored.keys()
-        foreign = {name for name in stored.keys() - self.expected if not name.startswith(_RANDOM)}
+        foreign = {name for name in stored.keys() - self.expected if not name.startswith(self.ignored)}
         problems = {name: _mismatch(stored[name], self.state_dict[name]) for name in self.state_dict.keys() - missing}
         wrong = [f"{name} is missing" for name in sorted(missing)]
         wrong += [f"{name} {problem}" for name, problem in sorted(problems.items()) if problem]
@@ -269,6 +294,14 @@ def _local(tensor: Tensor) -> Tensor:
 def _contiguous(tensor: Tensor) -> Tensor:
     """`tensor`, or a copy where its elements are in another order in memory: safetensors refuses those."""
     return tensor if _local(tensor).is_contiguous() else tensor.contiguous()
+
+
+def find_checkpoint(path: Path) -> tuple[Path, int] | None:
+    """The folder of checkpoints and the step that `path` names: a checkpoint, or a run folder for its newest one."""
+    if (match := re.fullmatch(r"step-(\d{8,})", path.name)) and (path / _STATE_FILE).is_file():
+        return path.parent, int(match[1])
+    newest = latest_step(path / CHECKPOINT_FOLDER)
+    return None if newest is None else (path / CHECKPOINT_FOLDER, newest)
 
 
 def latest_step(folder: Path) -> int | None:

@@ -10,6 +10,7 @@ from crossdock.config.settings import (
     MetricsConfig,
     OptimizerConfig,
     TrainingConfig,
+    ValidationConfig,
 )
 from crossdock.config.validation import check_settings, validate
 
@@ -23,6 +24,7 @@ __all__ = [
     "MetricsConfig",
     "OptimizerConfig",
     "TrainingConfig",
+    "ValidationConfig",
     "check_settings",
     "load_config",
     "to_toml",

@@ -43,7 +43,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         config = _override(read_toml(Path(saved)), overrides)
     model = replace(config.model, hf_assets_path=absolute(config.model.hf_assets_path))
     moe = replace(config.moe, dispatcher="deepep") if model.flavor.endswith(DEEPEP_SUFFIX) else config.moe
-    return replace(config, job=replace(config.job, dump_folder=folder), model=model, moe=moe)
+    checkpoint = replace(config.checkpoint, initial_load_path=absolute(config.checkpoint.initial_load_path))
+    return replace(config, job=replace(config.job, dump_folder=folder), model=model, moe=moe, checkpoint=checkpoint)
 
 
 def to_toml(config: Config) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_type_hints
 from crossdock.checkpoint import CheckpointConfig
 from crossdock.models import ModelConfig
 from crossdock.moe import MoEConfig
-from crossdock.parallel import ActivationCheckpointConfig, ParallelismConfig
+from crossdock.parallel import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
 
 __all__ = [
     "Config",
@@ -19,6 +19,7 @@ __all__ = [
     "MetricsConfig",
     "OptimizerConfig",
     "TrainingConfig",
+    "ValidationConfig",
     "setting_types",
 ]
 
@@ -74,6 +75,12 @@ class TrainingConfig:
     """Gradients are scaled to at most this global norm."""
     max_skipped_steps: int = 5
     """A step with a NaN or infinite loss or gradient norm is skipped; this many in a row stop the run."""
+    freeze_router: bool = False
+    """Keep the routers' weights as they are."""
+    freeze_experts: bool = False
+    """Keep the experts' weights as they are."""
+    enable_cpu_offload: bool = False
+    """Keep parameters, gradients and the optimizer's state in the machine's memory instead of the GPU's."""
     debug_moe_force_load_balance: bool = False
     """Deal tokens out to experts in turn, whatever the router says; for measurements."""
 
@@ -111,6 +118,18 @@ class LRSchedulerConfig:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """`[validation]`: the loss on text that is not trained on."""
+
+    interval: int = 0
+    """Steps between validations, and one after the last step; 0 is none."""
+    data: str = ""
+    """A source as in data.source; empty: what data.held_out keeps out of training."""
+    max_samples: int = 256
+    """Sequences of seq_len tokens that are looked at; 0 takes all."""
+
+
+@dataclass(frozen=True)
 class MetricsConfig:
     """`[metrics]`: what is shown. `metrics.jsonl` has a line for every step in any case."""
 
@@ -131,8 +150,17 @@ class Config:
     moe: MoEConfig = field(default_factory=MoEConfig)
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    @property
+    def initial_weights(self) -> str:
+        """The folder that a new run takes its weights from; empty: they are drawn."""
+        return self.checkpoint.initial_load_path or (
+            self.model.hf_assets_path if self.checkpoint.initial_load_in_hf else ""
+        )
 
 
 def setting_types() -> dict[str, Any]:

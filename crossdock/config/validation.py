@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedConfig
 
+from crossdock.checkpoint import CheckpointError, HFCheckpoint, find_checkpoint
 from crossdock.config.reading import RUN_CONFIG_FILE, absolute, read_toml
 from crossdock.config.settings import Config, ConfigError, setting_types
 from crossdock.dispatch import DISPATCHERS
@@ -71,8 +73,10 @@ def check_settings(config: Config) -> PreTrainedConfig:
             value = attrgetter(name)(config)
             _require(config, name, value is None or holds(value), f"must be {valid}")
     _check_dispatcher(config)
+    _check_kernels(config)
     model = _check_model(config)
     _check_run_folder(config)
+    _check_initial_weights(config, model)
     if not os.path.isdir(os.path.expanduser(config.data.cache_folder)):
         _check_writable("data.cache_folder", config.data.cache_folder)
     return model
@@ -92,7 +96,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "0 or more": (
         lambda value: value >= 0,
         "optimizer.lr optimizer.weight_decay lr_scheduler.warmup_steps moe.sequence_aux_loss_coeff "
-        "moe.batch_aux_loss_coeff moe.z_loss_coeff moe.expert_bias_rate checkpoint.interval checkpoint.keep_latest_k",
+        "moe.batch_aux_loss_coeff moe.z_loss_coeff moe.expert_bias_rate checkpoint.interval checkpoint.keep_latest_k "
+        "validation.interval validation.max_samples",
     ),
     "at least 0 and below 1": (lambda value: 0 <= value < 1, "optimizer.beta1 optimizer.beta2"),
     "0 to 1": (lambda value: 0 <= value <= 1, "lr_scheduler.min_lr_factor lr_scheduler.decay_ratio"),
@@ -136,6 +141,35 @@ def _check_model(config: Config) -> PreTrainedConfig:
     return model
 
 
+def _check_initial_weights(config: Config, hf_config: PreTrainedConfig) -> None:
+    """Weights that a new run starts from: their headers must fit the model. A run that is resumed has its own."""
+    named = config.checkpoint.initial_load_path
+    _require(
+        config,
+        "checkpoint.initial_load_in_hf",
+        bool(named or config.model.hf_assets_path) or not config.checkpoint.initial_load_in_hf,
+        "needs model.hf_assets_path, the folder with the weights",
+    )
+    folder = config.initial_weights
+    if not folder or find_checkpoint(Path(config.job.dump_folder)) is not None or find_checkpoint(Path(folder)):
+        return
+    field = "checkpoint.initial_load_path" if named else "model.hf_assets_path"
+    family = FAMILIES[config.model.name]
+    try:
+        HFCheckpoint.open(Path(folder)).check(build_model(family, hf_config, config.moe, torch.float32), family.hf_keys)
+    except CheckpointError as error:
+        raise ConfigError(field, folder, str(error)) from None
+
+
+def _check_kernels(config: Config) -> None:
+    if config.model.kernels == "none":
+        return
+    installed = importlib.util.find_spec("liger_kernel") is not None
+    _require(config, "model.kernels", installed, "needs the package liger-kernel: pip install 'crossdock[liger]'")
+    _require(config, "model.kernels", torch.cuda.is_available(), "needs a GPU; use none")
+    _require(config, "training.dtype", config.training.dtype != "float64", "float64 needs model.kernels = none")
+
+
 def _check_tokenizer(config: Config, vocab_size: int) -> None:
     name, path = "model.hf_assets_path", os.path.join(config.model.hf_assets_path, "tokenizer.json")
     _require(config, name, os.path.isfile(path), "must be a folder with tokenizer.json")
@@ -154,6 +188,8 @@ _FIXED = (
     "model.flavor",
     "model.hf_assets_path",
     "moe.expert_bias",
+    "training.freeze_router",
+    "training.freeze_experts",
     "data.source",
     "training.seed",
     "training.seq_len",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,21 +11,32 @@ from types import MappingProxyType
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from crossdock.models.family import DEEPEP_SUFFIX, Family, ModelConfig
+from crossdock.checkpoint import HFCheckpoint
+from crossdock.models.assets import EXPORT_DTYPES, export_hf, write_assets
+from crossdock.models.attention import register_wide_attention
+from crossdock.models.family import DEEPEP_SUFFIX, Family, Kernels, ModelConfig
 from crossdock.models.initial import initialise_weights
+from crossdock.models.loss import IGNORED_LABEL, LossHead, batch_loss, token_loss
 from crossdock.models.qwen3 import Qwen3
 from crossdock.moe import MoEConfig, moe_layers
 
 __all__ = [
+    "EXPORT_DTYPES",
     "FAMILIES",
+    "IGNORED_LABEL",
     "Family",
+    "LossHead",
     "ModelConfig",
     "ModelError",
+    "batch_loss",
     "build_model",
     "count_parameters",
+    "export_hf",
     "initialise_weights",
     "materialise",
     "resolve_hf_config",
+    "token_loss",
+    "write_assets",
 ]
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in (Qwen3(),)})
@@ -79,31 +91,65 @@ def _config_of_folder(family: Family, folder: Path) -> PreTrainedConfig:
 
 
 def build_model(
-    family: Family, hf_config: PreTrainedConfig, moe: MoEConfig, dtype: torch.dtype, *, force_load_balance: bool = False
+    family: Family,
+    hf_config: PreTrainedConfig,
+    moe: MoEConfig,
+    dtype: torch.dtype,
+    *,
+    attn_implementation: str = "sdpa",
+    kernels: Kernels = "none",
+    force_load_balance: bool = False,
 ) -> PreTrainedModel:
-    """The family's causal language model with `MoE` layers, on the meta device: no memory, no values yet."""
+    """The family's causal language model with `MoE` layers, on the meta device: no memory, no values yet.
+
+    Raises:
+        ImportError: where the package of `attn_implementation` is not installed.
+    """
+    if attn_implementation == "eager" and dtype == torch.float64:
+        attn_implementation = register_wide_attention()
+    hf_config = copy.deepcopy(hf_config)
+    hf_config._attn_implementation = attn_implementation
     with torch.device("meta"):
         model = family.build(hf_config)
-        return family.adapt(model, moe, force_load_balance=force_load_balance).to(dtype)  # type: ignore[arg-type]
+        model = family.adapt(model, moe, kernels=kernels, force_load_balance=force_load_balance)
+        return model.to(dtype)  # type: ignore[arg-type]
 
 
-def materialise(family: Family, model: PreTrainedModel, device: torch.device, seed: int, std: float) -> None:
+def materialise(
+    family: Family,
+    model: PreTrainedModel,
+    device: torch.device,
+    *,
+    offload: bool = False,
+    seed: int = 0,
+    weights: HFCheckpoint | None = None,
+) -> None:
     """Give a model from `build_model`, made parallel or not, its memory and first values: each rank's own shards alone.
 
     Args:
         family: of the model.
         model: on the meta device; changed in place.
         device: where it will live.
-        seed: see `initialise_weights`.
-        std: see `initialise_weights`.
+        offload: parameters live in the machine's memory instead (FSDP's CPU offload).
+        seed: see `initialise_weights`; the standard deviation is the configuration's `initializer_range`.
+        weights: checked ones, read in place of first values.
     """
-    model.to_empty(device=device)
+    model.to_empty(device="cpu" if offload else device)
+    if offload:
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module.register_buffer(
+                    name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set
+                )
     # What follows is undefined after `to_empty`, or no longer shared.
     model.tie_weights()
     family.reset_buffers(model)
     for layer in moe_layers(model).values():
         layer.reset_buffers()
-    initialise_weights(model, seed, std)
+    if weights is not None:
+        weights.load(model, family.hf_keys)
+    else:
+        initialise_weights(model, seed, model.config.initializer_range)
 
 
 def count_parameters(model: PreTrainedModel) -> int:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from crossdock.checkpoint import HFKeys
 from crossdock.moe import MoEConfig
 
-__all__ = ["DEEPEP_SUFFIX", "Family", "ModelConfig"]
+__all__ = ["DEEPEP_SUFFIX", "Family", "Kernels", "ModelConfig"]
 
 DEEPEP_SUFFIX = "-deepep"
+
+Kernels = Literal["none", "liger"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,12 @@ class ModelConfig:
     """A named size of the family; a suffix `-deepep` chooses that dispatcher. Empty: config.json of hf_assets_path, or
     `debug` without one."""
     hf_assets_path: str = ""
-    """Folder in Hugging Face's format with tokenizer and, where flavor is empty, config.json; no weights are read."""
+    """Folder in Hugging Face's format with tokenizer and, where flavor is empty, config.json. Its weights are read with
+    checkpoint.initial_load_in_hf alone."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
+    """Attention, by transformers' names. `flash_attention_*` need their package and a GPU."""
+    kernels: Kernels = "none"
+    """`liger` computes norms and the loss with liger-kernel, which must be installed."""
 
 
 class Family(Protocol):
@@ -38,6 +46,8 @@ class Family(Protocol):
     """Sizes by name, as arguments of the family's configuration class."""
     model_type: str
     """`model_type` in the family's config.json."""
+    hf_keys: HFKeys
+    """How its checkpoints name their tensors."""
 
     def hf_config(self, flavor: str) -> PreTrainedConfig:
         """The configuration of a flavor."""
@@ -48,11 +58,14 @@ class Family(Protocol):
         ...
 
     def build(self, hf_config: PreTrainedConfig) -> PreTrainedModel:
-        """The family's transformers model, on the current default device."""
+        """The family's transformers model with the attention that its configuration names, on the default device."""
         ...
 
-    def adapt(self, model: PreTrainedModel, moe: MoEConfig, *, force_load_balance: bool = False) -> PreTrainedModel:
-        """Replace the MoE blocks by `crossdock.MoE`, values kept, and norms by ones that keep float64; in place."""
+    def adapt(
+        self, model: PreTrainedModel, moe: MoEConfig, *, kernels: Kernels = "none", force_load_balance: bool = False
+    ) -> PreTrainedModel:
+        """Replace, in place and values kept, the MoE blocks by `crossdock.MoE`, norms by ones that keep float64 (or by
+        Liger's) and the output projection by a `LossHead`; let it take a `padding_mask`."""
         ...
 
     def reset_buffers(self, model: nn.Module) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RMSNorm"]
+from crossdock.models.family import Kernels
+
+__all__ = ["RMSNorm", "build_norm"]
 
 
 class RMSNorm(nn.Module):
@@ -26,3 +28,14 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+def build_norm(weight: nn.Parameter, eps: float, kernels: Kernels) -> nn.Module:
+    """A norm with `weight`: `RMSNorm`, or Liger's, which computes the same in fp32."""
+    if kernels == "none":
+        return RMSNorm(weight, eps)
+    from liger_kernel.transformers import LigerRMSNorm  # pyright: ignore[reportMissingImports]
+
+    norm = LigerRMSNorm(len(weight), eps=eps)
+    norm.weight = weight
+    return norm

@@ -16,7 +16,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeSparseMoeBlock,
 )
 
-from crossdock.models.norm import RMSNorm
+from crossdock.checkpoint import HFKeys
+from crossdock.models.family import Kernels
+from crossdock.models.loss import LossHead
+from crossdock.models.norm import build_norm
+from crossdock.models.padding import accept_padding_mask
 from crossdock.moe import MoE, MoEConfig
 from crossdock.routing import RouterConfig
 
@@ -37,6 +41,7 @@ class Qwen3:
 
     name = "qwen3"
     model_type = "qwen3_moe"
+    hf_keys = HFKeys(renamed=((".mlp.router.weight", ".mlp.gate.weight"),))
     flavors: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         {
             "debug": _COMMON
@@ -92,7 +97,9 @@ class Qwen3:
     def build(self, hf_config: PreTrainedConfig) -> PreTrainedModel:
         return Qwen3MoeForCausalLM(cast(Qwen3MoeConfig, hf_config))
 
-    def adapt(self, model: PreTrainedModel, moe: MoEConfig, *, force_load_balance: bool = False) -> PreTrainedModel:
+    def adapt(
+        self, model: PreTrainedModel, moe: MoEConfig, *, kernels: Kernels = "none", force_load_balance: bool = False
+    ) -> PreTrainedModel:
         # The auxiliary losses are ours, so that transformers need not collect logits that no module of its own makes.
         model.config.output_router_logits = False
         for module in list(model.modules()):
@@ -100,7 +107,9 @@ class Qwen3:
                 if isinstance(child, Qwen3MoeSparseMoeBlock):
                     setattr(module, name, _moe(child, cast(Qwen3MoeConfig, model.config), moe, force_load_balance))
                 elif isinstance(child, Qwen3MoeRMSNorm):
-                    setattr(module, name, RMSNorm(child.weight, child.variance_epsilon))
+                    setattr(module, name, build_norm(child.weight, child.variance_epsilon, kernels))
+        model.set_output_embeddings(LossHead(cast(nn.Linear, model.get_output_embeddings()), kernels))
+        accept_padding_mask(model)
         return model
 
     def reset_buffers(self, model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Parallelism: meshes, expert parallelism, activation checkpointing, FSDP, gradients."""
 
 from crossdock.parallel.blocks import plain_name, transformer_blocks
+from crossdock.parallel.compile import CompileConfig, apply_compile
 from crossdock.parallel.expert import ExpertParallel, apply_ep
 from crossdock.parallel.fsdp import apply_fsdp
 from crossdock.parallel.gradients import clip_grad_norm_, global_grad_norm
@@ -10,11 +11,13 @@ from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activ
 
 __all__ = [
     "ActivationCheckpointConfig",
+    "CompileConfig",
     "ExpertParallel",
     "LayoutError",
     "ParallelDims",
     "ParallelismConfig",
     "apply_activation_checkpoint",
+    "apply_compile",
     "apply_ep",
     "apply_fsdp",
     "clip_grad_norm_",

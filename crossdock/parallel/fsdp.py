@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from crossdock.experts import GroupedExperts
@@ -24,6 +24,7 @@ def apply_fsdp(
     param_dtype: torch.dtype | None = None,
     blocks: list[nn.Module] | None = None,
     reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
 ) -> nn.Module:
     """Shard `model` in place: each parameter in exactly one FSDP group, gradients summed over its ranks, never divided.
 
@@ -33,6 +34,7 @@ def apply_fsdp(
         param_dtype: dtype of computation (bf16 mixed precision); parameters and reductions keep theirs.
         blocks: modules that are gathered as a unit; by default the entries of the outermost `nn.ModuleList`s.
         reshard_after_forward: free gathered parameters after a block's forward pass.
+        cpu_offload: keep parameters, gradients and the optimizer's state in the machine's memory.
 
     Returns:
         `model`.
@@ -47,6 +49,7 @@ def apply_fsdp(
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype is not None else None
     )
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
     dense_mesh = mesh._flatten("fsdp")
     shard_experts = _expert_sharding(mesh)
     if shard_experts is None:
@@ -57,6 +60,7 @@ def apply_fsdp(
                 experts,
                 mesh=mesh["ep_shard"],
                 mp_policy=expert_policy,
+                offload_policy=offload,
                 reshard_after_forward=reshard_after_forward,
                 shard_placement_fn=lambda _: Shard(1),
             )
@@ -70,6 +74,7 @@ def apply_fsdp(
             unit,
             mesh=dense_mesh,
             mp_policy=policy,
+            offload_policy=offload,
             # The root's are wanted again at once, in the backward pass.
             reshard_after_forward=reshard_after_forward and unit is not model,
             shard_placement_fn=sharding_of,

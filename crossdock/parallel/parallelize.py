@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from crossdock.parallel.compile import CompileConfig, apply_compile
 from crossdock.parallel.expert import apply_ep
 from crossdock.parallel.fsdp import apply_fsdp
 from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activation_checkpoint
@@ -18,21 +19,33 @@ def parallelize(
     mesh: DeviceMesh,
     *,
     activation_checkpoint: ActivationCheckpointConfig | None = None,
+    compile_config: CompileConfig | None = None,
     param_dtype: torch.dtype | None = None,
     blocks: list[nn.Module] | None = None,
     reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
 ) -> nn.Module:
-    """Expert parallelism, activation checkpointing, FSDP: in this order, in place.
+    """Expert parallelism, compilation, activation checkpointing, FSDP: in this order, in place.
 
     Args:
         model: holds `crossdock.MoE` layers; on the meta device or initialised. The entries of its outermost
             `nn.ModuleList`s are taken for its transformer blocks.
         mesh: from `ParallelDims.build_mesh`.
         activation_checkpoint: none by default.
+        compile_config: not compiled by default.
         param_dtype: dtype of computation, see `apply_fsdp`.
         blocks: what FSDP gathers as a unit; by default the model's transformer blocks.
         reshard_after_forward: see `apply_fsdp`.
+        cpu_offload: see `apply_fsdp`.
     """
     apply_ep(model, mesh)
+    apply_compile(model, compile_config or CompileConfig())
     apply_activation_checkpoint(model, activation_checkpoint or ActivationCheckpointConfig())
-    return apply_fsdp(model, mesh, param_dtype=param_dtype, blocks=blocks, reshard_after_forward=reshard_after_forward)
+    return apply_fsdp(
+        model,
+        mesh,
+        param_dtype=param_dtype,
+        blocks=blocks,
+        reshard_after_forward=reshard_after_forward,
+        cpu_offload=cpu_offload,
+    )

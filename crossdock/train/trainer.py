@@ -6,7 +6,6 @@ import dataclasses
 import fcntl
 import logging
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -16,12 +15,29 @@ from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from transformers import PreTrainedModel
 
-from crossdock.checkpoint import Checkpointer, latest_step
+from crossdock.checkpoint import (
+    CHECKPOINT_FOLDER,
+    Checkpointer,
+    CheckpointError,
+    HFCheckpoint,
+    find_checkpoint,
+    latest_step,
+)
 from crossdock.comm import raise_together
 from crossdock.config import RUN_CONFIG_FILE, Config, to_toml
-from crossdock.models import FAMILIES, build_model, count_parameters, materialise, resolve_hf_config
+from crossdock.models import (
+    FAMILIES,
+    IGNORED_LABEL,
+    batch_loss,
+    build_model,
+    count_parameters,
+    export_hf,
+    materialise,
+    resolve_hf_config,
+    write_assets,
+)
 from crossdock.moe import finish_step, moe_layers, set_batch_totals
 from crossdock.parallel import ParallelDims, clip_grad_norm_, parallelize
 from crossdock.routing import max_mean_load
@@ -33,7 +49,8 @@ __all__ = ["StopSignal", "Trainer", "TrainingStopped"]
 
 logger = logging.getLogger(__name__)
 
-IGNORED_LABEL = -100
+ASSETS_FOLDER = "hf_assets"
+EXPORT_FOLDER = "hf"
 
 
 class TrainingStopped(RuntimeError):
@@ -84,20 +101,24 @@ class Trainer:
             dp_degree=self.world_size,
             seed=config.training.seed,
         )
-        self.model = self._build_model(dims)
+        newest = _from_first_rank(
+            _together(lambda: latest_step(self.folder / CHECKPOINT_FOLDER) if self.rank == 0 else None)
+        )
+        self.model = self._build_model(dims, is_new=newest is None)
         self.layers = list(moe_layers(self.model).values())
         self.optimizer = build_optimizer(self.model, config.optimizer)
         materialise_optimizer_state(self.optimizer)
         torch.manual_seed(config.training.seed + self.rank)
         self.checkpointer = Checkpointer(
-            self.folder / "checkpoint", self.model, self.optimizer, config.checkpoint.keep_latest_k
+            self.folder / CHECKPOINT_FOLDER, self.model, self.optimizer, config.checkpoint.keep_latest_k
         )
         self.step = 0
         self._resumed_step: int | None = None
         self.samples = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
-        self._resume()
+        if newest is not None:
+            self._resume(newest)
 
     def train(self) -> None:
         """Run to the last step, or to the step boundary after a stop was asked for; a checkpoint is left in both cases.
@@ -137,6 +158,8 @@ class Trainer:
                     saved = self._save()
             if saved != self.step:
                 self._save()
+            if self.step >= config.training.steps and config.checkpoint.last_save_in_hf:
+                self._export()
             if display is not None and self.step < config.training.steps:
                 display.say(f"stopped as asked, at step {self.step}; start again with --job.dump-folder {self.folder}")
         finally:
@@ -151,10 +174,10 @@ class Trainer:
         set_batch_totals(self.model, self.batches.global_batch_size, tokens)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
-            logits = self.model(input_ids=batch.input_ids.to(self.device), use_cache=False).logits
-            batch_loss = token_loss(logits, batch.labels.to(self.device)) / max(targets, 1)
-            batch_loss.backward()
-            loss += batch_loss.detach()
+            summed = batch_loss(self.model, batch.input_ids.to(self.device), batch.labels.to(self.device))
+            share = summed / max(targets, 1)
+            share.backward()
+            loss += share.detach()
         norm = clip_grad_norm_(self.model.parameters(), config.max_norm).item()
         sums, memory = self._gather_metrics(loss)
 
@@ -224,14 +247,25 @@ class Trainer:
         self.checkpointer.save(self.step, counters)
         return self.step
 
-    def _resume(self) -> None:
-        newest = _from_first_rank(_together(lambda: latest_step(self.checkpointer.folder) if self.rank == 0 else None))
-        if newest is not None:
-            counters = self.checkpointer.load(newest)
-            self.step, self.samples = counters["step"], counters["samples"]
-            self.skipped_steps = counters["skipped_steps"]
-            self._resumed_step = self.step
-            self._tell(f"resumed {self.folder} at step {self.step}")
+    def _resume(self, newest: int) -> None:
+        counters = self.checkpointer.load(newest)
+        self.step, self.samples = counters["step"], counters["samples"]
+        self.skipped_steps = counters["skipped_steps"]
+        self._resumed_step = self.step
+        self._tell(f"resumed {self.folder} at step {self.step}")
+
+    def _export(self) -> None:
+        """Leave the model in Hugging Face's format. The run is whole without it, so that a failure ends nothing."""
+        destination = self.folder / EXPORT_FOLDER
+        keys = FAMILIES[self.config.model.name].hf_keys
+        dtype = self.config.checkpoint.export_dtype
+        try:
+            export_hf(self.model, keys, self.folder / ASSETS_FOLDER, destination, dtype, replace=True)
+        except CheckpointError as error:
+            self._tell(f"{error}; crossdock export {self.folder} DESTINATION tries again")
+            return
+        biased = any(layer.router.expert_bias is not None for layer in self.layers)
+        self._tell(f"Hugging Face model: {destination}{' (its format has no expert bias)' if biased else ''}")
 
     def _global_batch_size(self) -> int:
         training = self.config.training
@@ -269,24 +303,43 @@ class Trainer:
         beside = self.folder / f".{RUN_CONFIG_FILE}.partial"
         beside.write_text(to_toml(resolved))
         beside.rename(self.folder / RUN_CONFIG_FILE)
-        shutil.copyfile(tokens.tokenizer_path, self.folder / "tokenizer.json")
 
-    def _build_model(self, dims: ParallelDims) -> torch.nn.Module:
+    def _build_model(self, dims: ParallelDims, is_new: bool) -> PreTrainedModel:
+        """The model on its layout, with its first values where the run `is_new`: drawn, or those it starts from."""
         config = self.config
         family = FAMILIES[config.model.name]
-        hf_config = resolve_hf_config(config.model)
-        dtype = torch.float64 if config.training.dtype == "float64" else torch.float32
         model = build_model(
-            family, hf_config, config.moe, dtype, force_load_balance=config.training.debug_moe_force_load_balance
+            family,
+            resolve_hf_config(config.model),
+            config.moe,
+            torch.float64 if config.training.dtype == "float64" else torch.float32,
+            attn_implementation=config.model.attn_implementation,
+            kernels=config.model.kernels,
+            force_load_balance=config.training.debug_moe_force_load_balance,
         )
+        for layer in moe_layers(model).values():
+            layer.router.requires_grad_(not config.training.freeze_router)
+            layer.experts.requires_grad_(not config.training.freeze_experts)
+        start = Path(config.initial_weights) if is_new and config.initial_weights else None
+        checkpoint = find_checkpoint(start) if start is not None else None
+        weights = None
+        if start is not None and checkpoint is None:
+            weights = _together(lambda: HFCheckpoint.open(start))
+        if is_new:
+            _together(lambda: self._write_assets(model, weights) if self.rank == 0 else None)
         parallelize(
             model,
             dims.build_mesh(self.device.type, timedelta(seconds=config.job.comm_timeout_seconds)),
             activation_checkpoint=config.activation_checkpoint,
+            compile_config=config.compile,
             param_dtype=torch.bfloat16 if config.training.dtype == "bfloat16" else None,
             reshard_after_forward=config.parallelism.reshard_after_forward,
+            cpu_offload=config.training.enable_cpu_offload,
         )
-        materialise(family, model, self.device, config.training.seed, hf_config.initializer_range)
+        offload = config.training.enable_cpu_offload
+        materialise(family, model, self.device, offload=offload, seed=config.training.seed, weights=weights)
+        if checkpoint is not None:
+            Checkpointer(checkpoint[0], model, None).load(checkpoint[1])
         parameters = count_parameters(model)
         self._tell(
             f"{family.name}: {parameters / 1e6:,.1f} M parameters on {self.world_size} ranks "
@@ -294,15 +347,15 @@ class Trainer:
         )
         return model
 
+    def _write_assets(self, model: PreTrainedModel, weights: HFCheckpoint | None) -> None:
+        tokens = self.tokens
+        source = Path(self.config.model.hf_assets_path) if self.config.model.hf_assets_path else None
+        folder = self.folder / ASSETS_FOLDER
+        write_assets(folder, model, tokens.tokenizer_path, tokens.end_of_text_id, source, weights)
+
     def _tell(self, message: str) -> None:
         if self.rank == 0:
             say(message)
-
-
-def token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross entropies of `logits` `[B, S, V]` at `labels` `[B, S]`, `-100` left out; in at least fp32."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
 
 
 def _from_first_rank(value: Any) -> Any:

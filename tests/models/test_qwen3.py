@@ -73,7 +73,7 @@ def _materialise(world_size: int, ep: int) -> dict[str, np.ndarray]:
     own = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
     whole = sum(p.numel() for p in model.parameters())
     assert own <= whole / world_size * 1.1, "a rank holds more than its share"
-    materialise(family, model, torch.device("cpu"), seed=3, std=0.1)
+    materialise(family, model, torch.device("cpu"), seed=3)
     layers = moe_layers(model)
     rows = {id(p): layer.placement.expert_to_slot for layer in layers.values() for p in layer.experts.parameters()}
     values = {}

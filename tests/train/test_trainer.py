@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from crossdock.config import LRSchedulerConfig, load_config, validate
+from crossdock.models import token_loss
 from crossdock.train.optimizer import learning_rate_factor
-from crossdock.train.trainer import StopSignal, Trainer, TrainingStopped, token_loss
+from crossdock.train.trainer import StopSignal, Trainer, TrainingStopped
 from tests.ranks import RankPool
 from tests.tiny import run_trainer, write_assets
 
@@ -62,7 +63,7 @@ def test_run_folder_holds_what_is_promised(ranks: RankPool, folder: Path) -> Non
     run = folder / "promised"
     assert tomllib.loads((run / "config.toml").read_text())["training"]["steps"] == 10
     assert sorted(path.name for path in (run / "checkpoint").iterdir()) == ["step-00000009", "step-00000010"]
-    assert (run / "tokenizer.json").is_file()
+    assert (run / "hf_assets" / "tokenizer.json").is_file()
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     wanted = {"step", "loss", "grad_norm", "lr", "tokens_per_second_per_gpu", "memory_gib", "max_mean_load"}
     assert wanted <= line.keys()

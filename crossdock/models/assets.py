@@ -1,0 +1,159 @@
+"""What goes with weights in Hugging Face's format (configuration, tokenizer, dtypes), and writing all of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+from tokenizers import Tokenizer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from crossdock.checkpoint import DTYPES, CheckpointError, HFCheckpoint, HFKeys, save_hf
+from crossdock.comm import raise_together
+
+__all__ = ["EXPORT_DTYPES", "export_hf", "write_assets"]
+
+_CONFIG_FILE = "config.json"
+_GENERATION_FILE = "generation_config.json"
+_DTYPES_FILE = "tensor_dtypes.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+EXPORT_DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+"""torch's names of the dtypes that weights can be exported in, and safetensors'."""
+
+
+class _Dtypes(NamedTuple):
+    """In what dtype a model's tensors are stored: most of them in `default`, the `others` by name."""
+
+    default: str
+    others: dict[str, str]
+
+
+def write_assets(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer_path: Path,
+    end_of_text_id: int | None,
+    source: Path | None,
+    weights: HFCheckpoint | None,
+) -> None:
+    """Gather in `folder` what an export needs beside the weights, so that the source may vanish.
+
+    Args:
+        folder: made where it is missing.
+        model: whose configuration is written.
+        tokenizer_path: a tokenizer.json.
+        end_of_text_id: its id of the end of a text, where it has one.
+        source: folder in Hugging Face's format with further files of the tokenizer and a generation_config.json.
+        weights: those that the model starts from, whose dtypes an export shall have; `None` gives the model's own.
+
+    Raises:
+        OSError: where files cannot be read or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (*_TOKENIZER_FILES, _GENERATION_FILE):
+        if source is not None and (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    shutil.copyfile(tokenizer_path, folder / _TOKENIZER_FILES[0])
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.architectures = config.architectures or [type(model).__name__]
+    if config.eos_token_id is None:
+        config.eos_token_id = end_of_text_id
+    config.save_pretrained(folder)
+    if not (folder / _GENERATION_FILE).is_file():
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+    if not (folder / _TOKENIZER_FILES[1]).is_file():
+        tokenizer = Tokenizer.from_file(str(tokenizer_path))
+        end_of_text = None if end_of_text_id is None else tokenizer.id_to_token(end_of_text_id)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end_of_text).save_pretrained(folder)
+        # What transformers has written may differ from what the tokens were made with.
+        shutil.copyfile(tokenizer_path, folder / _TOKENIZER_FILES[0])
+    (folder / _DTYPES_FILE).write_text(json.dumps(_dtypes_of(model, weights)._asdict(), indent=2) + "\n")
+
+
+def _dtypes_of(model: PreTrainedModel, weights: HFCheckpoint | None) -> _Dtypes:
+    if weights is None:
+        return _Dtypes(next(name for name, dtype in DTYPES.items() if dtype == model.dtype), {})
+    stored = {name: tensor.dtype for name, tensor in weights.tensors.items()}
+    most = Counter(stored.values()).most_common(1)[0][0]
+    return _Dtypes(most, {name: dtype for name, dtype in stored.items() if dtype != most})
+
+
+def export_hf(
+    model: PreTrainedModel, keys: HFKeys, assets: Path, destination: Path, dtype: str = "", *, replace: bool = False
+) -> None:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads. Collective; on any layout.
+
+    It is written beside its final place and renamed when whole.
+
+    Args:
+        model: its weights.
+        keys: of its family.
+        assets: from `write_assets`.
+        destination: must not exist, unless `replace`.
+        dtype: torch's name of the dtype of all tensors; empty: each tensor has the one that `assets` names.
+        replace: remove what is at `destination`, when the new folder is whole.
+
+    Raises:
+        CheckpointError: on all ranks, if it exists or something could not be read or written.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    partial = destination.with_name(f".{destination.name}.partial")
+    error: Exception | None = None
+    dtypes = _Dtypes("", {})
+    try:
+        if destination.exists() and not replace:
+            raise FileExistsError(0, "it exists; name another folder, or remove it")
+        dtypes = _read_dtypes(assets, dtype)
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _copy_assets(assets, partial, dtypes.default)
+    except OSError as caught:
+        error = CheckpointError(f"cannot export to {destination}: {caught.strerror or caught}")
+    raise_together(error)
+    save_hf(model, keys, partial, dtypes.others, dtypes.default)
+    if rank == 0:
+        try:
+            if destination.exists():
+                # Renamed first, so that there is never half a folder under the final name.
+                shutil.rmtree(destination.rename(destination.with_name(f".{destination.name}.removed")))
+            partial.rename(destination)
+        except OSError as caught:
+            error = CheckpointError(f"cannot export to {destination}: {caught}")
+    raise_together(error)
+
+
+def _read_dtypes(assets: Path, dtype: str) -> _Dtypes:
+    if dtype:
+        return _Dtypes(EXPORT_DTYPES[dtype], {})
+    path = assets / _DTYPES_FILE
+    try:
+        return _Dtypes(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise OSError(0, f"cannot read {path} ({error}); name a dtype") from None
+
+
+def _copy_assets(assets: Path, folder: Path, default_dtype: str) -> None:
+    for name in (*_TOKENIZER_FILES, _GENERATION_FILE):
+        if (assets / name).is_file():
+            shutil.copyfile(assets / name, folder / name)
+    config = json.loads((assets / _CONFIG_FILE).read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(DTYPES[default_dtype]).removeprefix("torch.")
+    (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
