@@ -1,6 +1,6 @@
 """Configuration: TOML, then command-line overrides, into typed dataclasses, validated once before anything starts."""
 
-from crossdock.config.reading import RUN_CONFIG_FILE, load_config, to_toml
+from crossdock.config.reading import ASSETS_FOLDER, RUN_CONFIG_FILE, load_config, read_toml, to_toml
 from crossdock.config.settings import (
     Config,
     ConfigError,
@@ -12,9 +12,10 @@ from crossdock.config.settings import (
     TrainingConfig,
     ValidationConfig,
 )
-from crossdock.config.validation import check_settings, validate
+from crossdock.config.validation import check_settings, expert_parallel_degrees, validate
 
 __all__ = [
+    "ASSETS_FOLDER",
     "RUN_CONFIG_FILE",
     "Config",
     "ConfigError",
@@ -26,7 +27,9 @@ __all__ = [
     "TrainingConfig",
     "ValidationConfig",
     "check_settings",
+    "expert_parallel_degrees",
     "load_config",
+    "read_toml",
     "to_toml",
     "validate",
 ]

@@ -18,10 +18,11 @@ import tyro
 from crossdock.config.settings import Config, ConfigError, setting_types
 from crossdock.models.family import DEEPEP_SUFFIX
 
-__all__ = ["RUN_CONFIG_FILE", "absolute", "load_config", "read_toml", "to_toml"]
+__all__ = ["ASSETS_FOLDER", "RUN_CONFIG_FILE", "absolute", "load_config", "read_toml", "to_toml"]
 
-# The resolved settings in a run folder.
+# Of a run folder: the resolved settings, and what an export needs beside weights.
 RUN_CONFIG_FILE = "config.toml"
+ASSETS_FOLDER = "hf_assets"
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:

@@ -23,7 +23,7 @@ from crossdock.models.family import DEEPEP_SUFFIX
 from crossdock.moe import moe_layers
 from crossdock.parallel import LayoutError, ParallelDims
 
-__all__ = ["check_settings", "validate"]
+__all__ = ["check_settings", "expert_parallel_degrees", "validate"]
 
 
 def validate(config: Config, world_size: int) -> ParallelDims:
@@ -44,11 +44,7 @@ def validate(config: Config, world_size: int) -> ParallelDims:
     ep, most = "parallelism.expert_parallel_degree", model.num_experts
     _require(config, ep, dims.ep <= most, f"at most {most}, the model's experts")
     sizes = (model.hidden_size, model.moe_intermediate_size)
-    working = [
-        degree
-        for degree in range(1, min(world_size, most) + 1)
-        if world_size % degree == 0 and not any(size % (world_size // degree) for size in sizes)
-    ]
+    working = expert_parallel_degrees(model, world_size)
     valid = f"one of {', '.join(map(str, working))}" if working else "there is none for this number of ranks"
     why = f"{world_size} ranks / expert_parallel_degree must divide the experts' sizes {sizes[0]} and {sizes[1]}"
     _require(config, ep, dims.ep in working, f"{valid}: {why}")
@@ -57,6 +53,16 @@ def validate(config: Config, world_size: int) -> ParallelDims:
     valid = f"-1 or a multiple of {step} (local_batch_size {batch} x data-parallel ranks)"
     _require(config, "training.global_batch_size", total == -1 or (total > 0 and total % step == 0), valid)
     return dims
+
+
+def expert_parallel_degrees(model: PreTrainedConfig, world_size: int) -> list[int]:
+    """The degrees that work, ascending: no rank without an expert, and matrices that divide evenly over `ep_shard`."""
+    sizes = (model.hidden_size, model.moe_intermediate_size)
+    return [
+        degree
+        for degree in range(1, min(world_size, model.num_experts) + 1)
+        if world_size % degree == 0 and not any(size % (world_size // degree) for size in sizes)
+    ]
 
 
 def check_settings(config: Config) -> PreTrainedConfig:

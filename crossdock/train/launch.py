@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +19,7 @@ from crossdock.checkpoint import CheckpointError
 from crossdock.config import Config, ConfigError, validate
 from crossdock.train.trainer import StopSignal, Trainer, TrainingStopped
 
-__all__ = ["ENDED_FOLDER", "Machines", "default_nproc", "run_rank", "start_ranks"]
+__all__ = ["ENDED_FOLDER", "Machines", "default_nproc", "run_rank", "start_ranks", "train_rank"]
 
 # A stopped run writes a checkpoint first; only after this is it killed.
 _SHUTDOWN_SECONDS = 600
@@ -115,38 +115,57 @@ def start_ranks(arguments: list[str], machines: Machines) -> int:
     return 0
 
 
-def run_rank(config: Config, environment: Mapping[str, str]) -> int:
+def train_rank(config: Config, environment: Mapping[str, str]) -> int:
     """Be one rank of a run.
 
     Args:
         config: with `job.dump_folder` set, on one rank at least.
-        environment: torchrun's: `RANK`, `LOCAL_RANK`, `WORLD_SIZE` and those that `init_process_group` reads.
+        environment: torchrun's, see `run_rank`.
     """
     stop = StopSignal()
     stop.install()
-    local_rank, world_size = int(environment["LOCAL_RANK"]), int(environment["WORLD_SIZE"])
-    dims = validate(config, world_size)
+    dims = validate(config, int(environment["WORLD_SIZE"]))
     if environment["RANK"] == "0":
         # The package's own notes; not those of the libraries it uses.
         notes = logging.getLogger("crossdock")
         notes.setLevel(logging.INFO)
         notes.addHandler(logging.StreamHandler(sys.stdout))
+    first_on_machine = environment["LOCAL_RANK"] == "0"
+
+    def train(device: torch.device) -> int:
+        try:
+            Trainer(config, dims, device, first_on_machine, stop).train()
+        except RuntimeError as error:
+            if not stop.requested or isinstance(error, (CheckpointError, TrainingStopped)):
+                raise
+            rank = dist.get_rank()
+            print(f"rank {rank}: stopped without a checkpoint, another rank is gone ({error})", file=sys.stderr)
+            return 1
+        return 0
+
+    return run_rank(train, environment, config.job.comm_timeout_seconds)
+
+
+def run_rank(action: Callable[[torch.device], int], environment: Mapping[str, str], timeout_seconds: int = 600) -> int:
+    """Be one rank: `action(device)` within a process group; returns its exit code.
+
+    Args:
+        action: what all ranks do.
+        environment: torchrun's: `RANK`, `LOCAL_RANK`, `WORLD_SIZE` and those that `init_process_group` reads.
+        timeout_seconds: of every collective.
+    """
+    local_rank = int(environment["LOCAL_RANK"])
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.job.comm_timeout_seconds))
-    try:
-        Trainer(config, dims, device, local_rank == 0, stop).train()
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    exit_code = action(device)
+    if exit_code == 0:
         # A process that leaves while another still talks to it can make that one abort.
         dist.barrier()
-    except RuntimeError as error:
-        if not stop.requested or isinstance(error, (CheckpointError, TrainingStopped)):
-            raise
-        print(f"rank {dist.get_rank()}: stopped without a checkpoint, another rank is gone ({error})", file=sys.stderr)
-        return 1
-    dist.destroy_process_group()
-    if ENDED_FOLDER in environment:
-        Path(environment[ENDED_FOLDER], str(local_rank)).touch()
-    return 0
+        dist.destroy_process_group()
+        if ENDED_FOLDER in environment:
+            Path(environment[ENDED_FOLDER], str(local_rank)).touch()
+    return exit_code

@@ -26,7 +26,7 @@ from crossdock.checkpoint import (
     latest_step,
 )
 from crossdock.comm import raise_together
-from crossdock.config import RUN_CONFIG_FILE, Config, to_toml
+from crossdock.config import ASSETS_FOLDER, RUN_CONFIG_FILE, Config, to_toml
 from crossdock.models import (
     FAMILIES,
     IGNORED_LABEL,
@@ -49,7 +49,6 @@ __all__ = ["StopSignal", "Trainer", "TrainingStopped"]
 
 logger = logging.getLogger(__name__)
 
-ASSETS_FOLDER = "hf_assets"
 EXPORT_FOLDER = "hf"
 
 

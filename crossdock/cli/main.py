@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import signal
 import sys
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from crossdock import __version__
+from crossdock.cli.common import check_gpus, fail, is_rank, machine_options, machines_of
+from crossdock.cli.model import export_command, generate_command
 
 if TYPE_CHECKING:
     from crossdock.config import Config
-    from crossdock.train.launch import Machines
 
 __all__ = ["main"]
 
@@ -25,9 +25,14 @@ crossdock: expert parallelism for PyTorch
 
   crossdock train  [CONFIG.toml] [--section.key value ...]   train a Mixture-of-Experts model
   crossdock config [CONFIG.toml] [--section.key value ...]   print the resolved settings as TOML
+  crossdock generate MODEL --prompt TEXT                     continue a text
+  crossdock export RUN DESTINATION                           write a folder that transformers loads
   crossdock --version
 
-train starts its own ranks, one per GPU or two on a machine without. Several machines run the same command:
+MODEL is a run folder (its newest checkpoint), one of its checkpoints, or a folder in Hugging Face's format. generate,
+eval and export have a --help of their own.
+
+Ranks are started here, one per GPU or two on a machine without. Several machines run the same command:
   --nproc N          ranks on this machine
   --nnodes N         machines (1)
   --node-rank N      this machine, from 0 (0)
@@ -59,16 +64,16 @@ def _main(arguments: list[str]) -> NoReturn:
     if command == "--version":
         print(f"crossdock {__version__}")
         sys.exit(0)
-    if command not in ("train", "config"):
-        _fail(f"command = {command!r}\none of train, config, --version, --help")
-    options, rest = _machine_options(rest)
+    if command not in _COMMANDS:
+        fail(f"command = {command!r}\none of {', '.join(_COMMANDS)}, --version, --help")
+    options, rest = machine_options(rest)
 
     from crossdock.config import ConfigError
 
     try:
-        sys.exit(_train(rest, options) if command == "train" else _config(rest, options))
+        sys.exit(_COMMANDS[command](rest, options))
     except ConfigError as error:
-        _fail(f"{error.field} = {error.value!r}\n{error.valid}")
+        fail(f"{error.field} = {error.value!r}\n{error.valid}")
 
 
 def _config(arguments: list[str], options: argparse.Namespace) -> int:
@@ -78,7 +83,7 @@ def _config(arguments: list[str], options: argparse.Namespace) -> int:
     if options.nproc is None:
         check_settings(config)
     else:
-        validate(config, _machines(options).world_size)
+        validate(config, machines_of(options).world_size)
     print(to_toml(config), end="")
     return 0
 
@@ -89,67 +94,26 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
     from crossdock.checkpoint import CheckpointError
     from crossdock.config import load_config, validate
     from crossdock.train.data import DataError
-    from crossdock.train.launch import ENDED_FOLDER, run_rank, start_ranks
+    from crossdock.train.launch import ENDED_FOLDER, start_ranks, train_rank
     from crossdock.train.trainer import TrainingStopped
 
     try:
         config = load_config(path, overrides)
-        if _is_rank():
+        if is_rank():
             # Our launcher has named the folder, on the first machine, whose ranks need not be the first ones.
             first = ENDED_FOLDER not in os.environ and os.environ["RANK"] == "0"
-            return run_rank(_with_run_folder(config, path, first=first), os.environ)
-        machines = _machines(options)
+            return train_rank(_with_run_folder(config, path, first=first), os.environ)
+        machines = machines_of(options)
         dims = validate(config, machines.world_size)
-        _check_gpus(config, machines)
+        check_gpus(machines, config.training.dtype)
         if config.parallelism.expert_parallel_degree == -1:
             print(f"expert_parallel_degree = -1: {dims.ep} on {dims.world_size} ranks", flush=True)
         config = _with_run_folder(config, path, first=machines.node_rank == 0)
         return start_ranks(["train", *arguments, "--job.dump-folder", config.job.dump_folder], machines)
     except DataError as error:
-        _fail(str(error))
+        fail(str(error))
     except (CheckpointError, TrainingStopped) as error:
-        _fail(str(error), exit_code=1)
-
-
-def _machine_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """How many ranks run where; and the arguments that are about something else."""
-    names = ("--nproc", "--nnodes", "--node-rank", "--master-addr", "--master-port")
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--nproc", type=int)
-    parser.add_argument("--nnodes", type=int, default=1)
-    parser.add_argument("--node-rank", "--node_rank", type=int, default=0)
-    parser.add_argument("--master-addr", "--master_addr")
-    parser.add_argument("--master-port", "--master_port", type=int, default=29500)
-    options, rest = parser.parse_known_args(arguments)
-    for argument in (argument for argument in rest if argument.startswith("--")):
-        nearest = difflib.get_close_matches(argument.partition("=")[0], names, n=1, cutoff=0.75)
-        if nearest:
-            parser.error(f"argument {argument} does not exist; did you mean {nearest[0]}?")
-    return options, rest
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        _fail(message)
-
-
-def _machines(options: argparse.Namespace) -> Machines:
-    from crossdock.train.launch import Machines, default_nproc
-
-    nproc = default_nproc() if options.nproc is None else options.nproc
-    return Machines(nproc, options.nnodes, options.node_rank, options.master_addr, options.master_port)
-
-
-def _check_gpus(config: Config, machines: Machines) -> None:
-    import torch
-
-    from crossdock.config import ConfigError
-
-    gpus = torch.cuda.device_count()
-    if gpus and machines.nproc > gpus:
-        raise ConfigError("--nproc", machines.nproc, f"at most {gpus}, the GPUs of this machine")
-    if gpus and config.training.dtype == "float64":
-        raise ConfigError("training.dtype", "float64", "is for CPU alone; CUDA_VISIBLE_DEVICES= hides the GPUs")
+        fail(str(error), exit_code=1)
 
 
 def _split_path(arguments: list[str]) -> tuple[Path | None, list[str]]:
@@ -183,18 +147,9 @@ def _with_run_folder(config: Config, config_path: Path | None, *, first: bool) -
     return replace(config, job=replace(config.job, dump_folder=str(folder)))
 
 
-def _is_rank() -> bool:
-    """Whether torchrun started this process."""
-    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
-
-
-def _fail(message: str, *, exit_code: int = 2) -> NoReturn:
-    """End with one message for a person; of a machine's ranks only the first speaks."""
-    from rich.console import Console
-    from rich.panel import Panel
-    from rich.text import Text
-
-    if not _is_rank() or os.environ["LOCAL_RANK"] == "0":
-        panel = Panel(Text(message), title="crossdock", title_align="left", border_style="red")
-        Console(stderr=True).print(panel)
-    sys.exit(exit_code)
+_COMMANDS = {
+    "train": _train,
+    "config": _config,
+    "generate": generate_command,
+    "export": export_command,
+}

@@ -1,0 +1,275 @@
+"""A training step on two CPU processes: ours, transformers' own expert parallelism, and that with our plug-in.
+
+    python -m benchmarks.train_step [--rounds 9] [--shapes 1 2] [--dtypes float32 bfloat16] [--write]
+
+Each variant has two gloo processes of one thread of its own. They take turns, so that one variant runs at a time and
+all see the same noise; a ratio is taken within a round. All start from one checkpoint and see the same batches with the
+same optimizer (fused AdamW; no clipping, since torch's does not take transformers' mix of meshes). Their losses must
+agree. Peak memory is the resident set's, from the first step on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.distributed import DistributedConfig
+
+from benchmarks.results_file import spread, write_results
+
+WORLD_SIZE = 2
+BATCH, SEQ_LEN, VOCAB = 4, 512, 8192
+WARM_UP_STEPS, STEPS_PER_ROUND = 2, 2
+GOAL = 1.05
+SHAPES: dict[int, dict[str, int]] = {
+    1: {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 256},
+    2: {"num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 128},
+}
+VARIANTS = ("crossdock", "transformers", "plug-in")
+# Relative, of the loss after some steps: what another order of summation may do.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--shapes", type=int, nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--dtypes", nargs="+", choices=TOLERANCE, default=list(TOLERANCE))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/train_step_DATE.json")
+    arguments = parser.parse_args()
+    rows = []
+    for shape in arguments.shapes:
+        for dtype in arguments.dtypes:
+            rows += compare(shape, dtype, arguments.variants, arguments.rounds)
+    if arguments.write:
+        print(write_results("train_step", ["torch", "transformers", "accelerate", "crossdock"], rows))
+
+
+def compare(shape: int, dtype: str, variants: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Run all variants in turn; prints and returns a row for each of ours."""
+    case = f"shape {shape}: {SHAPES[shape]}, {dtype}"
+    print(f"\n{case}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        make_checkpoint(Path(folder, "model"), shape)
+        teams = {variant: Team(variant, Path(folder), dtype) for variant in variants}
+        try:
+            seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+            losses: dict[str, list[float]] = {
+                variant: [loss for _, loss in team.steps(WARM_UP_STEPS)] for variant, team in teams.items()
+            }
+            for number in range(rounds):
+                for variant in variants[number % len(variants) :] + variants[: number % len(variants)]:
+                    steps = teams[variant].steps(STEPS_PER_ROUND)
+                    seconds[variant].append(sum(taken for taken, _ in steps) / STEPS_PER_ROUND)
+                    losses[variant] += [loss for _, loss in steps]
+            memory = {variant: team.peak_memory() for variant, team in teams.items()}
+        finally:
+            for team in teams.values():
+                team.close()
+    return report(case, dtype, seconds, losses, memory)
+
+
+def report(
+    case: str, dtype: str, seconds: dict[str, list[float]], losses: dict[str, list[float]], memory: dict[str, float]
+) -> list[dict[str, Any]]:
+    rows = []
+    tokens = BATCH * SEQ_LEN
+    for variant, taken in seconds.items():
+        rate = tokens / statistics.median(taken)
+        row: dict[str, Any] = {"case": case, "variant": variant, "figure": round(rate, 1), "unit": "tokens/s per rank"}
+        row["peak_memory_gib"] = round(memory[variant], 3)
+        line = f"{variant:>13}: {rate:8,.0f} tok/s/rank  {memory[variant]:.2f} GiB  last loss {losses[variant][-1]:.5f}"
+        if variant != "transformers" and "transformers" in seconds:
+            peer = seconds["transformers"]
+            ratios = spread([theirs / ours for theirs, ours in zip(peer, taken, strict=True)])
+            difference = max(
+                abs(ours - theirs) / abs(theirs)
+                for ours, theirs in zip(losses[variant], losses["transformers"], strict=True)
+            )
+            row |= {"peer": "transformers", "peer_figure": round(tokens / statistics.median(peer), 1)}
+            row |= {"ratio": ratios["median"], "spread": ratios, "goal": GOAL}
+            row |= {"loss_difference": difference, "losses_agree": difference <= TOLERANCE[dtype]}
+            row["met"] = ratios["median"] >= GOAL and memory[variant] <= memory["transformers"] and row["losses_agree"]
+            line += f"  ratio {ratios['median']:.3f} ({ratios['low']:.3f} to {ratios['high']:.3f})"
+            line += f"  losses differ by {difference:.1e}"
+            if not row["losses_agree"]:
+                line += "  LOSSES DO NOT AGREE"
+        print(line, flush=True)
+        rows.append(row)
+    return rows
+
+
+def make_checkpoint(folder: Path, shape: int) -> None:
+    """The model that all variants start from, in Hugging Face's format."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB,
+        hidden_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+        max_position_embeddings=SEQ_LEN,
+        output_router_logits=False,
+        **SHAPES[shape],  # type: ignore[arg-type]
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+
+
+class Team:
+    """The two processes of a variant, which wait while others run."""
+
+    def __init__(self, variant: str, folder: Path, dtype: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._processes, self._pipes = [], []
+        for rank in range(WORLD_SIZE):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(variant, rank, folder, dtype, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+        for pipe in self._pipes:
+            pipe.recv()
+
+    def steps(self, number: int) -> list[tuple[float, float]]:
+        """Seconds (of the slower rank) and loss (of the global batch) of each of `number` further steps."""
+        for pipe in self._pipes:
+            pipe.send(number)
+        results = [pipe.recv() for pipe in self._pipes]
+        return [(max(seconds for seconds, _ in step), step[0][1]) for step in zip(*results, strict=True)]
+
+    def peak_memory(self) -> float:
+        """GiB, of the larger process."""
+        for pipe in self._pipes:
+            pipe.send(0)
+        return max(pipe.recv() for pipe in self._pipes)
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join(timeout=20)
+            process.kill()
+
+
+def _serve(variant: str, rank: int, folder: Path, dtype: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE)}
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{variant}", rank=rank, world_size=WORLD_SIZE)
+    build = _crossdock_step if variant == "crossdock" else _transformers_step
+    step = build(folder / "model", dtype, variant)
+    generator = torch.Generator().manual_seed(rank)
+    pipe.send(None)
+    peak_started = False
+    while True:
+        number = pipe.recv()
+        if number is None:
+            break
+        if number == 0:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            pipe.send(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20)
+            continue
+        if not peak_started:
+            Path("/proc/self/clear_refs").write_text("5")
+            peak_started = True
+        results = []
+        for _ in range(number):
+            tokens = torch.randint(0, VOCAB, (BATCH, SEQ_LEN + 1), generator=generator)
+            dist.barrier()
+            started = time.perf_counter()
+            loss = step(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+            seconds = time.perf_counter() - started
+            dist.all_reduce(loss)
+            results.append((seconds, loss.item()))
+        pipe.send(results)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _crossdock_step(folder: Path, dtype: str, variant: str) -> Step:
+    """As the trainer does it; the step returns this rank's share of the global loss."""
+    from crossdock.checkpoint import HFCheckpoint
+    from crossdock.models import FAMILIES, batch_loss, build_model, materialise
+    from crossdock.moe import MoEConfig, finish_step, set_batch_totals
+    from crossdock.parallel import ParallelDims, parallelize
+
+    family = FAMILIES["qwen3"]
+    weights = HFCheckpoint.open(folder)
+    model = build_model(family, family.hf_config_from(folder), MoEConfig(), torch.float32)
+    mesh = ParallelDims(WORLD_SIZE, ep=WORLD_SIZE).build_mesh("cpu")
+    parallelize(model, mesh, param_dtype=torch.bfloat16 if dtype == "bfloat16" else None)
+    materialise(family, model, torch.device("cpu"), weights=weights)
+    model.train()
+    optimizer = _optimizer(model)
+    targets = WORLD_SIZE * BATCH * SEQ_LEN
+
+    def step(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        set_batch_totals(model, WORLD_SIZE * BATCH, targets)
+        loss = batch_loss(model, input_ids, labels) / targets
+        loss.backward()
+        optimizer.step()
+        finish_step(model, dist.group.WORLD)
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def _transformers_step(folder: Path, dtype: str, variant: str) -> Step:
+    """transformers' own, or with the plug-in; the step returns this rank's share of the global loss."""
+    experts, dispatch = "grouped_mm", "all_to_all"
+    if variant == "plug-in":
+        import crossdock.integrations.transformers  # noqa: F401 (registers itself)
+
+        experts, dispatch = "crossdock", "crossdock"
+    config = DistributedConfig(
+        fsdp_size=WORLD_SIZE,
+        ep_size=WORLD_SIZE,
+        ep_implementation=dispatch,
+        fsdp_mixed_precision=dtype == "bfloat16",
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        experts_implementation=experts,
+        distributed_config=config,
+    )
+    model.train()
+    optimizer = _optimizer(model)
+
+    def step(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss = model(input_ids=input_ids, shift_labels=labels, labels=labels, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach() / WORLD_SIZE
+
+    return step
+
+
+def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

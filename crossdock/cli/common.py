@@ -1,0 +1,76 @@
+"""What the commands share: how many ranks run where, and one message for a mistake."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from crossdock.train.launch import Machines
+
+__all__ = ["Parser", "check_gpus", "fail", "is_rank", "machine_options", "machines_of"]
+
+
+def machine_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """How many ranks run where; and the arguments that are about something else."""
+    names = ("--nproc", "--nnodes", "--node-rank", "--master-addr", "--master-port")
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--nproc", type=int)
+    parser.add_argument("--nnodes", type=int, default=1)
+    parser.add_argument("--node-rank", "--node_rank", type=int, default=0)
+    parser.add_argument("--master-addr", "--master_addr")
+    parser.add_argument("--master-port", "--master_port", type=int, default=29500)
+    options, rest = parser.parse_known_args(arguments)
+    for argument in (argument for argument in rest if argument.startswith("--")):
+        nearest = difflib.get_close_matches(argument.partition("=")[0], names, n=1, cutoff=0.75)
+        if nearest:
+            parser.error(f"argument {argument} does not exist; did you mean {nearest[0]}?")
+    return options, rest
+
+
+class Parser(argparse.ArgumentParser):
+    """One message for a mistake, as everywhere."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+
+def machines_of(options: argparse.Namespace) -> Machines:
+    """What `machine_options` has read, checked; raises ConfigError."""
+    from crossdock.train.launch import Machines, default_nproc
+
+    nproc = default_nproc() if options.nproc is None else options.nproc
+    return Machines(nproc, options.nnodes, options.node_rank, options.master_addr, options.master_port)
+
+
+def check_gpus(machines: Machines, dtype: str = "") -> None:
+    """Raises ConfigError for more ranks than a machine has GPUs, where it has any, or a `dtype` that they lack."""
+    import torch
+
+    from crossdock.config import ConfigError
+
+    gpus = torch.cuda.device_count()
+    if gpus and machines.nproc > gpus:
+        raise ConfigError("--nproc", machines.nproc, f"at most {gpus}, the GPUs of this machine")
+    if gpus and dtype == "float64":
+        raise ConfigError("training.dtype", "float64", "is for CPU alone; CUDA_VISIBLE_DEVICES= hides the GPUs")
+
+
+def is_rank() -> bool:
+    """Whether torchrun started this process."""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def fail(message: str, *, exit_code: int = 2) -> NoReturn:
+    """End with one message for a person; of a machine's ranks only the first speaks."""
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    if not is_rank() or os.environ["LOCAL_RANK"] == "0":
+        panel = Panel(Text(message), title="crossdock", title_align="left", border_style="red")
+        Console(stderr=True).print(panel)
+    sys.exit(exit_code)

@@ -1,0 +1,147 @@
+"""Commands on a model that there is: generate, eval, export."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crossdock.cli.common import Parser, check_gpus, fail, is_rank, machines_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from crossdock.tools.opening import ModelSource
+
+__all__ = ["export_command", "generate_command"]
+
+_DTYPES = ("float32", "bfloat16")
+
+
+def generate_command(arguments: list[str], options: argparse.Namespace) -> int:
+    """`crossdock generate MODEL --prompt TEXT`."""
+    parser = _parser("generate", "Continue a text. The experts are spread over the ranks, which all keep in step.")
+    parser.add_argument(
+        "--prompt", action="append", help="the text; several are continued in turn; else standard input"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=100, help="at most this many (100)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the likeliest that have this probability (1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    parsed = parser.parse_args(arguments)
+    _check(
+        parser,
+        ("--max-new-tokens", parsed.max_new_tokens > 0, "1 or more"),
+        ("--temperature", 0 <= parsed.temperature < float("inf"), "0 or more"),
+        ("--top-p", 0 < parsed.top_p <= 1, "above 0 and at most 1"),
+        ("--seed", 0 <= parsed.seed < 2**63, "0 to 2^63 - 1"),
+    )
+    if not parsed.prompt:
+        # Read here, since the ranks share no standard input.
+        parsed.prompt = [sys.stdin.read()]
+        arguments = [*arguments, f"--prompt={parsed.prompt[0]}"]
+
+    def generate(source: ModelSource, device: torch.device, rank: int) -> None:
+        from crossdock.tools.generate import Sampling, generate
+        from crossdock.tools.opening import open_model
+
+        sampling = Sampling(parsed.max_new_tokens, parsed.temperature, parsed.top_p, parsed.seed)
+        model, tokenizer = open_model(source, device, compute_dtype=_compute_dtype(parsed.dtype)), source.tokenizer()
+        for prompt in parsed.prompt:
+            if rank == 0:
+                _write(prompt)
+            generate(model, tokenizer, prompt, sampling, _write if rank == 0 else None)
+            if rank == 0:
+                _write("\n")
+
+    def check(source: ModelSource) -> None:
+        from crossdock.tools.generate import check_prompt
+
+        for prompt in parsed.prompt:
+            check_prompt(source.hf_config, source.tokenizer(), prompt)
+
+    return _on_ranks("generate", arguments, options, parsed, check, generate)
+
+
+def export_command(arguments: list[str], options: argparse.Namespace) -> int:
+    """`crossdock export RUN DESTINATION`."""
+    parser = _parser("export", "Write a folder that transformers' from_pretrained loads.", has_dtype=False)
+    parser.add_argument("destination", help="a folder that does not exist yet")
+    choices = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", default="", choices=choices, help="of the weights; else as they were loaded")
+    parsed = parser.parse_args(arguments)
+    destination = Path(parsed.destination).absolute()
+
+    def check(source: ModelSource) -> None:
+        from crossdock.tools.export import check_export
+
+        check_export(source, destination)
+
+    def export(source: ModelSource, device: torch.device, rank: int) -> None:
+        from crossdock.tools.export import export
+
+        export(source, destination, device, parsed.dtype)
+        if rank == 0:
+            print(f"written: {destination}", flush=True)
+
+    return _on_ranks("export", arguments, options, parsed, check, export)
+
+
+def _parser(command: str, description: str, *, has_dtype: bool = True) -> Parser:
+    parser = Parser(prog=f"crossdock {command}", description=description, allow_abbrev=False)
+    parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint, or folder in Hugging Face's format")
+    if has_dtype:
+        parser.add_argument("--dtype", default=_DTYPES[0], choices=_DTYPES, help=f"of the computation ({_DTYPES[0]})")
+    return parser
+
+
+def _check(parser: Parser, *rules: tuple[str, bool, str]) -> None:
+    for name, holds, valid in rules:
+        if not holds:
+            parser.error(f"argument {name} must be {valid}")
+
+
+def _on_ranks(
+    command: str,
+    arguments: list[str],
+    options: argparse.Namespace,
+    parsed: argparse.Namespace,
+    check: Callable[[ModelSource], None],
+    action: Callable[[ModelSource, Any, int], None],
+) -> int:
+    """Check everything, then run `action(source, device, rank)` on all ranks."""
+    from crossdock.checkpoint import CheckpointError
+    from crossdock.tools.opening import check_ranks, find_model
+    from crossdock.train.launch import run_rank, start_ranks
+
+    source = find_model(Path(parsed.model).absolute())
+    if not is_rank():
+        machines = machines_of(options)
+        check_gpus(machines)
+        check_ranks(source, machines.world_size)
+        check(source)
+        return start_ranks([command, *arguments], machines)
+
+    def act(device: torch.device) -> int:
+        action(source, device, int(os.environ["RANK"]))
+        return 0
+
+    try:
+        return run_rank(act, os.environ)
+    except CheckpointError as error:
+        fail(str(error), exit_code=1)
+
+
+def _compute_dtype(name: str) -> torch.dtype | None:
+    import torch
+
+    return None if name == "float32" else getattr(torch, name)
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)

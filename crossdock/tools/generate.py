@@ -1,0 +1,118 @@
+"""Text from a model on several ranks, all in step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from crossdock.config import ConfigError
+
+__all__ = ["Sampling", "check_prompt", "generate"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: at most this many, fewer where the model ends the text.
+        temperature: 0 takes the likeliest token; else logits are divided by it and one is drawn.
+        top_p: drawn from the likeliest tokens that together have this probability.
+        seed: of the draws.
+    """
+
+    max_new_tokens: int = 100
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def check_prompt(hf_config: PreTrainedConfig, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The tokens of a prompt; raises ConfigError for one without any, or one that leaves no room for another."""
+    prompt_ids = tokenizer.encode(prompt).ids
+    most = hf_config.max_position_embeddings - 1
+    if not 1 <= len(prompt_ids) <= most:
+        raise ConfigError("--prompt", prompt[:40], f"has {len(prompt_ids)} tokens; the model takes 1 to {most}")
+    return prompt_ids
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompt: str,
+    sampling: Sampling,
+    write: Callable[[str], None] | None = None,
+) -> list[int]:
+    """Continue `prompt`; the new tokens, the same on all ranks. Collective.
+
+    The first rank's logits decide for all, so that no rank can leave the loop on its own.
+
+    Args:
+        model: from `open_model`.
+        tokenizer: its own.
+        prompt: see `check_prompt`.
+        sampling: how tokens are chosen.
+        write: is handed the text piece by piece as it comes.
+
+    Raises:
+        ConfigError: see `check_prompt`.
+    """
+    prompt_ids = check_prompt(model.config, tokenizer, prompt)
+    room = model.config.max_position_embeddings - len(prompt_ids)
+    input_ids = torch.tensor([prompt_ids], device=model.device)
+    draws: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        draws = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    torch.manual_seed(sampling.seed)
+    output = model.generate(  # type: ignore[operator] (transformers adds it to the class at run time)
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=min(sampling.max_new_tokens, room),
+        pad_token_id=0,  # Never used: there is one sequence.
+        logits_processor=LogitsProcessorList([_FirstRanksLogits()]),
+        streamer=None if write is None else _Streamer(tokenizer, write),
+        **draws,
+    )
+    return output[0, len(prompt_ids) :].tolist()
+
+
+class _FirstRanksLogits(LogitsProcessor):
+    """All ranks take the first rank's logits, which differ in the last bits from theirs."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if dist.is_initialized():
+            scores = scores.contiguous()
+            dist.broadcast(scores, src=0)
+        return scores
+
+
+class _Streamer(BaseStreamer):
+    """Hands on the text of each token as soon as it makes whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], None]) -> None:
+        self._tokenizer = tokenizer
+        self._write = write
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._is_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        if self._is_prompt:  # transformers hands over the prompt first.
+            self._is_prompt = False
+            return
+        for token in value.flatten().tolist():
+            piece = self._stream.step(self._tokenizer, token)
+            if piece:
+                self._write(piece)
+
+    def end(self) -> None:
+        pass

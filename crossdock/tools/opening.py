@@ -1,0 +1,136 @@
+"""Finding a model on disk (a run, a checkpoint or a Hugging Face folder) and opening it on the ranks there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from crossdock.checkpoint import CHECKPOINT_FOLDER, Checkpointer, CheckpointError, HFCheckpoint, find_checkpoint
+from crossdock.config import ASSETS_FOLDER, RUN_CONFIG_FILE, ConfigError, expert_parallel_degrees, read_toml
+from crossdock.models import FAMILIES, Family, ModelConfig, ModelError, build_model, materialise, resolve_hf_config
+from crossdock.moe import MoEConfig
+from crossdock.parallel import ParallelDims, parallelize
+
+__all__ = ["ModelSource", "check_ranks", "find_model", "open_model"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on disk.
+
+    Attributes:
+        path: as the user named it.
+        family: of the model.
+        hf_config: its sizes.
+        moe: backends, and whether it has an expert bias.
+        assets: folder with tokenizer and configuration.
+        weights: Hugging Face's, or folder and step of one of our checkpoints.
+    """
+
+    path: Path
+    family: Family
+    hf_config: PreTrainedConfig
+    moe: MoEConfig
+    assets: Path
+    weights: HFCheckpoint | tuple[Path, int]
+
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer.
+
+        Raises:
+            ConfigError: where tokenizer.json cannot be read.
+        """
+        path = self.assets / "tokenizer.json"
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # noqa: BLE001 (the tokenizers package raises plain Exception)
+            raise ConfigError("model", str(self.path), f"its {path} cannot be read ({error})") from None
+
+
+def find_model(path: Path, experts: str = "") -> ModelSource:
+    """The model at `path`: a run folder (its newest checkpoint), a checkpoint, or a folder in Hugging Face's format.
+
+    Reads settings and headers alone. Needs no process group.
+
+    Args:
+        path: the folder.
+        experts: backend in place of the run's own or the default one.
+
+    Raises:
+        ConfigError: for a path that holds no model, or one whose weights do not fit its configuration.
+    """
+    checkpoint = find_checkpoint(path)
+    if checkpoint is not None:
+        run = checkpoint[0].parent
+        config = read_toml(run / RUN_CONFIG_FILE)
+        name, moe, assets, weights = config.model.name, config.moe, run / ASSETS_FOLDER, checkpoint
+    elif (path / "config.json").is_file():
+        name, moe, assets, weights = _family_of(path), MoEConfig(), path, None
+    else:
+        found = "no checkpoint yet" if (path / RUN_CONFIG_FILE).is_file() else "no config.json"
+        kinds = f"a run folder, RUN/{CHECKPOINT_FOLDER}/step-..., or a folder in Hugging Face's format"
+        raise ConfigError("model", str(path), f"must be {kinds}; it has {found}")
+    try:
+        hf_config = resolve_hf_config(ModelConfig(name=name, hf_assets_path=str(assets)))
+        family = FAMILIES[name]
+        if weights is None:
+            weights = HFCheckpoint.open(path)
+            weights.check(build_model(family, hf_config, moe, torch.float32), family.hf_keys)
+    except (CheckpointError, ModelError) as error:
+        raise ConfigError("model", str(path), str(error)) from None
+    return ModelSource(path, family, hf_config, moe, assets, weights)
+
+
+def check_ranks(source: ModelSource, world_size: int) -> None:
+    """Raises ConfigError where the model cannot be spread over `world_size` ranks."""
+    if not expert_parallel_degrees(source.hf_config, world_size):
+        working = [str(n) for n in range(1, world_size) if expert_parallel_degrees(source.hf_config, n)]
+        raise ConfigError(
+            "--nproc", world_size, f"this model's sizes do not divide over it; use {' or '.join(working)}"
+        )
+
+
+def open_model(
+    source: ModelSource, device: torch.device, *, compute_dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model on all ranks of the default process group, for inference: experts spread over as many as can be.
+
+    Collective.
+
+    Args:
+        source: from `find_model`.
+        device: of this rank.
+        compute_dtype: of the computation; the weights are kept in fp32. `None` for fp32.
+
+    Raises:
+        CheckpointError: on all ranks, if weights could not be read.
+    """
+    world_size = dist.get_world_size()
+    model = build_model(source.family, source.hf_config, source.moe, torch.float32)
+    ep = max(expert_parallel_degrees(source.hf_config, world_size))
+    mesh = ParallelDims(world_size, ep=ep).build_mesh(device.type)
+    parallelize(model, mesh, param_dtype=compute_dtype, reshard_after_forward=False)
+    weights = source.weights if isinstance(source.weights, HFCheckpoint) else None
+    materialise(source.family, model, device, weights=weights)
+    if not isinstance(source.weights, HFCheckpoint):
+        folder, step = source.weights
+        Checkpointer(folder, model, None).load(step)
+    if (source.assets / "generation_config.json").is_file() and model.generation_config is not None:
+        # What ends a text; how tokens are drawn is the user's to say.
+        model.generation_config.eos_token_id = GenerationConfig.from_pretrained(source.assets).eos_token_id
+    return model.eval()
+
+
+def _family_of(folder: Path) -> str:
+    """The family whose `model_type` is that of `folder/config.json`."""
+    model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    for name, family in FAMILIES.items():
+        if family.model_type == model_type:
+            return name
+    known = ", ".join(family.model_type for family in FAMILIES.values())
+    raise ConfigError("model", str(folder), f"its config.json has model_type {model_type!r}; known: {known}")
