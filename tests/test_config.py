@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -27,6 +28,9 @@ def other_value(hint: Any, default: Any) -> Any:
     """A value of the type that is not the default."""
     if get_origin(hint) is Literal:
         return next((choice for choice in get_args(hint) if choice != default), default)
+    if get_origin(hint) is tuple:
+        item = get_args(hint)[0]
+        return get_args(item)[:2] if get_origin(item) is Literal else (other_value(item, None),) * 2
     if hint is bool:
         return not default
     if hint is int:
@@ -57,7 +61,9 @@ def test_a_setting_is_the_same_from_the_command_line_and_from_the_toml_that_is_w
 ) -> None:
     hint, default = every_setting()[name]
     value = other_value(hint, default)
-    if hint is bool:
+    if get_origin(hint) is tuple:
+        arguments = [f"--{name}", ",".join(map(str, value))]
+    elif hint is bool:
         section, key = name.split(".")
         arguments = [f"--{name}" if value else f"--{section}.no-{key}"]
     else:
@@ -120,6 +126,24 @@ def test_a_setting_can_be_unset_from_the_command_line(tmp_path: Path) -> None:
     path = toml_file(tmp_path, "[lr_scheduler]\ndecay_ratio = 0.5")
     assert load_config(path).lr_scheduler.decay_ratio == 0.5
     assert load_config(path, ["--lr-scheduler.decay-ratio", "None"]).lr_scheduler.decay_ratio is None
+
+
+def test_a_list_can_be_emptied_from_the_command_line(tmp_path: Path) -> None:
+    path = toml_file(tmp_path, '[metrics]\ntrackers = ["wandb", "tensorboard"]')
+    assert load_config(path).metrics.trackers == ("wandb", "tensorboard")
+    assert load_config(path, ["--metrics.trackers="]).metrics.trackers == ()
+    assert load_config(path, ["--metrics.trackers", "trackio"]).metrics.trackers == ("trackio",)
+
+
+def test_a_tracker_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(None, ["--metrics.trackers", "tensorboard,trackio"])
+    validate(config, 2)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "trackio" else found(name))
+    error = refusal(config)
+    assert error.field == "metrics.trackers"
+    assert "trackio" in error.valid
+    assert "pip install 'crossdock[trackio]'" in error.valid
 
 
 def test_negative_numbers_and_empty_strings_are_values() -> None:
@@ -272,6 +296,8 @@ def test_data_may_be_cached_in_a_folder_that_can_only_be_read(tmp_path: Path, mo
         ("checkpoint.interval", ["0"], ["-1"]),
         ("checkpoint.keep_latest_k", ["0"], ["-1"]),
         ("metrics.log_freq", ["1"], ["0"]),
+        ("metrics.trackers", ["", "wandb", "tensorboard,trackio"], ["wandb,wandb"]),
+        ("metrics.project", ["a", "Some.project-1"], ["", "a/b", "a b", "a" * 129]),
         ("parallelism.expert_parallel_degree", ["-1", "1", "2"], ["-2", "0", "3", "4"]),
         ("parallelism.data_parallel_shard_degree", ["-1", "2"], ["-2", "0", "1", "4"]),
         ("parallelism.data_parallel_replicate_degree", ["1"], ["0", "2"]),

@@ -92,7 +92,9 @@ def _build(document: dict[str, Any]) -> Config:
 
 
 def _typed(name: str, hint: Any, value: Any) -> Any:
-    """The value of a TOML key; a whole number will do for a float."""
+    """The value of a TOML key; a whole number will do for a float, a list is a tuple."""
+    if get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(_typed(name, get_args(hint)[0], item) for item in value)
     for option in get_args(hint) if type(None) in get_args(hint) else (hint,):
         if (get_origin(option) is Literal and value in get_args(option)) or type(value) is option:
             return value
@@ -102,7 +104,10 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
 
 
 def _override(config: Config, arguments: Sequence[str]) -> Config:
-    """`config` with `--section.key value`, `--section.key=value`, `--section.switch`, `--section.no-switch` in turn."""
+    """`config` with `--section.key value`, `--section.key=value`, `--section.switch`, `--section.no-switch` in turn.
+
+    A list is written `a,b,c`.
+    """
     settings, rest = setting_types(), list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -125,6 +130,9 @@ def _override(config: Config, arguments: Sequence[str]) -> Config:
             raise _unknown(name, value)
         elif not has_value:
             raise ConfigError(name, value, f"has no value; must be {_expected(settings[name])}")
+        elif get_origin(settings[name]) is tuple:
+            config = _with_items(config, name, get_args(settings[name])[0], value)
+            continue
         else:
             canonical = f"--{name}={value}"
         try:
@@ -135,7 +143,20 @@ def _override(config: Config, arguments: Sequence[str]) -> Config:
     return config
 
 
+def _with_items(config: Config, name: str, hint: Any, value: str) -> Config:
+    """`config` with a list setting from `a,b,c`; nothing is the empty list."""
+    section, _, key = name.rpartition(".")
+    try:
+        items = [hint(item) if hint in (int, float) else item for item in value.split(",") if value]
+    except ValueError:
+        raise ConfigError(name, value, f"must be {_expected(tuple[hint, ...])}") from None
+    typed = _typed(name, tuple[hint, ...], items)
+    return replace(config, **{section: replace(getattr(config, section), **{key: typed})})
+
+
 def _expected(hint: Any) -> str:
+    if get_origin(hint) is tuple:
+        return f"a list (on the command line, a,b), each {_expected(get_args(hint)[0])}"
     if get_origin(hint) is Literal:
         return f"one of {', '.join(get_args(hint))}"
     if get_args(hint):

@@ -131,10 +131,14 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """`[metrics]`: what is shown. `metrics.jsonl` has a line for every step in any case."""
+    """`[metrics]`: what is shown and tracked. `metrics.jsonl` has a line for every step in any case."""
 
     log_freq: int = 10
     """Steps between lines where the output is no terminal."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where the metrics go besides `metrics.jsonl`; each is an extra: `pip install 'crossdock[wandb]'`."""
+    project: str = "crossdock"
+    """The project in wandb and trackio; a run has the name of its run folder."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
@@ -80,6 +81,7 @@ def check_settings(config: Config) -> PreTrainedConfig:
             _require(config, name, value is None or holds(value), f"must be {valid}")
     _check_dispatcher(config)
     _check_kernels(config)
+    _check_trackers(config)
     model = _check_model(config)
     _check_run_folder(config)
     _check_initial_weights(config, model)
@@ -120,6 +122,16 @@ def _check_dispatcher(config: Config) -> None:
         config, "model.flavor", available or size == config.model.flavor, f"deepep is {use}, model.flavor = {size}"
     )
     _require(config, "moe.dispatcher", available, use)
+
+
+def _check_trackers(config: Config) -> None:
+    names = config.metrics.trackers
+    _require(config, "metrics.trackers", len(set(names)) == len(names), "must name each tracker once")
+    for name in names:
+        missing = f"the Python package {name} is not installed: pip install 'crossdock[{name}]'"
+        _require(config, "metrics.trackers", importlib.util.find_spec(name) is not None, missing)
+    valid = "must be 1 to 128 letters, digits, '_', '-' and '.'"
+    _require(config, "metrics.project", re.fullmatch(r"[\w.-]{1,128}", config.metrics.project) is not None, valid)
 
 
 def _check_model(config: Config) -> PreTrainedConfig:

@@ -13,15 +13,21 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["MetricsLog", "ProgressDisplay", "memory_gib", "say"]
+__all__ = ["MetricsLog", "ProgressDisplay", "last_logged_step", "memory_use", "say"]
 
 
-def memory_gib(device: torch.device) -> float:
-    """GiB that this process holds: the peak that the CUDA allocator reserved, or the resident set on CPU."""
+def memory_use(device: torch.device) -> tuple[float, float]:
+    """Memory that this process holds, in GiB and in percent of the device's.
+
+    The peak that the CUDA allocator reserved, of the GPU's memory; the resident set, of the machine's memory, on CPU.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**30
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+        held, there = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+    else:
+        page = os.sysconf("SC_PAGE_SIZE")
+        held = int(Path("/proc/self/statm").read_text().split()[1]) * page
+        there = os.sysconf("SC_PHYS_PAGES") * page
+    return held / 2**30, 100 * held / there
 
 
 class MetricsLog:
@@ -48,6 +54,12 @@ class MetricsLog:
         self._file.close()
 
 
+def last_logged_step(path: Path) -> int:
+    """The last step that a `metrics.jsonl` tells of; 0 where there is none."""
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return int(max((step for step in map(_step_of, lines) if step != float("inf")), default=0))
+
+
 def _step_of(line: str) -> float:
     """The step of a line; a line that broke off belongs to no step that counts."""
     try:
@@ -72,11 +84,13 @@ class ProgressDisplay:
         steps: of the whole run.
         resumed_step: where it goes on.
         log_freq: steps between plain lines.
+        on_gpu: show FLOPs too.
     """
 
-    def __init__(self, steps: int, resumed_step: int, log_freq: int) -> None:
+    def __init__(self, steps: int, resumed_step: int, log_freq: int, *, on_gpu: bool = False) -> None:
         self._steps = steps
         self._log_freq = log_freq
+        self._on_gpu = on_gpu
         self._first = resumed_step + 1
         self._started = time.monotonic()
         self._bar: Progress | None = None
@@ -89,8 +103,12 @@ class ProgressDisplay:
     def update(self, metrics: dict[str, Any]) -> None:
         """Show the metrics of a step."""
         step = metrics["step"]
+        flops = ""
+        if self._on_gpu:
+            mfu = "" if metrics["mfu"] is None else f" ({metrics['mfu']:.1f} % MFU)"
+            flops = f"{metrics['tflops']:.1f} TFLOP/s{mfu}  "
         line = (
-            f"loss {_number(metrics['loss'], '.4f')}  {metrics['tokens_per_second_per_gpu']:,.0f} tok/s/rank  "
+            f"loss {_number(metrics['loss'], '.4f')}  {metrics['tokens_per_second_per_gpu']:,.0f} tok/s/rank  {flops}"
             f"{metrics['memory_gib']:.2f} GiB  max/mean load {metrics['max_mean_load']:.2f}"
         )
         if self._bar is not None:

@@ -42,8 +42,10 @@ from crossdock.moe import finish_step, moe_layers, set_batch_totals
 from crossdock.parallel import ParallelDims, clip_grad_norm_, parallelize
 from crossdock.routing import max_mean_load
 from crossdock.train.data import Batch, TokenBatches, TokenFile, prepare_tokens
-from crossdock.train.metrics import MetricsLog, ProgressDisplay, memory_gib, say
+from crossdock.train.flops import Speed
+from crossdock.train.metrics import MetricsLog, ProgressDisplay, memory_use, say
 from crossdock.train.optimizer import build_optimizer, learning_rate_factor, materialise_optimizer_state
+from crossdock.train.trackers import Trackers
 
 __all__ = ["StopSignal", "Trainer", "TrainingStopped"]
 
@@ -105,6 +107,7 @@ class Trainer:
         )
         self.model = self._build_model(dims, is_new=newest is None)
         self.layers = list(moe_layers(self.model).values())
+        self.speed = Speed.of(self.model, config.training.seq_len, device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         materialise_optimizer_state(self.optimizer)
         torch.manual_seed(config.training.seed + self.rank)
@@ -130,8 +133,12 @@ class Trainer:
             self._tell(f"nothing to do: {self.step} steps are done, training.steps is {config.training.steps}")
         lock = _together(lambda: _lock(self.folder) if self.rank == 0 else None)
         path = self.folder / "metrics.jsonl"
+        trackers = _together(lambda: Trackers(config, self.folder, self.step) if self.rank == 0 else None)
         log = _together(lambda: MetricsLog(path, self.step) if self.rank == 0 else None)
-        display = ProgressDisplay(config.training.steps, self.step, config.metrics.log_freq) if self.rank == 0 else None
+        display = None
+        if self.rank == 0:
+            freq, on_gpu = config.metrics.log_freq, self.device.type == "cuda"
+            display = ProgressDisplay(config.training.steps, self.step, freq, on_gpu=on_gpu)
         try:
             self.model.train()
             saved = self._resumed_step
@@ -142,7 +149,7 @@ class Trainer:
                 if stop:
                     break
                 metrics = self._train_step(batches, targets, tokens)
-                metrics["tokens_per_second_per_gpu"] = tokens / (time.perf_counter() - started) / self.world_size
+                metrics |= self.speed.metrics(tokens / (time.perf_counter() - started) / self.world_size)
                 if display is not None:
                     display.update(metrics)
                     try:
@@ -150,6 +157,7 @@ class Trainer:
                     except OSError as error:
                         display.say(f"stopping: cannot write {path}: {error}")
                         self.stop.requested = True
+                    trackers.log(metrics)
                 self._stop_after_bad_steps()
                 interval = config.checkpoint.interval
                 # A streak of bad steps must not push the last good checkpoint out.
@@ -164,6 +172,7 @@ class Trainer:
         finally:
             if display is not None:
                 display.close()
+                trackers.close()
                 log.close()
                 lock.close()
 
@@ -197,7 +206,7 @@ class Trainer:
             **{name: value if math.isfinite(value) else None for name, value in sums.items()},
             "grad_norm": norm if math.isfinite(norm) else None,
             "lr": rate,
-            "memory_gib": memory,
+            **memory,
             "max_mean_load": max_mean_load(counts).max().item(),
             "tokens": tokens,
             "skipped_steps": self.skipped_steps,
@@ -212,21 +221,21 @@ class Trainer:
         all_targets, all_tokens, stops = totals.tolist()
         return int(all_targets), int(all_tokens), stops > 0
 
-    def _gather_metrics(self, loss: torch.Tensor) -> tuple[dict[str, float], float]:
+    def _gather_metrics(self, loss: torch.Tensor) -> tuple[dict[str, float], dict[str, float]]:
         """Loss and auxiliary losses (mean over layers) summed over the ranks, and the largest memory of a rank."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         auxiliary = {
             name: sum((layer.load.losses[name].double() for layer in self.layers if name in layer.load.losses), zero)
             for name in self.layers[0].coefficients.active()
         }
-        own = torch.stack(
-            [loss, *(value / len(self.layers) for value in auxiliary.values()), zero + memory_gib(self.device)]
-        )
+        memory = [zero + value for value in memory_use(self.device)]
+        own = torch.stack([loss, *(value / len(self.layers) for value in auxiliary.values()), *memory])
         everyone = [torch.empty_like(own) for _ in range(self.world_size)]
         dist.all_gather(everyone, own)
         gathered = torch.stack(everyone)
-        values = gathered[:, :-1].sum(dim=0).tolist()
-        return dict(zip(["loss", *auxiliary], values, strict=True)), gathered[:, -1].max().item()
+        values, largest = gathered[:, :-2].sum(dim=0).tolist(), gathered[:, -2:].amax(dim=0).tolist()
+        sums = dict(zip(["loss", *auxiliary], values, strict=True))
+        return sums, dict(zip(["memory_gib", "memory_percent"], largest, strict=True))
 
     def _stop_after_bad_steps(self) -> None:
         if self.skipped_in_a_row >= self.config.training.max_skipped_steps:
