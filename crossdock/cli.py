@@ -25,6 +25,7 @@ crossdock: expert parallelism for PyTorch
 
   crossdock train  [CONFIG.toml] [--section.key value ...]   train a Mixture-of-Experts model
   crossdock config [CONFIG.toml] [--section.key value ...]   print the resolved settings as TOML
+  crossdock report RUN [--output FILE]                       write the report of a run folder, RUN/report.html
   crossdock --version
 
 train starts its own ranks, one per GPU or two on a machine without. Several machines run the same command:
@@ -59,8 +60,10 @@ def _main(arguments: list[str]) -> NoReturn:
     if command == "--version":
         print(f"crossdock {__version__}")
         sys.exit(0)
+    if command == "report":
+        sys.exit(_report(rest))
     if command not in ("train", "config"):
-        _fail(f"command = {command!r}\none of train, config, --version, --help")
+        _fail(f"command = {command!r}\none of train, config, report, --version, --help")
     options, rest = _machine_options(rest)
 
     from crossdock.config import ConfigError
@@ -109,6 +112,21 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
         _fail(str(error))
     except (CheckpointError, TrainingStopped) as error:
         _fail(str(error), exit_code=1)
+
+
+def _report(arguments: list[str]) -> int:
+    parser = _Parser(prog="crossdock report", description="Write the report of a run.", allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="where to (RUN/report.html)")
+    options = parser.parse_args(arguments)
+
+    from crossdock.tools.report import ReportError, write_report
+
+    try:
+        print(write_report(options.run, options.output))
+    except ReportError as error:
+        _fail(str(error))
+    return 0
 
 
 def _machine_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

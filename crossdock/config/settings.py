@@ -116,6 +116,8 @@ class MetricsConfig:
 
     log_freq: int = 10
     """Steps between lines where the output is no terminal."""
+    load_interval: int = 10
+    """Steps between records of every expert's load in expert_load.bin, which the report shows. 0: none."""
 
 
 @dataclass(frozen=True)
