@@ -126,7 +126,6 @@ def test_a_skipped_step_breaks_the_curve_and_is_marked(tmp_path: Path) -> None:
     rows = [metrics_of(step, 30) for step in range(1, 31)]
     for step in (11, 12, 13):
         rows[step - 1] |= {"loss": None, "grad_norm": None}
-    rows[29] |= {"skipped_steps": 3}
     html = _html(write_metrics(tmp_path / "run", rows))
     (loss,) = _points(html, "loss")
     assert [step for step, _ in loss["points"]] == [*range(1, 11), *range(14, 31)]

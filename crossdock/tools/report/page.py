@@ -148,8 +148,9 @@ def _progress(records: RunRecords) -> tuple[str, str, str]:
 
 
 def _skipped(records: RunRecords) -> int:
+    """The run's own count, which includes steps whose lines are lost; or what the lines show."""
     counted = records.last("skipped_steps")
-    return int(counted[1]) if counted is not None else int(records.skipped.sum())
+    return max(int(counted[1]) if counted is not None else 0, int(records.skipped.sum()))
 
 
 def _alert(balance: Balance | None) -> str:
