@@ -52,7 +52,7 @@ def panels(text: str) -> int:
 
 # What is typed, and words that the message must hold: field, value, what would be valid.
 MISTAKES = [
-    ("trian", "command", "'trian'", "train, config"),
+    ("trian", "command", "'trian'", "train, config, report"),
     ("train nofile.toml", "config file", "'nofile.toml'", "No such file"),
     ("train folder", "config file", "'folder'", "directory"),
     ("train binary.toml", "config file", "'binary.toml'", "valid TOML"),
@@ -76,6 +76,7 @@ MISTAKES = [
     ("train --training.steps many", "training.steps", "'many'", "a whole number"),
     ("train --training.steps 1.5", "training.steps", "'1.5'", "a whole number"),
     ("train --training.steps -5", "training.steps", "-5", "positive"),
+    ("train --metrics.load-interval -1", "metrics.load_interval", "-1", "0 or more"),
     ("train --optimizer.lr fast", "optimizer.lr", "'fast'", "a number"),
     ("train --optimizer.lr nan", "optimizer.lr", "nan", "finite"),
     ("train --optimizer.lr=-inf", "optimizer.lr", "-inf", "finite"),
@@ -313,7 +314,7 @@ def test_help_lists_every_setting_with_its_meaning(
 def test_the_usage_tells_of_every_command(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(arguments) == 0
     usage = capsys.readouterr().out
-    assert all(f"crossdock {command}" in usage for command in ("train", "config", "--version"))
+    assert all(f"crossdock {command}" in usage for command in ("train", "config", "report", "--version"))
 
 
 def test_without_a_command_the_usage_is_a_message(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from crossdock.checkpoint.distributed import (
     CheckpointError,
     find_checkpoint,
     latest_step,
+    saved_world_size,
 )
 from crossdock.checkpoint.hf import DTYPES, HFCheckpoint, HFKeys, save_hf
 
@@ -21,4 +22,5 @@ __all__ = [
     "find_checkpoint",
     "latest_step",
     "save_hf",
+    "saved_world_size",
 ]

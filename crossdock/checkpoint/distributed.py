@@ -39,6 +39,7 @@ __all__ = [
     "Checkpointer",
     "find_checkpoint",
     "latest_step",
+    "saved_world_size",
 ]
 
 CHECKPOINT_FOLDER = "checkpoint"
@@ -308,6 +309,15 @@ def latest_step(folder: Path) -> int | None:
     """The newest whole checkpoint's step below `folder`, or `None`."""
     steps = _steps(folder)
     return steps[-1] if steps else None
+
+
+def saved_world_size(folder: Path, step: int) -> int | None:
+    """How many ranks wrote the checkpoint of `step` below `folder`; `None` where it does not tell."""
+    try:
+        world_size = json.loads((folder / f"step-{step:08d}" / _STATE_FILE).read_text())["world_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return world_size if type(world_size) is int else None
 
 
 def _steps(folder: Path) -> list[int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from crossdock import __version__
-from crossdock.cli.common import check_gpus, fail, is_rank, machine_options, machines_of
+from crossdock.cli.common import Parser, check_gpus, fail, is_rank, machine_options, machines_of
 from crossdock.cli.model import export_command, generate_command
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ crossdock: expert parallelism for PyTorch
   crossdock config [CONFIG.toml] [--section.key value ...]   print the resolved settings as TOML
   crossdock generate MODEL --prompt TEXT                     continue a text
   crossdock export RUN DESTINATION                           write a folder that transformers loads
+  crossdock report RUN [--output FILE]                       write the report of a run folder, RUN/report.html
   crossdock --version
 
 MODEL is a run folder (its newest checkpoint), one of its checkpoints, or a folder in Hugging Face's format. generate,
@@ -116,6 +117,21 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
         fail(str(error), exit_code=1)
 
 
+def _report(arguments: list[str], options: argparse.Namespace) -> int:
+    parser = Parser(prog="crossdock report", description="Write the report of a run.", allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="where to (RUN/report.html)")
+    parsed = parser.parse_args(arguments)
+
+    from crossdock.tools.report import ReportError, write_report
+
+    try:
+        print(write_report(parsed.run, parsed.output))
+    except ReportError as error:
+        fail(str(error))
+    return 0
+
+
 def _split_path(arguments: list[str]) -> tuple[Path | None, list[str]]:
     """A first argument that is no option is the config file."""
     if arguments and not arguments[0].startswith("-"):
@@ -152,4 +168,5 @@ _COMMANDS = {
     "config": _config,
     "generate": generate_command,
     "export": export_command,
+    "report": _report,
 }

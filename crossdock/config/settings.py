@@ -139,6 +139,8 @@ class MetricsConfig:
     """Where the metrics go besides `metrics.jsonl`; each is an extra: `pip install 'crossdock[wandb]'`."""
     project: str = "crossdock"
     """The project in wandb and trackio; a run has the name of its run folder."""
+    load_interval: int = 10
+    """Steps between records of every expert's load in expert_load.bin, which the report shows. 0: none."""
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value >= 0,
         "optimizer.lr optimizer.weight_decay lr_scheduler.warmup_steps moe.sequence_aux_loss_coeff "
         "moe.batch_aux_loss_coeff moe.z_loss_coeff moe.expert_bias_rate checkpoint.interval checkpoint.keep_latest_k "
-        "validation.interval validation.max_samples",
+        "metrics.load_interval validation.interval validation.max_samples",
     ),
     "at least 0 and below 1": (lambda value: 0 <= value < 1, "optimizer.beta1 optimizer.beta2"),
     "0 to 1": (lambda value: 0 <= value <= 1, "lr_scheduler.min_lr_factor lr_scheduler.decay_ratio"),

@@ -41,6 +41,7 @@ from crossdock.models import (
 from crossdock.moe import finish_step, moe_layers, set_batch_totals
 from crossdock.parallel import ParallelDims, clip_grad_norm_, parallelize
 from crossdock.routing import max_mean_load
+from crossdock.tools.report import LOAD_FILE, LoadLog, write_report
 from crossdock.train.data import Batch, TokenBatches, TokenFile, prepare_tokens
 from crossdock.train.flops import Speed
 from crossdock.train.metrics import MetricsLog, ProgressDisplay, memory_use, say
@@ -135,6 +136,7 @@ class Trainer:
         path = self.folder / "metrics.jsonl"
         trackers = _together(lambda: Trackers(config, self.folder, self.step) if self.rank == 0 else None)
         log = _together(lambda: MetricsLog(path, self.step) if self.rank == 0 else None)
+        loads = _together(self._load_log)
         display = None
         if self.rank == 0:
             freq, on_gpu = config.metrics.log_freq, self.device.type == "cuda"
@@ -148,14 +150,16 @@ class Trainer:
                 targets, tokens, stop = self._batch_totals(batches)
                 if stop:
                     break
-                metrics = self._train_step(batches, targets, tokens)
+                metrics, counts = self._train_step(batches, targets, tokens)
                 metrics |= self.speed.metrics(tokens / (time.perf_counter() - started) / self.world_size)
                 if display is not None:
                     display.update(metrics)
                     try:
                         log.write(metrics)
+                        if loads is not None and self.step % config.metrics.load_interval == 0:
+                            loads.write(self.step, counts)
                     except OSError as error:
-                        display.say(f"stopping: cannot write {path}: {error}")
+                        display.say(f"stopping: cannot write below {self.folder}: {error}")
                         self.stop.requested = True
                     trackers.log(metrics)
                 self._stop_after_bad_steps()
@@ -174,10 +178,29 @@ class Trainer:
                 display.close()
                 trackers.close()
                 log.close()
+                if loads is not None:
+                    loads.close()
+                self._write_report()
                 lock.close()
 
-    def _train_step(self, batches: list[Batch], targets: int, tokens: int) -> dict[str, Any]:
-        """Forward, backward and update over this rank's micro-batches; the step's metrics, the same on all ranks."""
+    def _load_log(self) -> LoadLog | None:
+        if self.rank != 0 or not self.config.metrics.load_interval:
+            return None
+        experts = self.layers[0].router.config.num_experts
+        return LoadLog(self.folder / LOAD_FILE, len(self.layers), experts, self.step)
+
+    def _write_report(self) -> None:
+        try:
+            say(f"report: {write_report(self.folder)}")
+        except Exception as error:  # noqa: BLE001 (whatever is wrong with it, a report is not worth a run)
+            say(f"no report: {error}")
+
+    def _train_step(self, batches: list[Batch], targets: int, tokens: int) -> tuple[dict[str, Any], torch.Tensor]:
+        """Forward, backward and update over this rank's micro-batches.
+
+        Returns:
+            The step's metrics and its routes per layer and logical expert `[L, E]`, the same on all ranks.
+        """
         config = self.config.training
         set_batch_totals(self.model, self.batches.global_batch_size, tokens)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -210,7 +233,7 @@ class Trainer:
             "max_mean_load": max_mean_load(counts).max().item(),
             "tokens": tokens,
             "skipped_steps": self.skipped_steps,
-        }
+        }, counts
 
     def _batch_totals(self, batches: list[Batch]) -> tuple[int, int, bool]:
         """Targets and tokens of the global batch, and whether any rank was asked to stop. The step's agreement."""

@@ -15,8 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from crossdock.checkpoint import saved_world_size
 from crossdock.config import LRSchedulerConfig, load_config, validate
 from crossdock.models import token_loss
+from crossdock.tools.report import read_load
 from crossdock.train.optimizer import learning_rate_factor
 from crossdock.train.trainer import StopSignal, Trainer, TrainingStopped
 from tests.ranks import RankPool
@@ -69,6 +71,40 @@ def test_run_folder_holds_what_is_promised(ranks: RankPool, folder: Path) -> Non
     assert wanted <= line.keys()
     assert line["tokens"] == 8 * 32
     assert 1 <= line["max_mean_load"] <= 4
+    assert (run / "report.html").read_text().count('class="chart"') >= 6
+    assert saved_world_size(run / "checkpoint", 10) == 1
+
+
+def test_recorded_loads_are_the_routes_of_the_global_batch(ranks: RankPool, folder: Path) -> None:
+    ep2 = ("--parallelism.expert-parallel-degree", "2")
+    result = _train(ranks, folder, "loads", 2, "--metrics.load-interval", "3", "--checkpoint.interval", "5", *ep2)
+    steps, counts = read_load(folder / "loads" / "expert_load.bin")
+    assert steps.tolist() == [3, 6, 9]
+    assert counts.shape == (3, 2, 8)
+    assert (counts.sum(axis=2) == 8 * 32 * 2).all(), "every token of the global batch takes two routes"
+    worst = (counts.max(axis=2) / counts.mean(axis=2)).max(axis=1)
+    np.testing.assert_allclose(worst, [line["max_mean_load"] for line in result["metrics"][2::3]])
+    whole = counts.copy()
+    shutil.rmtree(folder / "loads" / "checkpoint" / "step-00000010")
+    _train(ranks, folder, "loads", 2, "--metrics.load-interval", "3", *ep2)
+    steps, counts = read_load(folder / "loads" / "expert_load.bin")
+    assert steps.tolist() == [3, 6, 9]
+    np.testing.assert_array_equal(counts, whole)
+
+
+def _train_without_a_report(assets: str, run_folder: str, cache: str) -> None:
+    config = _config(assets, run_folder, cache, "--metrics.load-interval", "0", "--training.steps", "2")
+    trainer = Trainer(config, validate(config, 1), torch.device("cpu"), True, StopSignal())
+    (Path(run_folder) / "report.html").mkdir()
+    trainer.train()
+
+
+def test_a_report_that_cannot_be_written_fails_no_run(ranks: RankPool, folder: Path) -> None:
+    run = folder / "no-report"
+    ranks.run(1, _train_without_a_report, str(folder / "assets"), str(run), str(folder / "cache"))
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (run / "checkpoint" / "step-00000002").is_dir()
+    assert not (run / "expert_load.bin").exists(), "load_interval = 0 records none"
 
 
 def _stop_in_step(assets: str, run_folder: str, cache: str, stop_rank: int, stop_step: int) -> list[int]:

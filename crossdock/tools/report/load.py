@@ -1,0 +1,130 @@
+"""`expert_load.bin`: how many routes each logical expert of each layer received, every few steps (docs/report.md)."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+__all__ = ["LOAD_FILE", "LoadFileError", "LoadLog", "read_load"]
+
+logger = logging.getLogger(__name__)
+
+# In a run folder, beside metrics.jsonl.
+LOAD_FILE = "expert_load.bin"
+_MAGIC = int.from_bytes(b"XDLD", "little")
+_VERSION = 1
+_HEADER_WORDS = 4
+_WORD = np.dtype("<i4")
+
+
+class LoadFileError(ValueError):
+    """A file that holds no expert loads, or those of another version; the message names it."""
+
+
+class LoadLog:
+    """Appends to a file of expert loads. Records after `resumed_step`, of a run that broke off, are dropped.
+
+    A file of another shape, or of something else, is set aside under a name that is told in a warning.
+
+    Args:
+        path: of the file.
+        layers: `L`, the model's MoE layers.
+        experts: `E`, logical experts of each.
+        resumed_step: the last step that counts, 0 for a new run.
+
+    Raises:
+        OSError: where the file cannot be written.
+    """
+
+    def __init__(self, path: Path, layers: int, experts: int, resumed_step: int) -> None:
+        self._shape = (layers, experts)
+        kept = _size_up_to(path, self._shape, resumed_step)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for the whole run)
+        os.ftruncate(self._file.fileno(), kept)
+        if not kept:
+            self._append(np.array([_MAGIC, _VERSION, layers, experts], dtype=_WORD))
+
+    def write(self, step: int, counts: torch.Tensor) -> None:
+        """Add the `counts` `[L, E]` of one step; those above 2^31 - 1 are written as that number.
+
+        Raises:
+            OSError: where the disk is full, for example; the file is then as it was before.
+        """
+        if counts.shape != self._shape:
+            raise ValueError(f"counts have shape {tuple(counts.shape)}, not {self._shape}")
+        words = np.empty(1 + counts.numel(), dtype=_WORD)
+        words[0] = step
+        words[1:] = counts.flatten().clamp(max=2**31 - 1).cpu().numpy()
+        self._append(words)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _append(self, words: np.ndarray) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        data = words.tobytes()
+        try:
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(self._file.fileno(), size)
+            raise
+
+
+def read_load(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The loads in a file; a last record that was cut off is left out.
+
+    Returns:
+        `steps` `[N]` and `counts` `[N, L, E]`, int32, read-only: the file is mapped, not read.
+
+    Raises:
+        LoadFileError: for a file of something else.
+        OSError: for one that cannot be read.
+    """
+    header = np.fromfile(path, dtype=_WORD, count=_HEADER_WORDS)
+    if len(header) < _HEADER_WORDS or header[0] != _MAGIC:
+        raise LoadFileError(f"{path} holds no expert loads")
+    if header[1] != _VERSION:
+        raise LoadFileError(f"{path} has version {header[1]}; this crossdock reads {_VERSION}")
+    layers, experts = (int(size) for size in header[2:])
+    if layers < 1 or experts < 1:
+        raise LoadFileError(f"{path} says that it has {layers} layers of {experts} experts")
+    words = 1 + layers * experts
+    records = (path.stat().st_size // _WORD.itemsize - _HEADER_WORDS) // words
+    if records < 1:
+        return np.empty(0, _WORD), np.empty((0, layers, experts), _WORD)
+    offset = _HEADER_WORDS * _WORD.itemsize
+    mapped = np.memmap(path, dtype=_WORD, mode="r", offset=offset, shape=(records, words))
+    return mapped[:, 0], mapped[:, 1:].reshape(records, layers, experts)
+
+
+def _size_up_to(path: Path, shape: tuple[int, int], resumed_step: int) -> int:
+    """Bytes of the header and of whole records of steps up to `resumed_step`; 0 where the file is to be begun."""
+    header_bytes = _HEADER_WORDS * _WORD.itemsize
+    if not path.is_file() or path.stat().st_size < header_bytes:
+        return 0
+    try:
+        steps, counts = read_load(path)
+        problem = "" if counts.shape[1:] == shape else f"{path} has layers and experts {counts.shape[1:]}, not {shape}"
+    except LoadFileError as error:
+        steps, problem = np.empty(0, _WORD), str(error)
+    if problem:
+        aside = _free_name(path)
+        path.rename(aside)
+        logger.warning("%s; it is now %s", problem, aside.name)
+        return 0
+    later = np.flatnonzero(steps > resumed_step)
+    records = int(later[0]) if len(later) else len(steps)
+    return header_bytes + records * (1 + shape[0] * shape[1]) * _WORD.itemsize
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return aside

@@ -1,0 +1,296 @@
+"""The page: what is said about a run, in which order."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import importlib.metadata
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from crossdock.config import to_toml
+from crossdock.parallel import LayoutError, ParallelDims
+from crossdock.tools.report import heat
+from crossdock.tools.report.balance import Balance, FinalLoad, warnings
+from crossdock.tools.report.charts import COLUMNS as CHART_COLUMNS
+from crossdock.tools.report.charts import Chart, Series, draw, thin
+from crossdock.tools.report.numbers import count, short, steps_text
+from crossdock.tools.report.records import RunRecords
+
+__all__ = ["page"]
+
+# Key, title, unit, where the axis starts, whether a logarithmic axis may help. Loss has its validation beside it.
+_CHARTS: tuple[tuple[str, str, str, float | None, bool], ...] = (
+    ("loss", "Loss", "nats per token", None, True),
+    ("lr", "Learning rate", "", 0.0, False),
+    ("grad_norm", "Gradient norm", "before clipping", 0.0, True),
+    ("tokens_per_second_per_gpu", "Throughput", "tokens/s per rank", 0.0, False),
+    ("memory_gib", "Memory", "GiB, the rank with most", 0.0, False),
+    ("max_mean_load", "Busiest expert", "times the mean, the worst layer", 1.0, True),
+    ("tflops", "Model TFLOP/s", "per rank", 0.0, False),
+    ("mfu", "Model FLOPs utilisation", "% of the device's peak", 0.0, False),
+)
+_TABLE_ROWS = 40
+
+
+def page(records: RunRecords) -> str:
+    """The whole report as one HTML document."""
+    style = files("crossdock.tools.report").joinpath("page.css").read_text()
+    script = files("crossdock.tools.report").joinpath("page.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
+    name = escape(_name(records))
+    balance = None
+    if records.load_steps is not None and records.load_counts is not None and len(records.load_steps):
+        balance = Balance.of(records.load_steps, records.load_counts)
+    first, last = int(records.steps[0]), int(records.steps[-1])
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>{name} · crossdock</title><style>\n{style}</style></head>\n'
+        f'<body><main data-first="{first}" data-last="{last}"><header><h1>{name}</h1>{_facts(records)}</header>\n'
+        f"{_key_figures(records)}\n{_alert(balance)}"
+        f"<section><h2>Training</h2>{_charts(records)}{_figures_table(records)}</section>\n"
+        f"<section><h2>Expert load</h2>{_loads(records, balance)}</section>\n"
+        f"{_settings(records)}{_footer(records)}</main><script>{script}</script></body></html>\n"
+    )
+
+
+def _name(records: RunRecords) -> str:
+    """Of the run folder; with that of the settings file where the folder is one of runs/NAME/DATE-TIME."""
+    folder = records.folder.absolute()
+    return f"{folder.parent.name} / {folder.name}" if folder.parent.parent.name == "runs" else folder.name
+
+
+def _facts(records: RunRecords) -> str:
+    facts = []
+    config, ranks = records.config, records.world_size
+    if config is not None:
+        model = config.model
+        facts.append(f"{model.name} {Path(model.hf_assets_path).name or model.flavor}")
+        facts.append(config.training.dtype)
+        facts.append(f"{config.training.seq_len:,} tokens per sequence")
+    if ranks is not None:
+        layout = f"{ranks} rank{'s' * (ranks > 1)}"
+        if config is not None:
+            try:
+                dims = ParallelDims.from_config(config.parallelism, ranks)
+                layout += f": ep {dims.ep}, ep_shard {dims.ep_shard}, dp_shard {dims.dp_shard}"
+            except LayoutError:
+                pass  # The settings are for another number of ranks.
+        facts.append(layout)
+    facts.append(f"last step {records.ended:%Y-%m-%d %H:%M} UTC")
+    return f'<p class="facts">{"".join(f"<span>{escape(fact)}</span>" for fact in facts)}</p>'
+
+
+def _key_figures(records: RunRecords) -> str:
+    figures: list[tuple[str, str, str]] = []
+    for key, title in (("loss", "Loss"), ("validation_loss", "Validation loss")):
+        newest = records.last(key)
+        if newest is not None:
+            values = records.column(key)
+            first = np.flatnonzero(np.isfinite(values))[0]
+            more = f"from {short(float(values[first]))} at step {int(records.steps[first]):,}"
+            if key == "validation_loss":
+                best = int(np.nanargmin(values))
+                more = f"at step {newest[0]:,}; best {short(float(values[best]))} at step {int(records.steps[best]):,}"
+            figures.append((title, short(newest[1]), more))
+    figures.append(_progress(records))
+    tokens = records.column("tokens")
+    if np.isfinite(tokens).any():
+        per_step = float(np.nanmedian(tokens))
+        figures.append(("Tokens", count(float(np.nansum(tokens))), f"{count(per_step)} per step"))
+    speed = records.column("tokens_per_second_per_gpu")
+    if np.isfinite(speed).any():
+        more = [
+            f"{short(float(np.nanmedian(records.columns[key])))} {unit}" for key, unit in _SPEEDS if _has(records, key)
+        ]
+        text = "; ".join(["tokens/s per rank, median", *more])
+        figures.append(("Throughput", count(float(np.nanmedian(speed))), text))
+    memory = records.column("memory_gib")
+    if np.isfinite(memory).any():
+        share = records.column("memory_percent")
+        more = f"{short(float(np.nanmax(share)))} % of the device" if np.isfinite(share).any() else "the rank with most"
+        figures.append(("Memory, peak", f"{np.nanmax(memory):.2f} <small>GiB</small>", more))
+    load = records.last("max_mean_load")
+    if load is not None:
+        values = records.column("max_mean_load")
+        worst = int(np.nanargmax(values))
+        more = f"worst {values[worst]:.2f} at step {int(records.steps[worst]):,}"
+        figures.append(("Busiest expert", f"{load[1]:.2f} <small>&times; mean</small>", more))
+    figures.append(("Skipped steps", f"{_skipped(records):,}", "loss or gradient not finite"))
+    cells = "".join(
+        f'<div><dt>{title}</dt><dd class="value">{value}</dd><dd class="more">{more}</dd></div>'
+        for title, value, more in figures
+    )
+    return f'<dl class="figures">{cells}</dl>'
+
+
+_SPEEDS = (("tflops", "TFLOP/s"), ("mfu", "% MFU"))
+
+
+def _has(records: RunRecords, key: str) -> bool:
+    return bool(np.isfinite(records.column(key)).any())
+
+
+def _progress(records: RunRecords) -> tuple[str, str, str]:
+    last = int(records.steps[-1])
+    planned = records.config.training.steps if records.config is not None else None
+    if planned is None:
+        return "Steps", f"{last:,}", ""
+    return "Steps", f"{last:,}", "complete" if last >= planned else f"of {planned:,}; not complete"
+
+
+def _skipped(records: RunRecords) -> int:
+    """The run's own count, which includes steps whose lines are lost; or what the lines show."""
+    counted = records.last("skipped_steps")
+    return max(int(counted[1]) if counted is not None else 0, int(records.skipped.sum()))
+
+
+def _alert(balance: Balance | None) -> str:
+    sentences = warnings(balance.final) if balance is not None else []
+    if not sentences:
+        return ""
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    return f'<div class="alert" role="note"><p><b>A router seems to collapse.</b></p><ul>{items}</ul></div>\n'
+
+
+def _charts(records: RunRecords) -> str:
+    known = {key for key, *_ in _CHARTS}
+    others = [name for name in records.columns if name.endswith("_loss") and name not in known | {"validation_loss"}]
+    wanted = [*_CHARTS, *((name, _words(name), "before its coefficient", None, True) for name in others)]
+    span = (int(records.steps[0]), int(records.steps[-1]))
+    marked = records.steps[records.skipped]
+    drawn = []
+    for key, title, unit, base, logarithmic in wanted:
+        names = {key: title} if key != "loss" else {"loss": "training", "validation_loss": "validation"}
+        series = [_series(records, own, name) for own, name in names.items() if _has(records, own)]
+        if series:
+            skipped = marked if key in ("loss", "grad_norm") else None
+            height = 240 if key == "loss" else 150
+            drawn.append(draw(Chart(key, title, unit, series, span, base, logarithmic, skipped, height)))
+    notes = []
+    if span[1] - span[0] >= CHART_COLUMNS:
+        notes.append("Lines are means of neighbouring steps, the bands around them their least and greatest values.")
+    if len(marked):
+        notes.append("A triangle marks steps that were skipped: their loss or gradient norm was not finite.")
+    note = f'<p class="note">{" ".join(notes)}</p>' if notes else ""
+    return f'<div class="charts">{"".join(drawn)}</div>{note}'
+
+
+def _series(records: RunRecords, key: str, name: str) -> Series:
+    values = records.column(key)
+    # What is measured now and then has gaps that are none.
+    latest = records.last(key)
+    assert latest is not None
+    return Series(name, thin(records.steps, values), latest, sparse=bool(np.isfinite(values).mean() < 0.5))
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ").replace("aux", "auxiliary").capitalize()
+
+
+def _figures_table(records: RunRecords) -> str:
+    names = [name for name, values in records.columns.items() if np.isfinite(values).any()]
+    rows = np.unique(np.linspace(0, len(records.steps) - 1, min(_TABLE_ROWS, len(records.steps))).round().astype(int))
+    validated = np.flatnonzero(np.isfinite(records.column("validation_loss")))
+    if len(validated):
+        few = validated[np.linspace(0, len(validated) - 1, min(_TABLE_ROWS, len(validated))).round().astype(int)]
+        rows = np.union1d(rows, few)
+    body = [
+        [f"{int(records.steps[row]):,}", *(_cell(float(records.columns[name][row])) for name in names)] for row in rows
+    ]
+    caption = f"{len(body)} of {len(records.steps):,} steps; metrics.jsonl has them all."
+    return _details("Figures", _table(caption, ["step", *names], body))
+
+
+def _cell(value: float) -> str:
+    return short(value) if np.isfinite(value) else "&ndash;"
+
+
+def _loads(records: RunRecords, balance: Balance | None) -> str:
+    if balance is None:
+        why = "The run holds no record of expert loads: metrics.load_interval is 0, or the run is shorter than it."
+        return f'<p class="quiet">{why}</p>'
+    layers, experts = balance.ratios.shape[1:]
+    recorded = 0 if records.load_steps is None else len(records.load_steps)
+    together = -(-recorded // len(balance.first))
+    final = balance.final
+    text = (
+        "Tokens that each logical expert received, over the mean of its layer. "
+        f"The model has {_many(layers, 'MoE layer')} of {experts} experts; both are counted from 0. "
+        f"The run recorded the global batch of {_many(recorded, 'step')}; a column is "
+        f"{'one of them' if together == 1 else f'the sum of {together}'}. "
+        f"Bars show the last quarter of the records ({steps_text(final.first, final.last)}) and are cut at "
+        f"{heat.LONGEST_BAR:g} times the mean; the dashed line is the mean."
+    )
+    tables = _layer_table(final) + _expert_table(final)
+    return f"<p>{text}</p>{heat.legend()}{heat.panels(balance)}{tables}"
+
+
+def _many(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
+def _layer_table(final: FinalLoad) -> str:
+    effective = final.effective_experts()
+    ratios = np.nan_to_num(final.ratios)
+    rows = [
+        [
+            str(layer),
+            *(f"{own[pick]:.2f} (expert {pick})" for pick in (int(own.argmax()), int(own.argmin()))),
+            str(int((final.routes[layer] == 0).sum())),
+            f"{effective[layer]:.1f} of {len(own)}",
+        ]
+        for layer, own in enumerate(ratios)
+    ]
+    caption = (
+        f"The last quarter of the records, {steps_text(final.first, final.last)}. "
+        "Effective experts: the exponential of the entropy of the experts' shares."
+    )
+    head = ["layer", "most / mean", "least / mean", "experts without a token", "effective experts"]
+    return _details("Load of each layer", _table(caption, head, rows))
+
+
+def _expert_table(final: FinalLoad) -> str:
+    layers, experts = final.ratios.shape
+    rows = [
+        [str(expert), *(_cell(round(float(final.ratios[layer, expert]), 2)) for layer in range(layers))]
+        for expert in range(experts)
+    ]
+    caption = f"Load over the mean of the layer, {steps_text(final.first, final.last)}."
+    head = ["expert", *(f"layer {layer}" for layer in range(layers))]
+    return _details("Load of each expert", _table(caption, head, rows))
+
+
+def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The first column names the rows."""
+    columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    body = "".join(
+        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
+    )
+    return f"<table><caption>{escape(caption)}</caption><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _details(title: str, content: str) -> str:
+    return f'<details><summary>{title}</summary><div class="scroll" tabindex="0">{content}</div></details>\n'
+
+
+def _settings(records: RunRecords) -> str:
+    if records.config is None:
+        return ""
+    # Without the place of the run: a report is handed on.
+    config = dataclasses.replace(records.config, job=dataclasses.replace(records.config.job, dump_folder=""))
+    return _details("Settings", f"<pre>{escape(to_toml(config))}</pre>")
+
+
+def _footer(records: RunRecords) -> str:
+    own, *others = (f"{name} {importlib.metadata.version(name)}" for name in ("crossdock", "torch", "transformers"))
+    notes = "".join(f"<p>{escape(note)}</p>" for note in records.notes)
+    return f"<footer>{notes}Written by {escape(own)} with {escape(', '.join(others))}.</footer>"

@@ -1,0 +1,155 @@
+"""What a run folder tells: metrics as columns, expert loads, settings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from crossdock.checkpoint import latest_step, saved_world_size
+from crossdock.config import RUN_CONFIG_FILE, Config, ConfigError, load_config
+from crossdock.tools.report.load import LOAD_FILE, LoadFileError, read_load
+
+__all__ = ["METRICS_FILE", "ReportError", "RunRecords", "read_run"]
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class ReportError(ValueError):
+    """A report that cannot be made; the message names the folder or file and says why."""
+
+
+@dataclass
+class RunRecords:
+    """A run folder's contents.
+
+    Attributes:
+        folder: of the run.
+        steps: `[S]` int64, ascending.
+        columns: each metric `[S]` float64; NaN where a step lacks it or where it was not finite.
+        skipped: `[S]` bool, steps without an update because loss or gradient norm was not finite.
+        load_steps, load_counts: `[N]` and `[N, L, E]` int32, as `read_load` gives them; `None` without a file.
+        config: the resolved settings; `None` where they cannot be read.
+        world_size: ranks of the newest checkpoint; `None` without one.
+        ended: when the last line of metrics was written, UTC.
+        notes: what could not be read, a sentence each.
+    """
+
+    folder: Path
+    steps: np.ndarray
+    columns: dict[str, np.ndarray]
+    skipped: np.ndarray
+    ended: datetime
+    load_steps: np.ndarray | None = None
+    load_counts: np.ndarray | None = None
+    config: Config | None = None
+    world_size: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def column(self, name: str) -> np.ndarray:
+        """`[S]`; all NaN where no step has this metric."""
+        return self.columns.get(name, np.full(len(self.steps), np.nan))
+
+    def last(self, name: str) -> tuple[int, float] | None:
+        """Step and value of a metric's last finite value."""
+        finite = np.flatnonzero(np.isfinite(self.column(name)))
+        return (int(self.steps[finite[-1]]), float(self.columns[name][finite[-1]])) if len(finite) else None
+
+
+def read_run(folder: Path) -> RunRecords:
+    """Everything that a report shows of a run.
+
+    Raises:
+        ReportError: for a folder that holds no step of a run.
+    """
+    path = folder / METRICS_FILE
+    if not folder.is_dir():
+        raise ReportError(f"{folder} is no folder; a report is made of a run's, such as runs/debug/20261121-101622")
+    if not path.is_file():
+        raise ReportError(f"{folder} holds no run: {METRICS_FILE} is not in it")
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+        ended = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    except OSError as error:
+        raise ReportError(f"cannot read {path}: {error.strerror}") from None
+    by_step, broken = _parse(lines)
+    if not by_step:
+        raise ReportError(f"{path} has no step yet")
+    steps = np.array(sorted(by_step), dtype=np.int64)
+    rows = [by_step[step] for step in steps.tolist()]
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: np.array([row.get(name, np.nan) for row in rows]) for name in names if name != "step"}
+    skipped = np.array([any(np.isnan(row.get(name, 0.0)) for name in ("loss", "grad_norm")) for row in rows])
+    records = RunRecords(folder, steps, columns, skipped, ended)
+    if broken:
+        records.notes.append(f"{broken} line{'s' * (broken > 1)} of {METRICS_FILE} could not be read.")
+    _add_loads(records)
+    _add_settings(records)
+    return records
+
+
+def _parse(lines: list[str]) -> tuple[dict[int, dict[str, float]], int]:
+    """The numbers of each step, and how many lines hold none; of two lines of a step the later counts."""
+    by_step: dict[int, dict[str, float]] = {}
+    broken = 0
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            broken += 1
+            continue
+        by_step[row["step"]] = {name: _number(value) for name, value in row.items() if _is_number(value)}
+    return by_step, broken
+
+
+def _is_number(value: object) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def _number(value: float | None) -> float:
+    try:
+        number = np.nan if value is None else float(value)
+    except OverflowError:
+        number = np.nan
+    return number if np.isfinite(number) else np.nan
+
+
+def _add_loads(records: RunRecords) -> None:
+    path = records.folder / LOAD_FILE
+    if not path.is_file():
+        return
+    try:
+        steps, counts = read_load(path)
+    except LoadFileError as error:
+        records.notes.append(_without_place(f"{error}.", records.folder))
+    except OSError as error:
+        records.notes.append(f"{LOAD_FILE} could not be read: {error.strerror}.")
+    else:
+        # Of a run that broke off and was resumed without its loads, or of a file put together by hand.
+        ascending = not len(steps) or bool((np.diff(steps) > 0).all())
+        if ascending:
+            records.load_steps, records.load_counts = steps, counts
+        else:
+            records.notes.append(f"The steps in {LOAD_FILE} do not ascend.")
+
+
+def _add_settings(records: RunRecords) -> None:
+    path = records.folder / RUN_CONFIG_FILE
+    if path.is_file():
+        try:
+            records.config = load_config(path)
+        except ConfigError as error:
+            records.notes.append(_without_place(f"The settings could not be read: {error}.", records.folder))
+    checkpoints = records.folder / "checkpoint"
+    newest = latest_step(checkpoints)
+    records.world_size = None if newest is None else saved_world_size(checkpoints, newest)
+
+
+def _without_place(message: str, folder: Path) -> str:
+    """A message that names files by their place in the run folder, since a report is handed on."""
+    return message.replace(f"{folder}/", "")
