@@ -1,5 +1,11 @@
 """Checkpoints: any layout to any layout."""
 
-from crossdock.checkpoint.distributed import CheckpointConfig, Checkpointer, CheckpointError, latest_step
+from crossdock.checkpoint.distributed import (
+    CheckpointConfig,
+    Checkpointer,
+    CheckpointError,
+    latest_step,
+    read_counters,
+)
 
-__all__ = ["CheckpointConfig", "CheckpointError", "Checkpointer", "latest_step"]
+__all__ = ["CheckpointConfig", "CheckpointError", "Checkpointer", "latest_step", "read_counters"]
