@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from crossdock.integrations.options import configure
 from crossdock.moe import MoE, MoEConfig, finish_step, moe_layers, set_batch_totals
 from crossdock.parallel import (
     ExpertParallel,
@@ -25,6 +26,7 @@ __all__ = [
     "apply_ep",
     "apply_fsdp",
     "clip_grad_norm_",
+    "configure",
     "finish_step",
     "moe_layers",
     "parallelize",

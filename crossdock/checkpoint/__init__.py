@@ -7,6 +7,7 @@ from crossdock.checkpoint.distributed import (
     CheckpointError,
     find_checkpoint,
     latest_step,
+    read_counters,
     saved_world_size,
 )
 from crossdock.checkpoint.hf import DTYPES, HFCheckpoint, HFKeys, save_hf
@@ -21,6 +22,7 @@ __all__ = [
     "HFKeys",
     "find_checkpoint",
     "latest_step",
+    "read_counters",
     "save_hf",
     "saved_world_size",
 ]

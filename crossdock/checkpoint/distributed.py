@@ -8,6 +8,7 @@ Nothing in it is executed on load.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from crossdock.checkpoint.experts import ExpertRows
 from crossdock.comm import raise_together
@@ -39,6 +41,7 @@ __all__ = [
     "Checkpointer",
     "find_checkpoint",
     "latest_step",
+    "read_counters",
     "saved_world_size",
 ]
 
@@ -76,7 +79,7 @@ class CheckpointError(RuntimeError):
 class Checkpointer:
     """Saves and loads one run's model, optimizer, random state and counters. All methods are collective.
 
-    Needs the default process group. Every rank holds a part of every parameter.
+    Every rank of the default process group holds a part of every parameter; without a group, one process holds all.
 
     Args:
         folder: of the run's checkpoints; all ranks see the same one.
@@ -94,7 +97,7 @@ class Checkpointer:
         self.optimizer = optimizer
         self.keep_latest_k = keep_latest_k
         self._rows = ExpertRows(model)
-        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     def save(self, step: int, counters: dict[str, Any]) -> Path:
         """Write the checkpoint of `step` with `counters` (what JSON can hold), then drop old ones.
@@ -173,6 +176,7 @@ class Checkpointer:
             states = self.optimizer.state.get(parameter, {}) if self.optimizer is not None else {}
             tensors |= {f"{_OPTIMIZER}{key}": state for key, state in states.items()}
             for kind, tensor in tensors.items():
+                _check_shards(name, tensor)
                 views = self._rows.split(name, parameter, tensor)
                 all_names = self._rows.all_names(name, parameter, tensor)
                 entries.append(
@@ -288,6 +292,25 @@ def _file_of_each_name(entries: list[_Entry]) -> dict[str, int]:
     return files
 
 
+def _check_shards(name: str, tensor: Tensor) -> None:
+    """Refuse shards that are no contiguous part of their tensor, whose elements torch would store in wrong places.
+
+    FSDP over dimensions that another sharding has split already is marked as strided, too, but is contiguous.
+    """
+    if not isinstance(tensor, DTensor):
+        return
+    sizes = list(zip(tensor.device_mesh.shape, tensor.placements, strict=True))
+    for index, (_, placement) in enumerate(sizes):
+        if not isinstance(placement, _StridedShard):
+            continue
+        split = math.prod(size for size, inner in sizes[index + 1 :] if inner.is_shard(placement.dim))
+        if placement.split_factor != split:
+            raise CheckpointError(
+                f"{name} is sharded in interleaved parts ({tensor.placements}), which a checkpoint cannot hold; tensor "
+                "parallelism of fused matrices does that"
+            )
+
+
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -318,6 +341,15 @@ def saved_world_size(folder: Path, step: int) -> int | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return world_size if type(world_size) is int else None
+
+
+def read_counters(folder: Path, step: int) -> dict[str, Any]:
+    """The counters of the checkpoint of `step` below `folder`, without loading it. Collective.
+
+    Raises:
+        CheckpointError: on all ranks, if files are missing or damaged.
+    """
+    return _read_state(folder / f"step-{step:08d}")["counters"]
 
 
 def _steps(folder: Path) -> list[int]:

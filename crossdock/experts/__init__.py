@@ -5,8 +5,17 @@ from types import MappingProxyType
 
 from crossdock.experts.eager import eager
 from crossdock.experts.experts import ExpertParams, ExpertsBackend, GroupedExperts, swiglu
-from crossdock.experts.grouped_mm import grouped_mm
+from crossdock.experts.grouped_mm import grouped_mm, grouped_mm_problem
 
-__all__ = ["EXPERTS_BACKENDS", "ExpertParams", "ExpertsBackend", "GroupedExperts", "eager", "grouped_mm", "swiglu"]
+__all__ = [
+    "EXPERTS_BACKENDS",
+    "ExpertParams",
+    "ExpertsBackend",
+    "GroupedExperts",
+    "eager",
+    "grouped_mm",
+    "grouped_mm_problem",
+    "swiglu",
+]
 
 EXPERTS_BACKENDS: Mapping[str, ExpertsBackend] = MappingProxyType({"eager": eager, "grouped_mm": grouped_mm})

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from crossdock.experts.experts import ExpertParams, swiglu
 
-__all__ = ["grouped_mm"]
+__all__ = ["grouped_mm", "grouped_mm_problem"]
 
 _ALIGNMENT_BYTES = 16
 
@@ -21,7 +21,8 @@ def grouped_mm(tokens: Tensor, slot_ids: Tensor, weights: Tensor, params: Expert
     Raises:
         ValueError: for float64, or where `H` or `I` give rows that are no multiple of 16 bytes.
     """
-    _check(tokens, params)
+    if problem := grouped_mm_problem(tokens, params):
+        raise ValueError(f"experts backend 'grouped_mm' {problem}; use 'eager'")
     num_slots = len(params.gate_and_up_projs)
     slots = slot_ids.flatten()
     route = (slots >= 0).nonzero().squeeze(1)
@@ -39,14 +40,11 @@ def grouped_mm(tokens: Tensor, slot_ids: Tensor, weights: Tensor, params: Expert
     return y.to(tokens.dtype)
 
 
-def _check(tokens: Tensor, params: ExpertParams) -> None:
+def grouped_mm_problem(tokens: Tensor, params: ExpertParams) -> str | None:
+    """Why `grouped_mm` cannot compute these `tokens [U, H]` and `params`, or `None` where it can."""
     if tokens.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"experts backend 'grouped_mm' takes float32, bfloat16 or float16, not {tokens.dtype}; use 'eager'"
-        )
+        return f"takes float32, bfloat16 or float16, not {tokens.dtype}"
     for name, size in (("hidden_size", tokens.shape[1]), ("intermediate_size", params.down_projs.shape[1])):
         if size * tokens.dtype.itemsize % _ALIGNMENT_BYTES:
-            raise ValueError(
-                f"experts backend 'grouped_mm' needs rows of a multiple of {_ALIGNMENT_BYTES} bytes; {name} = {size} "
-                f"in {tokens.dtype} is none; use 'eager'"
-            )
+            return f"needs rows of a multiple of {_ALIGNMENT_BYTES} bytes; {name} = {size} in {tokens.dtype} is none"
+    return None

@@ -13,8 +13,11 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
-from crossdock.checkpoint import distributed
+from crossdock.checkpoint import Checkpointer, CheckpointError, distributed, latest_step
 from crossdock.moe import MoE
 from crossdock.parallel import ActivationCheckpointConfig
 from tests.checkpoint.small import HIDDEN, WORDS, Contents, Run, Small
@@ -203,3 +206,21 @@ def test_a_rank_fills_one_file_after_another(ranks: RankPool, tmp_path: Path) ->
         assert max(sizes) < limit + largest
     for world_size in (1, 2):
         assert_equal(ranks.run(world_size, load_contents, str(tmp_path))[0], results[0])
+
+
+def save_interleaved(folder: str) -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    model = nn.Linear(3, 8, bias=False)
+    interleaved = DTensor.from_local(torch.ones(4, 3), mesh, [_StridedShard(0, split_factor=2)], run_check=False)
+    model.weight = nn.Parameter(interleaved)
+    try:
+        Checkpointer(Path(folder), model, torch.optim.SGD(model.parameters()), 0).save(1, {})
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
+
+
+def test_shards_in_interleaved_parts_are_refused(ranks: RankPool, tmp_path: Path) -> None:
+    for message in ranks.run(2, save_interleaved, str(tmp_path)):
+        assert message.startswith("weight is sharded in interleaved parts")
+    assert latest_step(tmp_path) is None
