@@ -1,9 +1,8 @@
 """Checkpoints: any layout to any layout, and Hugging Face's format in and out."""
 
-from crossdock.checkpoint.distributed import (
+from crossdock.checkpoint.distributed import CheckpointConfig, Checkpointer
+from crossdock.checkpoint.folders import (
     CHECKPOINT_FOLDER,
-    CheckpointConfig,
-    Checkpointer,
     CheckpointError,
     find_checkpoint,
     latest_step,

@@ -7,10 +7,7 @@ Nothing in it is executed on load.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,24 +28,12 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from crossdock.checkpoint.experts import ExpertRows
+from crossdock.checkpoint.folders import CheckpointError, finish, make_room, read_state, saved_steps, set_aside
 from crossdock.comm import raise_together
 from crossdock.parallel import plain_name
 
-__all__ = [
-    "CHECKPOINT_FOLDER",
-    "CheckpointConfig",
-    "CheckpointError",
-    "Checkpointer",
-    "find_checkpoint",
-    "latest_step",
-    "read_counters",
-    "saved_world_size",
-]
+__all__ = ["CheckpointConfig", "Checkpointer"]
 
-CHECKPOINT_FOLDER = "checkpoint"
-"""Of a run folder, where its checkpoints are."""
-_STATE_FILE = "state.json"
-_FORMAT = 1
 _RANDOM = "random_state."
 _OPTIMIZER = "optimizer."
 _FILE_BYTES = 256 * 2**20
@@ -70,10 +55,6 @@ class CheckpointConfig:
     """When the last step is done, write the folder `hf`, in Hugging Face's format."""
     export_dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     """Of what is written in Hugging Face's format; empty: what loaded weights had, else the run's."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message names the folder and what is wrong with it."""
 
 
 class Checkpointer:
@@ -109,7 +90,7 @@ class Checkpointer:
         """
         final = self.folder / f"step-{step:08d}"
         partial = final.with_name(f".{final.name}.partial")
-        self._on_first_rank(lambda: _make_room(partial))
+        self._on_first_rank(lambda: make_room(partial))
         entries = self._entries()
         tensors = {name: _contiguous(view) for entry in entries for name, view in entry.views.items()}
         random_states = self._random_states()
@@ -125,13 +106,12 @@ class Checkpointer:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(f"cannot write checkpoint {final}: {_reason(error)}") from None
         state = {
-            "format": _FORMAT,
             "step": step,
             "world_size": self._world_size,
             "random_states": list(random_states),
             "counters": counters,
         }
-        self._on_first_rank(lambda: _finish(partial, final, state))
+        self._on_first_rank(lambda: finish(partial, final, state))
         self._on_first_rank(lambda: self._drop_old(step))
         return final
 
@@ -145,7 +125,7 @@ class Checkpointer:
                 Nothing was loaded then, unless the storage failed while whole files were read.
         """
         folder = self.folder / f"step-{step:08d}"
-        state = _read_state(folder)
+        state = read_state(folder)
         self._check_headers(folder, list(state["files"]))
         entries = self._entries()
         tensors = {name: view for entry in entries for name, view in entry.views.items()}
@@ -221,10 +201,10 @@ class Checkpointer:
 
     def _drop_old(self, saved: int) -> None:
         """Keep the checkpoint that was just saved, and the newest of the others."""
-        others = [step for step in _steps(self.folder) if step != saved]
+        others = [step for step in saved_steps(self.folder) if step != saved]
         if self.keep_latest_k:
             for step in others[: max(0, len(others) + 1 - self.keep_latest_k)]:
-                shutil.rmtree(_set_aside(self.folder / f"step-{step:08d}"), ignore_errors=True)
+                shutil.rmtree(set_aside(self.folder / f"step-{step:08d}"), ignore_errors=True)
 
 
 class _Entry(NamedTuple):
@@ -318,103 +298,6 @@ def _local(tensor: Tensor) -> Tensor:
 def _contiguous(tensor: Tensor) -> Tensor:
     """`tensor`, or a copy where its elements are in another order in memory: safetensors refuses those."""
     return tensor if _local(tensor).is_contiguous() else tensor.contiguous()
-
-
-def find_checkpoint(path: Path) -> tuple[Path, int] | None:
-    """The folder of checkpoints and the step that `path` names: a checkpoint, or a run folder for its newest one."""
-    if (match := re.fullmatch(r"step-(\d{8,})", path.name)) and (path / _STATE_FILE).is_file():
-        return path.parent, int(match[1])
-    newest = latest_step(path / CHECKPOINT_FOLDER)
-    return None if newest is None else (path / CHECKPOINT_FOLDER, newest)
-
-
-def latest_step(folder: Path) -> int | None:
-    """The newest whole checkpoint's step below `folder`, or `None`."""
-    steps = _steps(folder)
-    return steps[-1] if steps else None
-
-
-def saved_world_size(folder: Path, step: int) -> int | None:
-    """How many ranks wrote the checkpoint of `step` below `folder`; `None` where it does not tell."""
-    try:
-        world_size = json.loads((folder / f"step-{step:08d}" / _STATE_FILE).read_text())["world_size"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return world_size if type(world_size) is int else None
-
-
-def read_counters(folder: Path, step: int) -> dict[str, Any]:
-    """The counters of the checkpoint of `step` below `folder`, without loading it. Collective.
-
-    Raises:
-        CheckpointError: on all ranks, if files are missing or damaged.
-    """
-    return _read_state(folder / f"step-{step:08d}")["counters"]
-
-
-def _steps(folder: Path) -> list[int]:
-    if not folder.is_dir():
-        return []
-    names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.iterdir() if (path / _STATE_FILE).is_file())
-    return sorted(int(match[1]) for match in names if match)
-
-
-def _make_room(partial: Path) -> None:
-    """Make the empty folder of a new checkpoint; remove what saves that broke off and slow removals have left."""
-    for leftover in partial.parent.glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-
-
-def _finish(partial: Path, final: Path, state: dict[str, Any]) -> None:
-    """Add what is no tensor and move the whole folder to its place."""
-    state["files"] = _sizes(partial)
-    with open(partial / _STATE_FILE, "w") as file:
-        json.dump(state, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    replaced = _set_aside(final) if final.exists() else None
-    partial.rename(final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _set_aside(checkpoint: Path) -> Path:
-    """Rename a checkpoint that is to be removed, so that what is left of it is never taken for a whole one."""
-    return checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.removed"))
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-
-
-def _read_state(folder: Path) -> dict[str, Any]:
-    """What `_finish` wrote, with every tensor file in its place. Collective."""
-    state: Any = None
-    try:
-        state = json.loads((folder / _STATE_FILE).read_text())
-        problem = _state_problem(state, _sizes(folder))
-    except (OSError, ValueError, RecursionError) as caught:
-        problem = f"cannot read {_STATE_FILE}: {caught}"
-    raise_together(CheckpointError(f"checkpoint {folder}: {problem}") if problem else None)
-    return state
-
-
-def _state_problem(state: Any, sizes: dict[str, int]) -> str | None:
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        found = state.get("format") if isinstance(state, dict) else None
-        return f"{_STATE_FILE} has format {found!r}; this version reads {_FORMAT}"
-    for key, kind in {"world_size": int, "random_states": list, "counters": dict, "files": dict}.items():
-        if not isinstance(state.get(key), kind):
-            return f"{_STATE_FILE}: {key} is {state.get(key)!r}, not of type {kind.__name__}"
-    for name, size in state["files"].items():
-        if sizes.get(name) != size:
-            return f"{name} has {sizes[name]} bytes, not {size}" if name in sizes else f"{name} is missing"
-    foreign = sizes.keys() - state["files"].keys()
-    return f"{min(foreign)} is not of this checkpoint" if foreign else None
 
 
 def _reason(error: BaseException) -> str:

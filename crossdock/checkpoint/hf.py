@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from crossdock.checkpoint.distributed import CheckpointError
 from crossdock.checkpoint.experts import ExpertRows
+from crossdock.checkpoint.folders import CheckpointError
 from crossdock.comm import raise_together
 from crossdock.moe import moe_layers
 from crossdock.parallel import plain_name

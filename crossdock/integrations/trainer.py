@@ -131,6 +131,7 @@ class CheckpointCallback(TrainerCallback):
         due = last or (self.save_steps > 0 and step % self.save_steps == 0)
         if checkpointer is None or not due or step == self._saved_step:
             return
+        assert checkpointer.optimizer is not None
         counters = {
             "world_size": _world_size(),
             "trainer_state": dataclasses.asdict(state),

@@ -1,0 +1,133 @@
+"""The folder of a run's checkpoints: which there are, whether one is whole, and how one takes its final name."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from crossdock.comm import raise_together
+
+__all__ = [
+    "CHECKPOINT_FOLDER",
+    "CheckpointError",
+    "find_checkpoint",
+    "finish",
+    "latest_step",
+    "make_room",
+    "read_counters",
+    "read_state",
+    "saved_steps",
+    "saved_world_size",
+    "set_aside",
+]
+
+CHECKPOINT_FOLDER = "checkpoint"
+"""Of a run folder, where its checkpoints are."""
+_STATE_FILE = "state.json"
+_FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message names the folder and what is wrong with it."""
+
+
+def find_checkpoint(path: Path) -> tuple[Path, int] | None:
+    """The folder of checkpoints and the step that `path` names: a checkpoint, or a run folder for its newest one."""
+    if (match := re.fullmatch(r"step-(\d{8,})", path.name)) and (path / _STATE_FILE).is_file():
+        return path.parent, int(match[1])
+    newest = latest_step(path / CHECKPOINT_FOLDER)
+    return None if newest is None else (path / CHECKPOINT_FOLDER, newest)
+
+
+def latest_step(folder: Path) -> int | None:
+    """The newest whole checkpoint's step below `folder`, or `None`."""
+    steps = saved_steps(folder)
+    return steps[-1] if steps else None
+
+
+def saved_world_size(folder: Path, step: int) -> int | None:
+    """How many ranks wrote the checkpoint of `step` below `folder`; `None` where it does not tell."""
+    try:
+        world_size = json.loads((folder / f"step-{step:08d}" / _STATE_FILE).read_text())["world_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return world_size if type(world_size) is int else None
+
+
+def read_counters(folder: Path, step: int) -> dict[str, Any]:
+    """The counters of the checkpoint of `step` below `folder`, without loading it. Collective.
+
+    Raises:
+        CheckpointError: on all ranks, if files are missing or damaged.
+    """
+    return read_state(folder / f"step-{step:08d}")["counters"]
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps of all whole checkpoints below `folder`, ascending."""
+    if not folder.is_dir():
+        return []
+    names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.iterdir() if (path / _STATE_FILE).is_file())
+    return sorted(int(match[1]) for match in names if match)
+
+
+def make_room(partial: Path) -> None:
+    """Make the empty folder of a new checkpoint; remove what saves that broke off and slow removals have left."""
+    for leftover in partial.parent.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def finish(partial: Path, final: Path, state: dict[str, Any]) -> None:
+    """Add what is no tensor and move the whole folder to its place."""
+    state |= {"format": _FORMAT, "files": _sizes(partial)}
+    with open(partial / _STATE_FILE, "w") as file:
+        json.dump(state, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    replaced = set_aside(final) if final.exists() else None
+    partial.rename(final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a checkpoint that is to be removed, so that what is left of it is never taken for a whole one."""
+    return checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.removed"))
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `finish` wrote, with every tensor file in its place. Collective."""
+    state: Any = None
+    try:
+        state = json.loads((folder / _STATE_FILE).read_text())
+        problem = _state_problem(state, _sizes(folder))
+    except (OSError, ValueError, RecursionError) as caught:
+        problem = f"cannot read {_STATE_FILE}: {caught}"
+    raise_together(CheckpointError(f"checkpoint {folder}: {problem}") if problem else None)
+    return state
+
+
+def _state_problem(state: Any, sizes: dict[str, int]) -> str | None:
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        found = state.get("format") if isinstance(state, dict) else None
+        return f"{_STATE_FILE} has format {found!r}; this version reads {_FORMAT}"
+    for key, kind in {"world_size": int, "random_states": list, "counters": dict, "files": dict}.items():
+        if not isinstance(state.get(key), kind):
+            return f"{_STATE_FILE}: {key} is {state.get(key)!r}, not of type {kind.__name__}"
+    for name, size in state["files"].items():
+        if sizes.get(name) != size:
+            return f"{name} has {sizes[name]} bytes, not {size}" if name in sizes else f"{name} is missing"
+    foreign = sizes.keys() - state["files"].keys()
+    return f"{min(foreign)} is not of this checkpoint" if foreign else None
