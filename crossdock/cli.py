@@ -88,7 +88,7 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
 
     from crossdock.checkpoint import CheckpointError
     from crossdock.config import load_config, validate
-    from crossdock.train.data import DataError
+    from crossdock.data import DataError
     from crossdock.train.launch import ENDED_FOLDER, run_rank, start_ranks
     from crossdock.train.trainer import TrainingStopped
 

@@ -4,7 +4,6 @@ from crossdock.config.reading import RUN_CONFIG_FILE, load_config, to_toml
 from crossdock.config.settings import (
     Config,
     ConfigError,
-    DataConfig,
     JobConfig,
     LRSchedulerConfig,
     MetricsConfig,
@@ -17,7 +16,6 @@ __all__ = [
     "RUN_CONFIG_FILE",
     "Config",
     "ConfigError",
-    "DataConfig",
     "JobConfig",
     "LRSchedulerConfig",
     "MetricsConfig",

@@ -16,6 +16,7 @@ import tomli_w
 import tyro
 
 from crossdock.config.settings import Config, ConfigError, setting_types
+from crossdock.data import is_path
 from crossdock.models.family import DEEPEP_SUFFIX
 
 __all__ = ["RUN_CONFIG_FILE", "absolute", "load_config", "read_toml", "to_toml"]
@@ -43,7 +44,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         config = _override(read_toml(Path(saved)), overrides)
     model = replace(config.model, hf_assets_path=absolute(config.model.hf_assets_path))
     moe = replace(config.moe, dispatcher="deepep") if model.flavor.endswith(DEEPEP_SUFFIX) else config.moe
-    return replace(config, job=replace(config.job, dump_folder=folder), model=model, moe=moe)
+    source = tuple(absolute(entry) if is_path(entry) else entry for entry in config.data.source)
+    data = replace(config.data, source=source)
+    return replace(config, job=replace(config.job, dump_folder=folder), model=model, data=data, moe=moe)
 
 
 def to_toml(config: Config) -> str:
@@ -90,7 +93,12 @@ def _build(document: dict[str, Any]) -> Config:
 
 
 def _typed(name: str, hint: Any, value: Any) -> Any:
-    """The value of a TOML key; a whole number will do for a float."""
+    """The value of a TOML key; a whole number will do for a float, and a single value for a list."""
+    if get_origin(hint) is tuple:
+        try:
+            return tuple(_typed(name, get_args(hint)[0], item) for item in (value if type(value) is list else [value]))
+        except ConfigError:
+            raise ConfigError(name, value, f"must be {_expected(hint)}") from None
     for option in get_args(hint) if type(None) in get_args(hint) else (hint,):
         if (get_origin(option) is Literal and value in get_args(option)) or type(value) is option:
             return value
@@ -123,6 +131,9 @@ def _override(config: Config, arguments: Sequence[str]) -> Config:
             raise _unknown(name, value)
         elif not has_value:
             raise ConfigError(name, value, f"has no value; must be {_expected(settings[name])}")
+        elif get_origin(settings[name]) is tuple:
+            config = _with_list(config, name, settings[name], value)
+            continue
         else:
             canonical = f"--{name}={value}"
         try:
@@ -133,7 +144,19 @@ def _override(config: Config, arguments: Sequence[str]) -> Config:
     return config
 
 
+def _with_list(config: Config, name: str, hint: Any, value: str) -> Config:
+    """`config` with a list that is written `a,b`; the empty string is the empty list."""
+    section, _, key = name.partition(".")
+    try:
+        items = tuple(get_args(hint)[0](item.strip()) for item in value.split(",")) if value else ()
+    except ValueError:
+        raise ConfigError(name, value, f"must be {_expected(hint)}") from None
+    return replace(config, **{section: replace(getattr(config, section), **{key: items})})
+
+
 def _expected(hint: Any) -> str:
+    if get_origin(hint) is tuple:
+        return f"{_expected(get_args(hint)[0])}, or several: a list in TOML, with commas on the command line"
     if get_origin(hint) is Literal:
         return f"one of {', '.join(get_args(hint))}"
     if get_args(hint):

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from crossdock.checkpoint import Checkpointer, latest_step
 from crossdock.comm import raise_together
 from crossdock.config import RUN_CONFIG_FILE, Config, to_toml
+from crossdock.data import Batch, TokenBatches, Tokens, prepare_tokens
 from crossdock.models import FAMILIES, build_model, count_parameters, materialise, resolve_hf_config
 from crossdock.moe import finish_step, moe_layers, set_batch_totals
 from crossdock.parallel import ParallelDims, clip_grad_norm_, parallelize
 from crossdock.routing import max_mean_load
-from crossdock.train.data import Batch, TokenBatches, TokenFile, prepare_tokens
 from crossdock.train.metrics import MetricsLog, ProgressDisplay, memory_gib, say
 from crossdock.train.optimizer import build_optimizer, learning_rate_factor, materialise_optimizer_state
 
@@ -76,13 +76,16 @@ class Trainer:
         self.folder = Path(_first_named(config.job.dump_folder))
         self.tokens = self._prepare_tokens()
         self.batches = TokenBatches(
-            self.tokens,
+            self.tokens.train,
             seq_len=config.training.seq_len,
             global_batch_size=self._global_batch_size(),
             local_batch_size=config.training.local_batch_size,
             dp_rank=self.rank,
             dp_degree=self.world_size,
             seed=config.training.seed,
+            weights=config.data.weights,
+            packing=config.data.packing,
+            attend_within_documents=config.data.attend_within_documents,
         )
         self.model = self._build_model(dims)
         self.layers = list(moe_layers(self.model).values())
@@ -239,16 +242,13 @@ class Trainer:
             return training.global_batch_size
         return training.local_batch_size * self.world_size
 
-    def _prepare_tokens(self) -> TokenFile:
+    def _prepare_tokens(self) -> Tokens:
         """One rank per machine tokenises (or finds) the data while the others wait; rank 0 lays out the run folder."""
         assets = self.config.model.hf_assets_path
-        cache = Path(self.config.data.cache_folder).expanduser()
 
-        def prepare() -> TokenFile:
+        def prepare() -> Tokens:
             vocabulary = resolve_hf_config(self.config.model).get_text_config().vocab_size or 0
-            tokens = prepare_tokens(
-                self.config.data.source, Path(assets) if assets else None, cache, min(vocabulary, 8192)
-            )
+            tokens = prepare_tokens(self.config.data, Path(assets) if assets else None, min(vocabulary, 8192))
             if tokens.vocab_size > vocabulary:
                 raise TrainingStopped(
                     f"the tokenizer has {tokens.vocab_size} tokens, the model's vocabulary {vocabulary}; "
@@ -261,7 +261,7 @@ class Trainer:
         _together(lambda: self._write_run_folder(tokens) if self.rank == 0 else None)
         return tokens
 
-    def _write_run_folder(self, tokens: TokenFile) -> None:
+    def _write_run_folder(self, tokens: Tokens) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         resolved = dataclasses.replace(
             self.config, job=dataclasses.replace(self.config.job, dump_folder=str(self.folder))
