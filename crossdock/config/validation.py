@@ -145,7 +145,7 @@ def _check_data(config: Config) -> None:
         try:
             check_source(entry)
         except DataError as error:
-            raise ConfigError("data.source", entry, str(error)) from None
+            raise ConfigError("data.source", entry, str(error).removeprefix(f"source {entry!r}: ")) from None
     if weights:
         count = f"must be one for each of the {len(sources)} sources, or none"
         _require(config, "data.weights", len(weights) == len(sources), count)
