@@ -35,6 +35,8 @@ def other_value(hint: Any, default: Any) -> Any:
         return not default
     if hint is int:
         return default + 3
+    if get_origin(hint) is tuple:
+        return ("/some/where", "sotu") if get_args(hint)[0] is str else (0.375, 2.0)
     return "/some/where" if hint is str else 0.375
 
 
@@ -67,7 +69,7 @@ def test_a_setting_is_the_same_from_the_command_line_and_from_the_toml_that_is_w
         section, key = name.split(".")
         arguments = [f"--{name}" if value else f"--{section}.no-{key}"]
     else:
-        arguments = [f"--{name}", str(value)]
+        arguments = [f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     config = load_config(None, arguments)
     assert get(config, name) == value
     assert type(get(config, name)) is type(value)
@@ -152,6 +154,40 @@ def test_negative_numbers_and_empty_strings_are_values() -> None:
     assert (config.model.flavor, config.model.name) == ("", "")
 
 
+def test_a_list_is_a_list_in_toml_or_one_value_and_has_commas_on_the_command_line(tmp_path: Path) -> None:
+    for text, source, weights in (
+        ('source = "sotu"', ("sotu",), ()),
+        ('source = ["sotu", "/a,b"]\nweights = [1, 2.5]', ("sotu", "/a,b"), (1.0, 2.5)),
+        ('source = "/a,b"\nweights = 3', ("/a,b",), (3.0,)),
+    ):
+        data = load_config(toml_file(tmp_path, f"[data]\n{text}")).data
+        assert (data.source, data.weights) == (source, weights)
+        assert all(type(weight) is float for weight in data.weights)
+    path = tmp_path / "some.toml"
+    for arguments in (
+        ["--data.source", "sotu, /a", "--data.weights", "1,2"],
+        ["--data.source=sotu,/a", "--data.weights=1,2"],
+    ):
+        data = load_config(path, arguments).data
+        assert (data.source, data.weights) == (("sotu", "/a"), (1.0, 2.0))
+    assert load_config(path, ["--data.weights", ""]).data.weights == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("source = 3", "one,2"),
+        ('source = ["sotu", 3]', "1,,2"),
+        ('weights = ["1"]', "1;2"),
+        ("weights = [[1.0]]", "sotu"),
+    ],
+)
+def test_a_list_of_another_type_is_refused(text: str, value: str, tmp_path: Path) -> None:
+    for path, arguments in ((toml_file(tmp_path, f"[data]\n{text}"), []), (None, ["--data.weights", value])):
+        with pytest.raises(ConfigError, match=r"must be a (string|number), or several: a list in TOML, with commas"):
+            load_config(path, arguments)
+
+
 def test_a_whole_number_will_do_for_a_float(tmp_path: Path) -> None:
     lr = load_config(toml_file(tmp_path, "[optimizer]\nlr = 1")).optimizer.lr
     assert lr == 1.0
@@ -203,6 +239,10 @@ def test_paths_of_the_run_do_not_depend_on_where_it_is_started(tmp_path: Path, m
     config = load_config(None, ["--job.dump-folder", "a/../b", "--model.hf-assets-path", "~/assets"])
     assert config.job.dump_folder == str(tmp_path / "b")
     assert config.model.hf_assets_path == "/home/some/assets"
+    written = "talks.jsonl,~/more,sotu,datasets:some/name@test,../saved@test"
+    kept = ("sotu", "datasets:some/name@test")
+    expected = (str(tmp_path / "talks.jsonl"), "/home/some/more", *kept, str(tmp_path.parent / "saved@test"))
+    assert load_config(None, ["--data.source", written]).data.source == expected
 
 
 def make_run(folder: Path, *overrides: str) -> Config:
@@ -236,7 +276,17 @@ def test_a_moved_run_folder_is_written_where_it_is_now(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("training.seed", "6"), ("training.seq_len", "64"), ("model.flavor", "10B-A1B")]
+    ("name", "value"),
+    [
+        ("training.seed", "6"),
+        ("training.seq_len", "64"),
+        ("model.flavor", "10B-A1B"),
+        ("data.source", "sotu,sotu"),
+        ("data.weights", "1"),
+        ("data.text_field", "body"),
+        ("data.packing", "documents"),
+        ("data.held_out", "0.1"),
+    ],
 )
 def test_a_run_is_resumed_with_its_own_data_and_model(name: str, value: str, tmp_path: Path) -> None:
     make_run(tmp_path / "run", "--training.seed", "5")
@@ -276,6 +326,10 @@ def test_data_may_be_cached_in_a_folder_that_can_only_be_read(tmp_path: Path, mo
     ("name", "good", "bad"),
     [
         ("job.comm_timeout_seconds", ["1", "31536000"], ["0", "31536001"]),
+        ("data.source", ["sotu", "sotu,sotu"], ["", "sotu,", "/no/such.jsonl", __file__]),
+        ("data.weights", ["", "2"], ["0", "-1", "nan", "inf", "1,2"]),
+        ("data.held_out", ["0", "0.5"], ["1", "-0.1", "nan"]),
+        ("data.text_field", ["body"], [""]),
         ("training.local_batch_size", ["1"], ["0", "-1"]),
         ("training.seq_len", ["1", "4096"], ["0", "4097"]),
         ("training.steps", ["1"], ["0"]),

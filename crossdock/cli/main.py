@@ -94,7 +94,7 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
 
     from crossdock.checkpoint import CheckpointError
     from crossdock.config import load_config, validate
-    from crossdock.train.data import DataError
+    from crossdock.data import DataError
     from crossdock.train.launch import ENDED_FOLDER, start_ranks, train_rank
     from crossdock.train.trainer import TrainingStopped
 

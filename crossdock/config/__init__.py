@@ -4,7 +4,6 @@ from crossdock.config.reading import ASSETS_FOLDER, RUN_CONFIG_FILE, load_config
 from crossdock.config.settings import (
     Config,
     ConfigError,
-    DataConfig,
     JobConfig,
     LRSchedulerConfig,
     MetricsConfig,
@@ -19,7 +18,6 @@ __all__ = [
     "RUN_CONFIG_FILE",
     "Config",
     "ConfigError",
-    "DataConfig",
     "JobConfig",
     "LRSchedulerConfig",
     "MetricsConfig",

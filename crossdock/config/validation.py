@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from crossdock.checkpoint import CheckpointError, HFCheckpoint, find_checkpoint
 from crossdock.config.reading import RUN_CONFIG_FILE, absolute, read_toml
 from crossdock.config.settings import Config, ConfigError, setting_types
+from crossdock.data import DataError, check_source, mixture_quotas
 from crossdock.dispatch import DISPATCHERS
 from crossdock.models import FAMILIES, ModelError, build_model, resolve_hf_config
 from crossdock.models.family import DEEPEP_SUFFIX
@@ -85,6 +86,7 @@ def check_settings(config: Config) -> PreTrainedConfig:
     model = _check_model(config)
     _check_run_folder(config)
     _check_initial_weights(config, model)
+    _check_data(config)
     if not os.path.isdir(os.path.expanduser(config.data.cache_folder)):
         _check_writable("data.cache_folder", config.data.cache_folder)
     return model
@@ -107,7 +109,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "moe.batch_aux_loss_coeff moe.z_loss_coeff moe.expert_bias_rate checkpoint.interval checkpoint.keep_latest_k "
         "metrics.load_interval validation.interval validation.max_samples",
     ),
-    "at least 0 and below 1": (lambda value: 0 <= value < 1, "optimizer.beta1 optimizer.beta2"),
+    "at least 0 and below 1": (lambda value: 0 <= value < 1, "optimizer.beta1 optimizer.beta2 data.held_out"),
     "0 to 1": (lambda value: 0 <= value <= 1, "lr_scheduler.min_lr_factor lr_scheduler.decay_ratio"),
     "0 to 2^63 - 1": (lambda value: 0 <= value < 2**63, "training.seed"),
     "1 to 31536000, a year": (lambda value: 0 < value <= 31_536_000, "job.comm_timeout_seconds"),
@@ -188,6 +190,32 @@ def _check_kernels(config: Config) -> None:
     _require(config, "training.dtype", config.training.dtype != "float64", "float64 needs model.kernels = none")
 
 
+def _check_data(config: Config) -> None:
+    data, interval = config.validation.data, config.validation.interval
+    there = not interval or bool(data) or config.data.held_out > 0
+    _require(config, "validation.interval", there, "needs validation.data, or a share of data.held_out")
+    if data:
+        try:
+            check_source(data)
+        except DataError as error:
+            raise ConfigError("validation.data", data, str(error).removeprefix(f"source {data!r}: ")) from None
+    sources, weights = config.data.source, config.data.weights
+    _require(config, "data.source", all(sources) and bool(sources), "must name at least one source, none of them empty")
+    for entry in sources:
+        try:
+            check_source(entry)
+        except DataError as error:
+            raise ConfigError("data.source", entry, str(error).removeprefix(f"source {entry!r}: ")) from None
+    if weights:
+        count = f"must be one for each of the {len(sources)} sources, or none"
+        _require(config, "data.weights", len(weights) == len(sources), count)
+        try:
+            mixture_quotas(weights)
+        except DataError as error:
+            raise ConfigError("data.weights", weights, str(error)) from None
+    _require(config, "data.text_field", bool(config.data.text_field), "must be the name of a field")
+
+
 def _check_tokenizer(config: Config, vocab_size: int) -> None:
     name, path = "model.hf_assets_path", os.path.join(config.model.hf_assets_path, "tokenizer.json")
     _require(config, name, os.path.isfile(path), "must be a folder with tokenizer.json")
@@ -209,6 +237,10 @@ _FIXED = (
     "training.freeze_router",
     "training.freeze_experts",
     "data.source",
+    "data.weights",
+    "data.text_field",
+    "data.packing",
+    "data.held_out",
     "training.seed",
     "training.seq_len",
 )

@@ -16,14 +16,13 @@ from crossdock.models.assets import EXPORT_DTYPES, export_hf, write_assets
 from crossdock.models.attention import register_wide_attention
 from crossdock.models.family import DEEPEP_SUFFIX, Family, Kernels, ModelConfig
 from crossdock.models.initial import initialise_weights
-from crossdock.models.loss import IGNORED_LABEL, LossHead, batch_loss, token_loss
+from crossdock.models.loss import LossHead, batch_loss, token_loss
 from crossdock.models.qwen3 import Qwen3
 from crossdock.moe import MoEConfig, moe_layers
 
 __all__ = [
     "EXPORT_DTYPES",
     "FAMILIES",
-    "IGNORED_LABEL",
     "Family",
     "LossHead",
     "ModelConfig",

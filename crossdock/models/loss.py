@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crossdock.data import IGNORED_LABEL
 from crossdock.models.family import Kernels
 
-__all__ = ["IGNORED_LABEL", "LossHead", "batch_loss", "token_loss"]
-
-IGNORED_LABEL = -100
+__all__ = ["LossHead", "batch_loss", "token_loss"]
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:

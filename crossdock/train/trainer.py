@@ -2,61 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
-import fcntl
-import logging
 import math
 import signal
 import time
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
 
-from crossdock.checkpoint import (
-    CHECKPOINT_FOLDER,
-    Checkpointer,
-    CheckpointError,
-    HFCheckpoint,
-    find_checkpoint,
-    latest_step,
-)
-from crossdock.comm import raise_together
-from crossdock.config import ASSETS_FOLDER, RUN_CONFIG_FILE, Config, to_toml
-from crossdock.models import (
-    FAMILIES,
-    IGNORED_LABEL,
-    batch_loss,
-    build_model,
-    count_parameters,
-    export_hf,
-    materialise,
-    resolve_hf_config,
-    write_assets,
-)
+from crossdock.checkpoint import CHECKPOINT_FOLDER, Checkpointer, CheckpointError, latest_step
+from crossdock.config import ASSETS_FOLDER, Config
+from crossdock.data import IGNORED_LABEL, Batch, TokenBatches, evaluation_batches
+from crossdock.models import FAMILIES, batch_loss, count_parameters, export_hf
 from crossdock.moe import finish_step, moe_layers, set_batch_totals
-from crossdock.parallel import ParallelDims, clip_grad_norm_, parallelize
+from crossdock.parallel import ParallelDims, clip_grad_norm_
 from crossdock.routing import max_mean_load
-from crossdock.tools.report import LOAD_FILE, LoadLog, write_report
-from crossdock.train.data import Batch, TokenBatches, TokenFile, prepare_tokens
+from crossdock.tools.evaluate import evaluate
 from crossdock.train.flops import Speed
-from crossdock.train.metrics import MetricsLog, ProgressDisplay, memory_use, say
+from crossdock.train.metrics import memory_use, say
 from crossdock.train.optimizer import build_optimizer, learning_rate_factor, materialise_optimizer_state
-from crossdock.train.trackers import Trackers
+from crossdock.train.preparing import build_training_model, prepare_run_tokens, write_settings
+from crossdock.train.record import RunRecord
+from crossdock.train.together import TrainingStopped, first_named, from_first_rank, together
 
 __all__ = ["StopSignal", "Trainer", "TrainingStopped"]
 
-logger = logging.getLogger(__name__)
-
 EXPORT_FOLDER = "hf"
-
-
-class TrainingStopped(RuntimeError):
-    """The run cannot go on; the message says why and what to do."""
 
 
 class StopSignal:
@@ -89,24 +61,29 @@ class Trainer:
     ) -> None:
         self.config = config
         self.device = device
-        self.first_on_machine = first_on_machine
         self.stop = stop
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.folder = Path(_first_named(config.job.dump_folder))
-        self.tokens = self._prepare_tokens()
+        self.folder = Path(first_named(config.job.dump_folder))
+        tokens, self.validation_tokens = prepare_run_tokens(config, first_on_machine)
+        together(lambda: write_settings(config, self.folder) if self.rank == 0 else None)
         self.batches = TokenBatches(
-            self.tokens,
+            tokens.train,
             seq_len=config.training.seq_len,
             global_batch_size=self._global_batch_size(),
             local_batch_size=config.training.local_batch_size,
             dp_rank=self.rank,
             dp_degree=self.world_size,
             seed=config.training.seed,
+            weights=config.data.weights,
+            packing=config.data.packing,
+            attend_within_documents=config.data.attend_within_documents,
         )
-        newest = _from_first_rank(
-            _together(lambda: latest_step(self.folder / CHECKPOINT_FOLDER) if self.rank == 0 else None)
+        newest = from_first_rank(lambda: latest_step(self.folder / CHECKPOINT_FOLDER))
+        self.model = build_training_model(config, dims, device, self.folder, tokens, is_new=newest is None)
+        self._tell(
+            f"{config.model.name}: {count_parameters(self.model) / 1e6:,.1f} M parameters on {self.world_size} ranks "
+            f"(ep {dims.ep}, ep_shard {dims.ep_shard}), {config.training.dtype}; run folder {self.folder}"
         )
-        self.model = self._build_model(dims, is_new=newest is None)
         self.layers = list(moe_layers(self.model).values())
         self.speed = Speed.of(self.model, config.training.seq_len, device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -132,15 +109,7 @@ class Trainer:
         config = self.config
         if self.step >= config.training.steps:
             self._tell(f"nothing to do: {self.step} steps are done, training.steps is {config.training.steps}")
-        lock = _together(lambda: _lock(self.folder) if self.rank == 0 else None)
-        path = self.folder / "metrics.jsonl"
-        trackers = _together(lambda: Trackers(config, self.folder, self.step) if self.rank == 0 else None)
-        log = _together(lambda: MetricsLog(path, self.step) if self.rank == 0 else None)
-        loads = _together(self._load_log)
-        display = None
-        if self.rank == 0:
-            freq, on_gpu = config.metrics.log_freq, self.device.type == "cuda"
-            display = ProgressDisplay(config.training.steps, self.step, freq, on_gpu=on_gpu)
+        record = together(self._open_record)
         try:
             self.model.train()
             saved = self._resumed_step
@@ -152,16 +121,11 @@ class Trainer:
                     break
                 metrics, counts = self._train_step(batches, targets, tokens)
                 metrics |= self.speed.metrics(tokens / (time.perf_counter() - started) / self.world_size)
-                if display is not None:
-                    display.update(metrics)
-                    try:
-                        log.write(metrics)
-                        if loads is not None and self.step % config.metrics.load_interval == 0:
-                            loads.write(self.step, counts)
-                    except OSError as error:
-                        display.say(f"stopping: cannot write below {self.folder}: {error}")
-                        self.stop.requested = True
-                    trackers.log(metrics)
+                if self._is_due(config.validation.interval):
+                    metrics["validation_loss"] = self._validation_loss()
+                if record is not None and (problem := record.write(metrics, counts)):
+                    record.say(f"stopping: {problem}")
+                    self.stop.requested = True
                 self._stop_after_bad_steps()
                 interval = config.checkpoint.interval
                 # A streak of bad steps must not push the last good checkpoint out.
@@ -171,29 +135,37 @@ class Trainer:
                 self._save()
             if self.step >= config.training.steps and config.checkpoint.last_save_in_hf:
                 self._export()
-            if display is not None and self.step < config.training.steps:
-                display.say(f"stopped as asked, at step {self.step}; start again with --job.dump-folder {self.folder}")
+            if record is not None and self.step < config.training.steps:
+                record.say(f"stopped as asked, at step {self.step}; start again with --job.dump-folder {self.folder}")
         finally:
-            if display is not None:
-                display.close()
-                trackers.close()
-                log.close()
-                if loads is not None:
-                    loads.close()
-                self._write_report()
-                lock.close()
+            if record is not None:
+                record.close()
 
-    def _load_log(self) -> LoadLog | None:
-        if self.rank != 0 or not self.config.metrics.load_interval:
+    def _open_record(self) -> RunRecord | None:
+        if self.rank != 0:
             return None
-        experts = self.layers[0].router.config.num_experts
-        return LoadLog(self.folder / LOAD_FILE, len(self.layers), experts, self.step)
+        experts = self.layers[0].num_experts
+        on_gpu = self.device.type == "cuda"
+        return RunRecord(self.config, self.folder, self.step, len(self.layers), experts, on_gpu=on_gpu)
 
-    def _write_report(self) -> None:
-        try:
-            say(f"report: {write_report(self.folder)}")
-        except Exception as error:  # noqa: BLE001 (whatever is wrong with it, a report is not worth a run)
-            say(f"no report: {error}")
+    def _is_due(self, interval: int) -> bool:
+        return interval > 0 and (self.step % interval == 0 or self.step >= self.config.training.steps)
+
+    def _validation_loss(self) -> float | None:
+        """Mean loss over the validation set; `None` where it is not finite. The same on all ranks."""
+        config = self.config
+        batches = evaluation_batches(
+            self.validation_tokens,
+            seq_len=config.training.seq_len,
+            local_batch_size=config.training.local_batch_size,
+            dp_rank=self.rank,
+            dp_degree=self.world_size,
+            packing=config.data.packing,
+            attend_within_documents=config.data.attend_within_documents,
+            max_samples=config.validation.max_samples or None,
+        )
+        loss = evaluate(self.model, batches, self.device).loss
+        return loss if math.isfinite(loss) else None
 
     def _train_step(self, batches: list[Batch], targets: int, tokens: int) -> tuple[dict[str, Any], torch.Tensor]:
         """Forward, backward and update over this rank's micro-batches.
@@ -205,8 +177,7 @@ class Trainer:
         set_batch_totals(self.model, self.batches.global_batch_size, tokens)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
-            summed = batch_loss(self.model, batch.input_ids.to(self.device), batch.labels.to(self.device))
-            share = summed / max(targets, 1)
+            share = batch_loss(self.model, **batch.inputs(self.device)) / max(targets, 1)
             share.backward()
             loss += share.detach()
         norm = clip_grad_norm_(self.model.parameters(), config.max_norm).item()
@@ -238,7 +209,7 @@ class Trainer:
     def _batch_totals(self, batches: list[Batch]) -> tuple[int, int, bool]:
         """Targets and tokens of the global batch, and whether any rank was asked to stop. The step's agreement."""
         targets = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in batches)
-        tokens = sum(batch.input_ids.numel() for batch in batches)
+        tokens = sum(batch.num_tokens for batch in batches)
         totals = torch.tensor([targets, tokens, float(self.stop.requested)], dtype=torch.float64, device=self.device)
         dist.all_reduce(totals)
         all_targets, all_tokens, stops = totals.tolist()
@@ -304,124 +275,6 @@ class Trainer:
             return training.global_batch_size
         return training.local_batch_size * self.world_size
 
-    def _prepare_tokens(self) -> TokenFile:
-        """One rank per machine tokenises (or finds) the data while the others wait; rank 0 lays out the run folder."""
-        assets = self.config.model.hf_assets_path
-        cache = Path(self.config.data.cache_folder).expanduser()
-
-        def prepare() -> TokenFile:
-            vocabulary = resolve_hf_config(self.config.model).get_text_config().vocab_size or 0
-            tokens = prepare_tokens(
-                self.config.data.source, Path(assets) if assets else None, cache, min(vocabulary, 8192)
-            )
-            if tokens.vocab_size > vocabulary:
-                raise TrainingStopped(
-                    f"the tokenizer has {tokens.vocab_size} tokens, the model's vocabulary {vocabulary}; "
-                    "choose another model.flavor or model.hf_assets_path"
-                )
-            return tokens
-
-        prepared = _together(prepare if self.first_on_machine else lambda: None)
-        tokens = _together(lambda: prepared or prepare())
-        _together(lambda: self._write_run_folder(tokens) if self.rank == 0 else None)
-        return tokens
-
-    def _write_run_folder(self, tokens: TokenFile) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        resolved = dataclasses.replace(
-            self.config, job=dataclasses.replace(self.config.job, dump_folder=str(self.folder))
-        )
-        beside = self.folder / f".{RUN_CONFIG_FILE}.partial"
-        beside.write_text(to_toml(resolved))
-        beside.rename(self.folder / RUN_CONFIG_FILE)
-
-    def _build_model(self, dims: ParallelDims, is_new: bool) -> PreTrainedModel:
-        """The model on its layout, with its first values where the run `is_new`: drawn, or those it starts from."""
-        config = self.config
-        family = FAMILIES[config.model.name]
-        model = build_model(
-            family,
-            resolve_hf_config(config.model),
-            config.moe,
-            torch.float64 if config.training.dtype == "float64" else torch.float32,
-            attn_implementation=config.model.attn_implementation,
-            kernels=config.model.kernels,
-            force_load_balance=config.training.debug_moe_force_load_balance,
-        )
-        for layer in moe_layers(model).values():
-            layer.router.requires_grad_(not config.training.freeze_router)
-            layer.experts.requires_grad_(not config.training.freeze_experts)
-        start = Path(config.initial_weights) if is_new and config.initial_weights else None
-        checkpoint = find_checkpoint(start) if start is not None else None
-        weights = None
-        if start is not None and checkpoint is None:
-            weights = _together(lambda: HFCheckpoint.open(start))
-        if is_new:
-            _together(lambda: self._write_assets(model, weights) if self.rank == 0 else None)
-        parallelize(
-            model,
-            dims.build_mesh(self.device.type, timedelta(seconds=config.job.comm_timeout_seconds)),
-            activation_checkpoint=config.activation_checkpoint,
-            compile_config=config.compile,
-            param_dtype=torch.bfloat16 if config.training.dtype == "bfloat16" else None,
-            reshard_after_forward=config.parallelism.reshard_after_forward,
-            cpu_offload=config.training.enable_cpu_offload,
-        )
-        offload = config.training.enable_cpu_offload
-        materialise(family, model, self.device, offload=offload, seed=config.training.seed, weights=weights)
-        if checkpoint is not None:
-            Checkpointer(checkpoint[0], model, None).load(checkpoint[1])
-        parameters = count_parameters(model)
-        self._tell(
-            f"{family.name}: {parameters / 1e6:,.1f} M parameters on {self.world_size} ranks "
-            f"(ep {dims.ep}, ep_shard {dims.ep_shard}), {config.training.dtype}; run folder {self.folder}"
-        )
-        return model
-
-    def _write_assets(self, model: PreTrainedModel, weights: HFCheckpoint | None) -> None:
-        tokens = self.tokens
-        source = Path(self.config.model.hf_assets_path) if self.config.model.hf_assets_path else None
-        folder = self.folder / ASSETS_FOLDER
-        write_assets(folder, model, tokens.tokenizer_path, tokens.end_of_text_id, source, weights)
-
     def _tell(self, message: str) -> None:
         if self.rank == 0:
             say(message)
-
-
-def _from_first_rank(value: Any) -> Any:
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def _first_named(folder: str) -> str:
-    """The folder that the first rank with one names."""
-    folders: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(folders, folder)
-    return next(name for name in folders if name)
-
-
-def _lock(folder: Path) -> TextIO:
-    """Hold the run folder until the file is closed, so that no other run writes there."""
-    file = open(folder / ".lock", "w")  # noqa: SIM115 (open for the whole run)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise TrainingStopped(f"job.dump_folder {folder} is in use by another run") from None
-    return file
-
-
-def _together(action: Callable[[], Any]) -> Any:
-    """Run `action`; if it fails on any rank, raise on all."""
-    error: Exception | None = None
-    result = None
-    try:
-        result = action()
-    except OSError as caught:
-        error = TrainingStopped(str(caught))
-    except Exception as caught:  # noqa: BLE001 (whatever it is, the others must hear of it)
-        error = caught
-    raise_together(error)
-    return result

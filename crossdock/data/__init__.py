@@ -1,0 +1,24 @@
+"""Data: documents from sources, token files on disk, and the batches that each rank sees at each step."""
+
+from crossdock.data.batches import MIXTURE_BLOCK, TokenBatches, evaluation_batches, mixture_quotas
+from crossdock.data.config import DataConfig, DataError, Packing
+from crossdock.data.packing import IGNORED_LABEL, Batch
+from crossdock.data.sources import check_source, is_path
+from crossdock.data.tokens import TokenFile, Tokens, prepare_tokens
+
+__all__ = [
+    "IGNORED_LABEL",
+    "MIXTURE_BLOCK",
+    "Batch",
+    "DataConfig",
+    "DataError",
+    "Packing",
+    "TokenBatches",
+    "TokenFile",
+    "Tokens",
+    "check_source",
+    "evaluation_batches",
+    "is_path",
+    "mixture_quotas",
+    "prepare_tokens",
+]

@@ -1,0 +1,259 @@
+"""Documents to tokens on disk.
+
+`prepare_tokens` turns each source into flat files of token ids, cached under a fingerprint of all that makes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from crossdock.data.config import DataConfig, DataError
+from crossdock.data.sources import Source, open_source
+from crossdock.data.tokenizer import END_OF_TEXT, SMALLEST_VOCAB, Encoder, TextSample, read_tokenizer, train_tokenizer
+
+__all__ = ["TokenFile", "Tokens", "prepare_tokens"]
+
+# Part of every fingerprint: raise it when the same documents and tokenizer would give other files than before.
+_FORMAT_VERSION: Final = 2
+_TRAIN: Final = "train"
+_HELD_OUT: Final = "held_out"
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A flat file of token ids, documents one after another, each followed by `end_of_text_id` (None: no separator).
+
+    `source` is the entry of `data.source` that the documents come from. `dtype` is "uint16" or "uint32". Every id is
+    below `vocab_size`, one more than the tokenizer's largest id. `documents.bin` beside it says where documents begin.
+    """
+
+    path: Path
+    source: str
+    dtype: str
+    num_tokens: int
+    num_documents: int
+    vocab_size: int
+    end_of_text_id: int | None
+
+    def open(self) -> np.memmap[Any, Any]:
+        """The tokens `[num_tokens]`, of `dtype`, read-only and read from disk as they are used."""
+        return np.memmap(self.path, dtype=np.dtype(self.dtype), mode="r", shape=(self.num_tokens,))
+
+    def document_offsets(self) -> np.memmap[Any, Any]:
+        """`[num_documents + 1]` int64, read-only: document d is the tokens `offsets[d] .. offsets[d + 1] - 1`."""
+        return np.memmap(self._documents_path, dtype=np.int64, mode="r", shape=(self.num_documents + 1,))
+
+    @property
+    def _documents_path(self) -> Path:
+        return self.path.with_name("documents.bin")
+
+    def is_whole(self) -> bool:
+        """Whether both files are there with the sizes that they should have."""
+        sizes = {
+            self.path: self.num_tokens * np.dtype(self.dtype).itemsize,
+            self._documents_path: 8 * (self.num_documents + 1),
+        }
+        return all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What `prepare_tokens` made: one file per source to train on, and one per source held out (none for a share 0)."""
+
+    train: tuple[TokenFile, ...]
+    held_out: tuple[TokenFile, ...]
+    tokenizer_path: Path
+    vocab_size: int
+
+
+def prepare_tokens(config: DataConfig, tokenizer_folder: Path | None, vocab_size: int = 8192) -> Tokens:
+    """The tokens of all sources, each from `cache_folder/<fingerprint>/` where it is whole there, else put there.
+
+    The tokenizer is that of `tokenizer_folder/tokenizer.json`; for None a byte-level BPE of `vocab_size` tokens (fewer
+    for very little text) is trained on the training documents of all sources, or on some 64 M characters of them. A
+    special token that a document spells out is encoded as plain text. A document is held out or not by a hash of its
+    text: on every machine, in every order, and in whichever source or copy it appears.
+    Several processes may call at once: one builds, the others wait. All documents are read once before the first is
+    tokenised, so that a faulty one is found before anything is kept.
+
+    Raises:
+        DataError: for a source that is missing or faulty, a part of it that has no documents, an unreadable tokenizer
+            or a `vocab_size` below 257.
+        OSError: where the cache can't be written or locked.
+    """
+    if tokenizer_folder is None and vocab_size < SMALLEST_VOCAB:
+        raise DataError(f"vocab_size is {vocab_size}, must be at least {SMALLEST_VOCAB}: all bytes and {END_OF_TEXT}")
+    if not config.source:
+        raise DataError("source is empty, must name at least one")
+    sources = [open_source(entry, config.text_field) for entry in config.source]
+    given_json, end_of_text = (None, END_OF_TEXT) if tokenizer_folder is None else read_tokenizer(tokenizer_folder)
+    identities = [source.identity for source in sources]
+    # A trained tokenizer is one of all sources, so that each one's tokens hang on the others.
+    tokenizer = ["trained", vocab_size, identities] if given_json is None else ["given", end_of_text, given_json]
+    cache = Path(config.cache_folder).expanduser()
+    folders = [cache / _fingerprint(tokenizer, config.held_out, identity) for identity in identities]
+    if (present := _read_all(sources, folders)) is None:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache, _fingerprint(tokenizer, config.held_out, identities)):
+            _build_missing(sources, folders, config.held_out, given_json, end_of_text, vocab_size)
+        present = _read_all(sources, folders)
+        assert present is not None
+    return present
+
+
+def _fingerprint(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps([_FORMAT_VERSION, *parts]).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _locked(cache: Path, name: str) -> Iterator[None]:
+    with (cache / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # Let go when the file is closed, by a crash too.
+        yield
+
+
+def _build_missing(
+    sources: Sequence[Source],
+    folders: Sequence[Path],
+    held_out: float,
+    given_json: str | None,
+    end_of_text: str | None,
+    vocab_size: int,
+) -> None:
+    """Makes the folders that are not whole. Nothing of it shows before its end; one after another is locked."""
+    missing = [index for index, folder in enumerate(folders) if _read_folder(sources[index], folder) is None]
+    if not missing:
+        return  # Another process built them during the wait for the lock.
+    samples = [TextSample((1 << 26) // len(sources)) for _ in sources]
+    for index, (source, sample) in enumerate(zip(sources, samples, strict=True)):
+        if index in missing or given_json is None:
+            _survey(source, held_out, sample if given_json is None else None)
+    tokenizer_json = given_json or train_tokenizer((text for sample in samples for text in sample), vocab_size)
+    for index in missing:
+        source, folder = sources[index], folders[index]
+        cache, prefix = folder.parent, f".{folder.name}."
+        with (
+            _locked(cache, folder.name),
+            tempfile.TemporaryDirectory(dir=cache, prefix=prefix, ignore_cleanup_errors=True) as scratch,
+        ):
+            if _read_folder(source, folder) is None:  # Else a run with this source among others built it.
+                # One level down, since the temporary folder is closed to other users and the cache may be shared.
+                built = Path(scratch) / folder.name
+                _write_folder(built, source, held_out, tokenizer_json, Encoder(tokenizer_json, end_of_text))
+                shutil.rmtree(folder, ignore_errors=True)  # A broken one, which nobody reads.
+                built.rename(folder)
+
+
+def _survey(source: Source, held_out: float, sample: TextSample | None) -> None:
+    """Reads all documents, so that what is wrong with them is known, and offers those to train on to `sample`."""
+    count, count_held_out, least, most = 0, 0, 1.0, 0.0
+    for text in source.documents():
+        share, key = _hash(text)
+        count += 1
+        least, most = min(least, share), max(most, share)
+        if share < held_out:
+            count_held_out += 1
+        elif sample is not None:
+            sample.add(text, key)
+    if not count:
+        raise DataError(f"source {source.entry!r}: holds no documents")
+    if not held_out:
+        return
+    documents = f"the {count} documents of {source.entry!r}"
+    if least == most:
+        wrong = f"can't divide {source.entry!r}, which holds one document only; use 0 or more documents"
+    elif not count_held_out:
+        wrong = f"holds out none of {documents}; use 0 or more than {math.ceil(least * 1e6) / 1e6:.6f}"
+    elif count_held_out == count:
+        wrong = f"leaves none of {documents} to train on; use at most {math.floor(most * 1e6) / 1e6:.6f}"
+    else:
+        return
+    raise DataError(f"held_out is {held_out}, which {wrong}")
+
+
+def _hash(text: str) -> tuple[float, int]:
+    """Where the text stands in `[0, 1)` for the share that is held out, and a key in `[0, 2^64)` independent of it."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return (int.from_bytes(digest[:8]) >> 11) / 2**53, int.from_bytes(digest[8:])
+
+
+def _write_folder(folder: Path, source: Source, held_out: float, tokenizer_json: str, encoder: Encoder) -> None:
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes(tokenizer_json.encode("utf-8"))
+    parts = [_TRAIN, _HELD_OUT] if held_out else [_TRAIN]
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(_Writer(folder / part)) for part in parts]
+        for text, ids in encoder.encode(source.documents()):
+            writers[_hash(text)[0] < held_out].add(ids)
+    description = {"dtype": encoder.dtype, "vocab_size": encoder.vocab_size, "end_of_text_id": encoder.end_of_text_id}
+    description |= {"fingerprint": folder.name}
+    description |= {
+        part: {"num_tokens": writer.num_tokens, "num_documents": writer.num_documents}
+        for part, writer in zip(parts, writers, strict=True)
+    }
+    (folder / "tokens.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+class _Writer:
+    """Appends documents to the two files of a part."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.num_tokens = self.num_documents = 0
+        self._tokens = (folder / "tokens.bin").open("wb")
+        self._offsets = (folder / "documents.bin").open("wb")
+        self._offsets.write(np.int64(0).tobytes())
+
+    def add(self, ids: np.ndarray) -> None:
+        self._tokens.write(ids.tobytes())
+        self.num_tokens += len(ids)
+        self.num_documents += 1
+        self._offsets.write(np.int64(self.num_tokens).tobytes())
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tokens.close()
+        self._offsets.close()
+
+
+def _read_folder(source: Source, folder: Path) -> list[TokenFile] | None:
+    """The token files in a source's folder, the held-out one last; None where they are not all there and whole."""
+    try:
+        description = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
+        shared = {name: description[name] for name in ("dtype", "vocab_size", "end_of_text_id")}
+        files = [
+            TokenFile(path=folder / part / "tokens.bin", source=source.entry, **shared, **description[part])
+            for part in (_TRAIN, _HELD_OUT)
+            if part in description
+        ]
+        whole = all(file.is_whole() for file in files) and (folder / "tokenizer.json").is_file()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return files if whole else None
+
+
+def _read_all(sources: Sequence[Source], folders: Sequence[Path]) -> Tokens | None:
+    read = [_read_folder(source, folder) for source, folder in zip(sources, folders, strict=True)]
+    parts = [files for files in read if files is not None]
+    if len(parts) < len(read):
+        return None
+    return Tokens(
+        train=tuple(files[0] for files in parts),
+        held_out=tuple(files[1] for files in parts if len(files) > 1),
+        tokenizer_path=folders[0] / "tokenizer.json",
+        vocab_size=parts[0][0].vocab_size,
+    )

@@ -1,0 +1,112 @@
+"""What a run needs before its first step: tokens, the run folder, the model on its layout with its first values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from crossdock.checkpoint import Checkpointer, HFCheckpoint, find_checkpoint
+from crossdock.config import ASSETS_FOLDER, RUN_CONFIG_FILE, Config, to_toml
+from crossdock.data import TokenFile, Tokens, prepare_tokens
+from crossdock.models import FAMILIES, build_model, materialise, resolve_hf_config, write_assets
+from crossdock.moe import moe_layers
+from crossdock.parallel import ParallelDims, parallelize
+from crossdock.train.together import TrainingStopped, together
+
+__all__ = ["RunTokens", "build_training_model", "prepare_run_tokens", "write_settings"]
+
+
+class RunTokens(NamedTuple):
+    """What a run reads: tokens to train on, and files to validate with, none where there is no validation."""
+
+    train: Tokens
+    validation: tuple[TokenFile, ...]
+
+
+def prepare_run_tokens(config: Config, first_on_machine: bool) -> RunTokens:
+    """One rank per machine tokenises (or finds) the data while the others wait. Collective.
+
+    Raises:
+        DataError: on all ranks, see `prepare_tokens`.
+        TrainingStopped: on all ranks, for a tokenizer that the model's vocabulary has no room for.
+    """
+    assets = Path(config.model.hf_assets_path) if config.model.hf_assets_path else None
+
+    def prepare() -> RunTokens:
+        vocabulary = resolve_hf_config(config.model).get_text_config().vocab_size or 0
+        tokens = prepare_tokens(config.data, assets, min(vocabulary, 8192))
+        if tokens.vocab_size > vocabulary:
+            raise TrainingStopped(
+                f"the tokenizer has {tokens.vocab_size} tokens, the model's vocabulary {vocabulary}; "
+                "choose another model.flavor or model.hf_assets_path"
+            )
+        if not config.validation.interval:
+            return RunTokens(tokens, ())
+        if not config.validation.data:
+            return RunTokens(tokens, tokens.held_out)
+        source = replace(config.data, source=(config.validation.data,), weights=(), held_out=0.0)
+        return RunTokens(tokens, prepare_tokens(source, assets or tokens.tokenizer_path.parent).train)
+
+    prepared = together(prepare if first_on_machine else lambda: None)
+    return together(lambda: prepared or prepare())
+
+
+def write_settings(config: Config, folder: Path) -> None:
+    """Write config.toml into the run folder, which is made where it is missing. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f".{RUN_CONFIG_FILE}.partial"
+    beside.write_text(to_toml(replace(config, job=replace(config.job, dump_folder=str(folder)))))
+    beside.rename(folder / RUN_CONFIG_FILE)
+
+
+def build_training_model(
+    config: Config, dims: ParallelDims, device: torch.device, folder: Path, tokens: Tokens, *, is_new: bool
+) -> PreTrainedModel:
+    """The model on its layout; of a run that `is_new`, with its first values: drawn, or those it starts from.
+
+    A new run's folder gets what an export needs beside weights. Collective.
+
+    Raises:
+        CheckpointError: on all ranks, where weights could not be read.
+        TrainingStopped: on all ranks, where the run folder could not be written.
+    """
+    family, training = FAMILIES[config.model.name], config.training
+    model = build_model(
+        family,
+        resolve_hf_config(config.model),
+        config.moe,
+        torch.float64 if training.dtype == "float64" else torch.float32,
+        attn_implementation=config.model.attn_implementation,
+        kernels=config.model.kernels,
+        force_load_balance=training.debug_moe_force_load_balance,
+    )
+    for layer in moe_layers(model).values():
+        layer.router.requires_grad_(not training.freeze_router)
+        layer.experts.requires_grad_(not training.freeze_experts)
+    start = Path(config.initial_weights) if is_new and config.initial_weights else None
+    checkpoint = find_checkpoint(start) if start is not None else None
+    weights = together(lambda: HFCheckpoint.open(start)) if start is not None and checkpoint is None else None
+    if is_new:
+        source = Path(config.model.hf_assets_path) if config.model.hf_assets_path else None
+        end_of_text_id = tokens.train[0].end_of_text_id
+        arguments = (folder / ASSETS_FOLDER, model, tokens.tokenizer_path, end_of_text_id, source, weights)
+        together(lambda: write_assets(*arguments) if dist.get_rank() == 0 else None)
+    parallelize(
+        model,
+        dims.build_mesh(device.type, timedelta(seconds=config.job.comm_timeout_seconds)),
+        activation_checkpoint=config.activation_checkpoint,
+        compile_config=config.compile,
+        param_dtype=torch.bfloat16 if training.dtype == "bfloat16" else None,
+        reshard_after_forward=config.parallelism.reshard_after_forward,
+        cpu_offload=training.enable_cpu_offload,
+    )
+    materialise(family, model, device, offload=training.enable_cpu_offload, seed=training.seed, weights=weights)
+    if checkpoint is not None:
+        Checkpointer(checkpoint[0], model, None).load(checkpoint[1])
+    return model

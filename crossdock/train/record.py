@@ -1,0 +1,85 @@
+"""The record of a run: what the first rank shows and writes at every step, and the report at its end."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import Tensor
+
+from crossdock.config import Config
+from crossdock.tools.report import LOAD_FILE, LoadLog, write_report
+from crossdock.train.metrics import MetricsLog, ProgressDisplay, say
+from crossdock.train.together import TrainingStopped
+from crossdock.train.trackers import Trackers
+
+__all__ = ["RunRecord"]
+
+
+class RunRecord:
+    """`metrics.jsonl`, `expert_load.bin`, trackers and display. It holds the run folder until `close`.
+
+    Args:
+        config: of the run.
+        folder: the run folder.
+        step: the last one that is done.
+        num_layers, num_experts: of the model's MoE layers.
+        on_gpu: shows what is known of GPUs alone.
+
+    Raises:
+        TrainingStopped: where another run holds the folder.
+        OSError: where files cannot be written.
+    """
+
+    def __init__(
+        self, config: Config, folder: Path, step: int, num_layers: int, num_experts: int, *, on_gpu: bool
+    ) -> None:
+        self.folder = folder
+        self.load_interval = config.metrics.load_interval
+        self._lock = _lock(folder)
+        # Before the log, which drops lines that a tracker may have seen.
+        self._trackers = Trackers(config, folder, step)
+        self._log = MetricsLog(folder / "metrics.jsonl", step)
+        self._loads = LoadLog(folder / LOAD_FILE, num_layers, num_experts, step) if self.load_interval else None
+        self._display = ProgressDisplay(config.training.steps, step, config.metrics.log_freq, on_gpu=on_gpu)
+
+    def write(self, metrics: dict[str, Any], counts: Tensor) -> str | None:
+        """Record a step: its metrics and its routes `[L, E]`. Returns what is wrong where files cannot be written."""
+        self._display.update(metrics)
+        self._trackers.log(metrics)
+        try:
+            self._log.write(metrics)
+            if self._loads is not None and metrics["step"] % self.load_interval == 0:
+                self._loads.write(metrics["step"], counts)
+        except OSError as error:
+            return f"cannot write below {self.folder}: {error}"
+        return None
+
+    def say(self, message: str) -> None:
+        """Print a line above the progress bar."""
+        self._display.say(message)
+
+    def close(self) -> None:
+        """Write the report and let go of the run folder."""
+        self._display.close()
+        self._trackers.close()
+        self._log.close()
+        if self._loads is not None:
+            self._loads.close()
+        try:
+            say(f"report: {write_report(self.folder)}")
+        except Exception as error:  # noqa: BLE001 (whatever is wrong with it, a report is not worth a run)
+            say(f"no report: {error}")
+        self._lock.close()
+
+
+def _lock(folder: Path) -> TextIO:
+    """Hold the run folder until the file is closed, so that no other run writes there."""
+    file = open(folder / ".lock", "w")  # noqa: SIM115 (open for the whole run)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise TrainingStopped(f"job.dump_folder {folder} is in use by another run") from None
+    return file

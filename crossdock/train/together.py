@@ -1,0 +1,44 @@
+"""What ranks do together before and after the training loop, so that none waits for one that gave up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from crossdock.comm import raise_together
+
+__all__ = ["TrainingStopped", "first_named", "from_first_rank", "together"]
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message says why and what to do."""
+
+
+def together(action: Callable[[], Any]) -> Any:
+    """Run `action`; if it fails on any rank, raise on all. Collective."""
+    error: Exception | None = None
+    result = None
+    try:
+        result = action()
+    except OSError as caught:
+        error = TrainingStopped(str(caught))
+    except Exception as caught:  # noqa: BLE001 (whatever it is, the others must hear of it)
+        error = caught
+    raise_together(error)
+    return result
+
+
+def from_first_rank(action: Callable[[], Any]) -> Any:
+    """What `action` returns on the first rank, which alone runs it. Collective."""
+    values = [together(lambda: action() if dist.get_rank() == 0 else None)]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def first_named(folder: str) -> str:
+    """The folder that the first rank with one names. Collective."""
+    folders: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(folders, folder)
+    return next(name for name in folders if name)
