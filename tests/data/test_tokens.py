@@ -120,13 +120,14 @@ def test_long_documents_are_encoded_in_pieces_to_the_same_tokens(
     text = "A line.\nAnother one, longer\n\n  indented\r\n\r\n\tand \n so on: 1 2 3\n" * 40 + "no end" * 30
     source = write_documents(tmp_path / "long", {"a.txt": text, "b.txt": "short"})
     whole = prepare(tmp_path / "whole", source)
-    monkeypatch.setattr(tokenizer_module, "_CHARACTERS_PER_ENCODING", 50)
-    pieces = list(tokenizer_module._pieces(text))
-    assert len(pieces) > 20
-    assert "".join(pieces) == text
-    cut = prepare(cache, source)
-    assert cut.train[0].path.read_bytes() == whole.train[0].path.read_bytes()
-    assert decoded(cut, cut.train[0]) == [text, "short"]
+    for limit in range(10, 80, 5):  # So that cuts fall everywhere.
+        monkeypatch.setattr(tokenizer_module, "_CHARACTERS_PER_ENCODING", limit)
+        pieces = list(tokenizer_module._pieces(text))
+        assert len(pieces) > 20
+        assert "".join(pieces) == text
+        cut = prepare(cache / str(limit), source)
+        assert cut.train[0].path.read_bytes() == whole.train[0].path.read_bytes()
+        assert decoded(cut, cut.train[0]) == [text, "short"]
 
 
 def test_a_sample_for_the_tokenizer_is_bounded_in_order_and_all_of_little_text() -> None:
