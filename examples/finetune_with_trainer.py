@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Trainer, Training
 from transformers.distributed import DistributedConfig
 
 import crossdock.integrations.transformers  # noqa: F401 (registers "crossdock")
+from crossdock.data import DataConfig, TokenFile, prepare_tokens
 from crossdock.integrations.trainer import CheckpointCallback
-from crossdock.train.data import TokenFile, prepare_tokens
 
 
 class Text(Dataset[dict[str, torch.Tensor]]):
@@ -78,7 +78,8 @@ def main() -> None:
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
     )
-    tokens = prepare_tokens("sotu", options.model, options.output / "cache", options.vocab_size)
+    data = DataConfig(cache_folder=str(options.output / "cache"))
+    tokens = prepare_tokens(data, options.model, options.vocab_size)
     folder = options.model or options.output / "model"
     with settings.main_process_first():
         if not (folder / "config.json").exists():
@@ -91,7 +92,7 @@ def main() -> None:
         distributed_config=DistributedConfig(fsdp_size=ranks, ep_size=ranks, ep_implementation="crossdock"),
     )
     checkpoints = CheckpointCallback(options.output / "checkpoints", save_steps=20)
-    trainer = Trainer(model, settings, train_dataset=Text(tokens, options.seq_len), callbacks=[checkpoints])
+    trainer = Trainer(model, settings, train_dataset=Text(tokens.train[0], options.seq_len), callbacks=[checkpoints])
     trainer.train(resume_from_checkpoint=checkpoints.resume_folder())
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from crossdock import __version__
 from crossdock.cli.common import Parser, check_gpus, fail, is_rank, machine_options, machines_of
-from crossdock.cli.model import export_command, generate_command
+from crossdock.cli.model import evaluate_command, export_command, generate_command
 
 if TYPE_CHECKING:
     from crossdock.config import Config
@@ -26,6 +26,7 @@ crossdock: expert parallelism for PyTorch
   crossdock train  [CONFIG.toml] [--section.key value ...]   train a Mixture-of-Experts model
   crossdock config [CONFIG.toml] [--section.key value ...]   print the resolved settings as TOML
   crossdock generate MODEL --prompt TEXT                     continue a text
+  crossdock eval MODEL --data FILE                           loss and perplexity on a text
   crossdock export RUN DESTINATION                           write a folder that transformers loads
   crossdock report RUN [--output FILE]                       write the report of a run folder, RUN/report.html
   crossdock --version
@@ -167,6 +168,7 @@ _COMMANDS = {
     "train": _train,
     "config": _config,
     "generate": generate_command,
+    "eval": evaluate_command,
     "export": export_command,
     "report": _report,
 }

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from crossdock.tools.opening import ModelSource
 
-__all__ = ["export_command", "generate_command"]
+__all__ = ["evaluate_command", "export_command", "generate_command"]
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -68,6 +68,58 @@ def generate_command(arguments: list[str], options: argparse.Namespace) -> int:
     return _on_ranks("generate", arguments, options, parsed, check, generate)
 
 
+def evaluate_command(arguments: list[str], options: argparse.Namespace) -> int:
+    """`crossdock eval MODEL --data FILE`."""
+    parser = _parser("eval", "Loss and perplexity on a text. The text is split among the ranks.")
+    parser.add_argument("--data", required=True, help="a source, as in data.source: a file, a folder, datasets:NAME")
+    parser.add_argument("--text-field", default="text", help="field or column that holds a document (text)")
+    parser.add_argument("--seq-len", type=int, help="tokens of a sequence (the run's, else 1024 at most)")
+    parser.add_argument("--batch-size", type=int, default=4, help="sequences per rank at once (4)")
+    parser.add_argument("--max-samples", type=int, help="look at no more than this many sequences, evenly spread")
+    parser.add_argument("--cache-folder", default="~/.cache/crossdock", help="keeps tokenised data")
+    parsed = parser.parse_args(arguments)
+    _check(
+        parser,
+        ("--seq-len", parsed.seq_len is None or parsed.seq_len > 0, "1 or more"),
+        ("--batch-size", parsed.batch_size > 0, "1 or more"),
+        ("--max-samples", parsed.max_samples is None or parsed.max_samples > 0, "1 or more"),
+    )
+
+    def check(source: ModelSource) -> None:
+        from crossdock.config import ConfigError
+        from crossdock.data import check_source
+
+        check_source(parsed.data)
+        most = source.hf_config.max_position_embeddings
+        if (parsed.seq_len or 1) > most:
+            raise ConfigError("--seq-len", parsed.seq_len, f"at most the model's {most} positions")
+
+    def evaluate(source: ModelSource, device: torch.device, rank: int) -> None:
+        import torch.distributed as dist
+
+        from crossdock.data import DataConfig, evaluation_batches, prepare_tokens
+        from crossdock.tools.evaluate import evaluate
+        from crossdock.tools.opening import open_model
+        from crossdock.train.together import together
+
+        data = DataConfig(source=(parsed.data,), text_field=parsed.text_field, cache_folder=parsed.cache_folder)
+        tokens = together(lambda: prepare_tokens(data, source.assets))
+        model = open_model(source, device, compute_dtype=_compute_dtype(parsed.dtype))
+        batches = evaluation_batches(
+            tokens.train,
+            seq_len=parsed.seq_len or source.seq_len,
+            local_batch_size=parsed.batch_size,
+            dp_rank=rank,
+            dp_degree=dist.get_world_size(),
+            max_samples=parsed.max_samples,
+        )
+        result = evaluate(model, batches, device)
+        if rank == 0:
+            _write(f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  tokens {result.targets:,}\n")
+
+    return _on_ranks("eval", arguments, options, parsed, check, evaluate)
+
+
 def export_command(arguments: list[str], options: argparse.Namespace) -> int:
     """`crossdock export RUN DESTINATION`."""
     parser = _parser("export", "Write a folder that transformers' from_pretrained loads.", has_dtype=False)
@@ -116,24 +168,28 @@ def _on_ranks(
 ) -> int:
     """Check everything, then run `action(source, device, rank)` on all ranks."""
     from crossdock.checkpoint import CheckpointError
+    from crossdock.data import DataError
     from crossdock.tools.opening import check_ranks, find_model
     from crossdock.train.launch import run_rank, start_ranks
+    from crossdock.train.together import TrainingStopped
 
     source = find_model(Path(parsed.model).absolute())
-    if not is_rank():
-        machines = machines_of(options)
-        check_gpus(machines)
-        check_ranks(source, machines.world_size)
-        check(source)
-        return start_ranks([command, *arguments], machines)
 
     def act(device: torch.device) -> int:
         action(source, device, int(os.environ["RANK"]))
         return 0
 
     try:
-        return run_rank(act, os.environ)
-    except CheckpointError as error:
+        if is_rank():
+            return run_rank(act, os.environ)
+        machines = machines_of(options)
+        check_gpus(machines)
+        check_ranks(source, machines.world_size)
+        check(source)
+        return start_ranks([command, *arguments], machines)
+    except DataError as error:
+        fail(str(error))
+    except (CheckpointError, TrainingStopped) as error:
         fail(str(error), exit_code=1)
 
 

@@ -30,6 +30,7 @@ class ModelSource:
         moe: backends, and whether it has an expert bias.
         assets: folder with tokenizer and configuration.
         weights: Hugging Face's, or folder and step of one of our checkpoints.
+        seq_len: tokens of a sequence that it is used to.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class ModelSource:
     moe: MoEConfig
     assets: Path
     weights: HFCheckpoint | tuple[Path, int]
+    seq_len: int
 
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer.
@@ -52,14 +54,13 @@ class ModelSource:
             raise ConfigError("model", str(self.path), f"its {path} cannot be read ({error})") from None
 
 
-def find_model(path: Path, experts: str = "") -> ModelSource:
+def find_model(path: Path) -> ModelSource:
     """The model at `path`: a run folder (its newest checkpoint), a checkpoint, or a folder in Hugging Face's format.
 
     Reads settings and headers alone. Needs no process group.
 
     Args:
         path: the folder.
-        experts: backend in place of the run's own or the default one.
 
     Raises:
         ConfigError: for a path that holds no model, or one whose weights do not fit its configuration.
@@ -69,8 +70,10 @@ def find_model(path: Path, experts: str = "") -> ModelSource:
         run = checkpoint[0].parent
         config = read_toml(run / RUN_CONFIG_FILE)
         name, moe, assets, weights = config.model.name, config.moe, run / ASSETS_FOLDER, checkpoint
+        seq_len = config.training.seq_len
     elif (path / "config.json").is_file():
         name, moe, assets, weights = _family_of(path), MoEConfig(), path, None
+        seq_len = 1024
     else:
         found = "no checkpoint yet" if (path / RUN_CONFIG_FILE).is_file() else "no config.json"
         kinds = f"a run folder, RUN/{CHECKPOINT_FOLDER}/step-..., or a folder in Hugging Face's format"
@@ -83,7 +86,8 @@ def find_model(path: Path, experts: str = "") -> ModelSource:
             weights.check(build_model(family, hf_config, moe, torch.float32), family.hf_keys)
     except (CheckpointError, ModelError) as error:
         raise ConfigError("model", str(path), str(error)) from None
-    return ModelSource(path, family, hf_config, moe, assets, weights)
+    seq_len = min(seq_len, hf_config.max_position_embeddings)
+    return ModelSource(path, family, hf_config, moe, assets, weights, seq_len)
 
 
 def check_ranks(source: ModelSource, world_size: int) -> None:
