@@ -67,6 +67,8 @@ class LossHead(nn.Module):
         if self.kernels == "liger":
             from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # pyright: ignore[reportMissingImports]
 
-            loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED_LABEL, reduction="sum")
+            loss = LigerFusedLinearCrossEntropyLoss(
+                ignore_index=IGNORED_LABEL, reduction="sum", accum_dtype=torch.float32
+            )
             return loss(self.weight, hidden.flatten(0, -2), self._labels.flatten())
         return token_loss(F.linear(hidden, self.weight), self._labels)
