@@ -1,0 +1,55 @@
+"""The commands that README.md and docs/models.md show do what they say, on a tiny model."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.ranks import RankPool
+from tests.tiny import run_trainer, write_assets
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text() + (ROOT / "docs" / "models.md").read_text()
+COMMANDS = re.findall(r"^    (?:\.venv/bin/)?crossdock (.+)$", TEXT, re.MULTILINE)
+RUN = "runs/debug/20261121-101622"
+
+
+@pytest.fixture(scope="module")
+def folder(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("docs")
+    write_assets(folder / "assets")
+    arguments = (str(folder / "assets"), str(folder / RUN), str(folder / "cache"))
+    ranks.run(1, run_trainer, *arguments, ["--training.steps", "1"])
+    (folder / "speech.txt").write_text("Fellow citizens of the Senate and of the House of Representatives. " * 3)
+    return folder
+
+
+def test_there_are_commands() -> None:
+    assert {command.split()[0] for command in COMMANDS} == {"train", "generate", "eval", "export", "report"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_works(
+    folder: Path, tmp_path: Path, only_rank: Callable[..., int], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    for name in ("runs", "speech.txt"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "Qwen3-30B-A3B").symlink_to(folder / RUN / "hf")
+    monkeypatch.chdir(tmp_path)
+    arguments = [RUN if word == "MODEL" else word for word in shlex.split(command)]
+    # Smaller, not other, work.
+    if arguments[0] == "train":
+        arguments[arguments.index("--training.steps") + 1] = "1"
+        arguments += ["--training.seq-len", "32", "--data.cache-folder", str(folder / "cache")]
+    if arguments[0] == "generate":
+        arguments += ["--max-new-tokens", "3"]
+    if arguments[0] == "eval":
+        arguments = [*(word for word in arguments if word not in ("--seq-len", "1024")), "--cache-folder", "cache"]
+    assert only_rank(*arguments) == 0
+    if arguments[0] == "export":
+        AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
