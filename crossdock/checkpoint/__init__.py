@@ -10,6 +10,7 @@ from crossdock.checkpoint.folders import (
     saved_world_size,
 )
 from crossdock.checkpoint.hf import DTYPES, HFCheckpoint, HFKeys, save_hf
+from crossdock.checkpoint.optimizer import materialise_optimizer_state
 
 __all__ = [
     "CHECKPOINT_FOLDER",
@@ -21,6 +22,7 @@ __all__ = [
     "HFKeys",
     "find_checkpoint",
     "latest_step",
+    "materialise_optimizer_state",
     "read_counters",
     "save_hf",
     "saved_world_size",

@@ -17,7 +17,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from crossdock.checkpoint import Checkpointer, CheckpointError, latest_step, read_counters
+from crossdock.checkpoint import Checkpointer, CheckpointError, latest_step, materialise_optimizer_state, read_counters
 
 __all__ = ["CheckpointCallback"]
 
@@ -88,7 +88,10 @@ class CheckpointCallback(TrainerCallback):
         handed_over.cleanup()
         step = state.global_step
         counters = read_counters(self.folder, step)
-        _materialise_state(optimizer, model, counters["without_optimizer_state"])
+        materialise_optimizer_state(optimizer)
+        for name, parameter in model.named_parameters():
+            if name in counters["without_optimizer_state"]:
+                optimizer.state.pop(parameter, None)
         self._checkpointer.load(step)
         _load_scheduler(kwargs["lr_scheduler"], optimizer, counters["scheduler"], self.folder)
         if counters["world_size"] == _world_size():
@@ -160,27 +163,6 @@ class _RandomState:
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda)
-
-
-@torch.no_grad()
-def _materialise_state(optimizer: torch.optim.Optimizer, model: nn.Module, without: list[str]) -> None:
-    """Create the optimizer's state, parameters unchanged, for a checkpoint to be loaded into.
-
-    Args:
-        without: names of parameters that have none: they have never had a gradient.
-    """
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    for name, parameter in model.named_parameters():
-        if name in without:
-            optimizer.state.pop(parameter, None)
 
 
 def _without_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:

@@ -10,7 +10,7 @@ from torch import nn
 from crossdock.config import LRSchedulerConfig, OptimizerConfig
 from crossdock.routing import Router
 
-__all__ = ["build_optimizer", "learning_rate_factor", "materialise_optimizer_state"]
+__all__ = ["build_optimizer", "learning_rate_factor"]
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -21,22 +21,6 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     decayed = [p for p in trained if p.ndim >= 2 and p not in routers]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-
-
-@torch.no_grad()
-def materialise_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Create the optimizer's state, parameters unchanged: a checkpoint is loaded into it, memory is known early."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    for state in optimizer.state.values():
-        state["step"].zero_()
 
 
 def learning_rate_factor(step: int, steps: int, config: LRSchedulerConfig) -> float:

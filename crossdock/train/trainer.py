@@ -11,7 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from crossdock.checkpoint import CHECKPOINT_FOLDER, Checkpointer, CheckpointError, latest_step
+from crossdock.checkpoint import (
+    CHECKPOINT_FOLDER,
+    Checkpointer,
+    CheckpointError,
+    latest_step,
+    materialise_optimizer_state,
+)
 from crossdock.config import ASSETS_FOLDER, Config
 from crossdock.data import IGNORED_LABEL, Batch, TokenBatches, evaluation_batches
 from crossdock.models import FAMILIES, batch_loss, count_parameters, export_hf
@@ -21,7 +27,7 @@ from crossdock.routing import max_mean_load
 from crossdock.tools.evaluate import evaluate
 from crossdock.train.flops import Speed
 from crossdock.train.metrics import memory_use, say
-from crossdock.train.optimizer import build_optimizer, learning_rate_factor, materialise_optimizer_state
+from crossdock.train.optimizer import build_optimizer, learning_rate_factor
 from crossdock.train.preparing import build_training_model, prepare_run_tokens, write_settings
 from crossdock.train.record import RunRecord
 from crossdock.train.together import TrainingStopped, first_named, from_first_rank, together
