@@ -160,10 +160,11 @@ def _with_list(config: Config, name: str, hint: Any, value: str) -> Config:
     section, _, key = name.partition(".")
     item_type = get_args(hint)[0]
     try:
-        items = [item_type(item) if item_type in (int, float) else item.strip() for item in value.split(",")]
+        words = [word.strip() for word in value.split(",")] if value else []
+        items = [item_type(word) if item_type in (int, float) else word for word in words]
     except ValueError:
         raise ConfigError(name, value, f"must be {_expected(hint)}") from None
-    typed = _typed(name, hint, items if value else [])
+    typed = _typed(name, hint, items)
     return replace(config, **{section: replace(getattr(config, section), **{key: typed})})
 
 

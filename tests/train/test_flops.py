@@ -20,9 +20,8 @@ BATCH, SEQ_LEN = 2, 32
 
 def tiny_model(folder: Path, **sizes: object) -> PreTrainedModel:
     hf_config = resolve_hf_config(ModelConfig(hf_assets_path=str(write_assets(folder, **sizes))))
-    hf_config._attn_implementation = "eager"
     family = FAMILIES["qwen3"]
-    model = build_model(family, hf_config, MoEConfig(experts="eager"), torch.float32)
+    model = build_model(family, hf_config, MoEConfig(experts="eager"), torch.float32, attn_implementation="eager")
     materialise(family, model, torch.device("cpu"), seed=0)
     return model
 

@@ -77,7 +77,7 @@ def wandb_records(folder: Path) -> list[Any]:
     """
     files = sorted((folder / "wandb").glob("*run-*/*.wandb"))
     assert files
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not all(_records(file)[-1:] and _records(file)[-1].WhichOneof("record_type") == "exit" for file in files):
         assert time.monotonic() < deadline, "wandb did not write the end of its run"
         time.sleep(0.05)
