@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +11,17 @@ from transformers import Qwen3MoeConfig
 __all__ = ["qwen3_logits"]
 
 
-def qwen3_logits(tensors: Mapping[str, Tensor], config: Qwen3MoeConfig, input_ids: Tensor) -> Tensor:
-    """`input_ids [B, S]` to logits `[B, S, V]` (arXiv 2505.09388; names and layouts as in the published weights)."""
+def qwen3_logits(
+    tensors: Mapping[str, Tensor], config: Qwen3MoeConfig, input_ids: Tensor, biases: Sequence[Tensor] = ()
+) -> Tensor:
+    """`input_ids [B, S]` to logits `[B, S, V]` (arXiv 2505.09388; names and layouts as in the published weights).
+
+    `biases`, one `[E]` per MoE layer, are added to the scores where experts are chosen (arXiv 2408.15664).
+    """
     weights = {name: tensor.double() for name, tensor in tensors.items()}
     x = weights["model.embed_tokens.weight"][input_ids]
     dense = config.mlp_only_layers or []
+    bias_of_layer = iter(biases or [torch.zeros(config.num_experts)] * config.num_hidden_layers)
     for index in range(config.num_hidden_layers):
         layer = {
             name.removeprefix(f"model.layers.{index}."): weight
@@ -24,7 +30,7 @@ def qwen3_logits(tensors: Mapping[str, Tensor], config: Qwen3MoeConfig, input_id
         }
         x = x + _attention(layer, config, _norm(x, layer["input_layernorm.weight"], config))
         h = _norm(x, layer["post_attention_layernorm.weight"], config)
-        x = x + (_swiglu(layer, "mlp", h) if index in dense else _experts(layer, config, h))
+        x = x + (_swiglu(layer, "mlp", h) if index in dense else _experts(layer, config, h, next(bias_of_layer)))
     head = weights["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
     return _norm(x, weights["model.norm.weight"], config) @ head.T
 
@@ -68,9 +74,10 @@ def _swiglu(layer: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
     return (gate * gate.sigmoid() * up) @ layer[f"{name}.down_proj.weight"].T
 
 
-def _experts(layer: Mapping[str, Tensor], config: Qwen3MoeConfig, x: Tensor) -> Tensor:
+def _experts(layer: Mapping[str, Tensor], config: Qwen3MoeConfig, x: Tensor, bias: Tensor) -> Tensor:
     scores = (x @ layer["mlp.gate.weight"].T).softmax(-1)
-    chosen, experts = scores.topk(config.num_experts_per_tok)
+    experts = (scores + bias).topk(config.num_experts_per_tok).indices
+    chosen = scores.gather(-1, experts)
     if config.norm_topk_prob:
         chosen = chosen / chosen.sum(-1, keepdim=True)
     output = torch.zeros_like(x)
