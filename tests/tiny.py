@@ -1,4 +1,4 @@
-"""A tiny Qwen3-MoE with its tokenizer, and runs of the real trainer on it."""
+"""A tiny Qwen3-MoE with its tokenizer, as transformers saves it, and runs of the real trainer on it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from crossdock.config import load_config, validate
 from crossdock.moe import moe_layers
 from crossdock.train.trainer import StopSignal, Trainer
 
-__all__ = ["run_trainer", "write_assets"]
+__all__ = ["run_trainer", "write_assets", "write_hf_model"]
 
 
 def write_assets(folder: Path, **overrides: Any) -> Path:
@@ -46,6 +47,19 @@ def write_assets(folder: Path, **overrides: Any) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write_hf_model(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """`write_assets` and weights: those of transformers' own model, in one file, written by transformers."""
+    write_assets(folder, **overrides)
+    torch.manual_seed(seed)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig.from_pretrained(folder))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -7,6 +7,7 @@ are read before it is known that all tensors are there and fit the model.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -176,7 +177,7 @@ class HFCheckpoint:
                         if file not in files:
                             files[file] = stack.enter_context(safe_open(self.folder / file, framework="pt"))
                         _read_part(files[file].get_slice(part.name), part, local, offsets)
-        except (OSError, SafetensorError) as caught:
+        except (OSError, RuntimeError, SafetensorError) as caught:  # torch raises RuntimeError where mmap fails.
             error = CheckpointError(f"cannot read the weights in {self.folder}: {caught}")
         raise_together(error)
         _clear_empty_slots(model)
@@ -374,6 +375,7 @@ def _read_header(folder: Path, file: str) -> dict[str, _Stored]:
         held = path.stat().st_size - 8 - length
         stored = {name: _Stored(file, about["dtype"], tuple(about["shape"])) for name, about in header.items()}
         cut = [name for name, about in header.items() if about["data_offsets"][1] > held]
+        short = [name for name, about in header.items() if not _fills(about)]
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, RecursionError) as error:
@@ -381,4 +383,22 @@ def _read_header(folder: Path, file: str) -> dict[str, _Stored]:
     if cut:
         more = f" and {len(cut) - _SHOWN} more" if len(cut) > _SHOWN else ""
         raise CheckpointError(f"{path} is cut off: {', '.join(cut[:_SHOWN])}{more} reach beyond its end")
+    if short:
+        raise CheckpointError(
+            f"{path} is damaged: its header gives {', '.join(short[:_SHOWN])} another size than shape"
+        )
+    try:
+        # What else safetensors objects to, tensors that overlap for instance. For torch it would map the file as memory
+        # that could be written, which fails for files larger than the machine's.
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no safetensors file, or is damaged ({error})") from None
     return stored
+
+
+def _fills(about: Mapping[str, Any]) -> bool:
+    """Whether a header's entry gives a tensor as many bytes as its shape needs; true for dtypes that are not read."""
+    dtype = DTYPES.get(about["dtype"])
+    first, end = about["data_offsets"]
+    return dtype is None or end - first == math.prod(about["shape"]) * dtype.itemsize

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ class ModelSource:
         assets: folder with tokenizer and configuration.
         weights: Hugging Face's, or folder and step of one of our checkpoints.
         seq_len: tokens of a sequence that it is used to.
+        dtype: of the weights in memory: fp32, or float64 for such a run.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class ModelSource:
     assets: Path
     weights: HFCheckpoint | tuple[Path, int]
     seq_len: int
+    dtype: torch.dtype
 
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer.
@@ -66,11 +69,13 @@ def find_model(path: Path) -> ModelSource:
         ConfigError: for a path that holds no model, or one whose weights do not fit its configuration.
     """
     checkpoint = find_checkpoint(path)
+    dtype = torch.float32
     if checkpoint is not None:
         run = checkpoint[0].parent
         config = read_toml(run / RUN_CONFIG_FILE)
         name, moe, assets, weights = config.model.name, config.moe, run / ASSETS_FOLDER, checkpoint
         seq_len = config.training.seq_len
+        dtype = torch.float64 if config.training.dtype == "float64" else torch.float32
     elif (path / "config.json").is_file():
         name, moe, assets, weights = _family_of(path), MoEConfig(), path, None
         seq_len = 1024
@@ -81,13 +86,17 @@ def find_model(path: Path) -> ModelSource:
     try:
         hf_config = resolve_hf_config(ModelConfig(name=name, hf_assets_path=str(assets)))
         family = FAMILIES[name]
+        moe = replace(moe, experts=_fitting_backend(hf_config, moe.experts))
         if weights is None:
             weights = HFCheckpoint.open(path)
-            weights.check(build_model(family, hf_config, moe, torch.float32), family.hf_keys)
+            weights.check(build_model(family, hf_config, moe, dtype), family.hf_keys)
     except (CheckpointError, ModelError) as error:
         raise ConfigError("model", str(path), str(error)) from None
+    except Exception as error:  # Whatever transformers raises for a config.json that it cannot make a model of.
+        cause = f"its config.json makes no model ({type(error).__name__}: {error})"
+        raise ConfigError("model", str(path), cause) from error
     seq_len = min(seq_len, hf_config.max_position_embeddings)
-    return ModelSource(path, family, hf_config, moe, assets, weights, seq_len)
+    return ModelSource(path, family, hf_config, moe, assets, weights, seq_len, dtype)
 
 
 def check_ranks(source: ModelSource, world_size: int) -> None:
@@ -109,13 +118,13 @@ def open_model(
     Args:
         source: from `find_model`.
         device: of this rank.
-        compute_dtype: of the computation; the weights are kept in fp32. `None` for fp32.
+        compute_dtype: of the computation; the weights keep `source.dtype`. `None` for that one.
 
     Raises:
         CheckpointError: on all ranks, if weights could not be read.
     """
     world_size = dist.get_world_size()
-    model = build_model(source.family, source.hf_config, source.moe, torch.float32)
+    model = build_model(source.family, source.hf_config, source.moe, source.dtype)
     ep = max(expert_parallel_degrees(source.hf_config, world_size))
     mesh = ParallelDims(world_size, ep=ep).build_mesh(device.type)
     parallelize(model, mesh, param_dtype=compute_dtype, reshard_after_forward=False)
@@ -130,9 +139,18 @@ def open_model(
     return model.eval()
 
 
+def _fitting_backend(hf_config: PreTrainedConfig, experts: str) -> str:
+    """`experts`, or eager where grouped_mm cannot take this model's matrices in bf16."""
+    sizes = (hf_config.hidden_size, hf_config.moe_intermediate_size)
+    return "eager" if experts == "grouped_mm" and any(size % 8 for size in sizes) else experts
+
+
 def _family_of(folder: Path) -> str:
     """The family whose `model_type` is that of `folder/config.json`."""
-    model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    try:
+        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError("model", str(folder), f"its config.json cannot be read ({error})") from None
     for name, family in FAMILIES.items():
         if family.model_type == model_type:
             return name
