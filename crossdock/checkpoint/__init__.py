@@ -7,9 +7,11 @@ from crossdock.checkpoint.folders import (
     find_checkpoint,
     latest_step,
     read_counters,
+    replace_folder,
     saved_world_size,
 )
-from crossdock.checkpoint.hf import DTYPES, HFCheckpoint, HFKeys, save_hf
+from crossdock.checkpoint.hf import DTYPES, HFCheckpoint, HFKeys
+from crossdock.checkpoint.hf_saving import save_hf
 from crossdock.checkpoint.optimizer import materialise_optimizer_state
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "latest_step",
     "materialise_optimizer_state",
     "read_counters",
+    "replace_folder",
     "save_hf",
     "saved_world_size",
 ]

@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,7 +31,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from crossdock.checkpoint.experts import ExpertRows
 from crossdock.checkpoint.folders import CheckpointError, finish, make_room, read_state, saved_steps, set_aside
 from crossdock.comm import raise_together
-from crossdock.parallel import plain_name
+from crossdock.parallel import local_part, plain_name
 
 __all__ = ["CheckpointConfig", "Checkpointer"]
 
@@ -163,7 +164,7 @@ class Checkpointer:
                     _Entry(
                         {f"{kind}.{row}": view for row, view in views.items()},
                         [f"{kind}.{row}" for row in all_names],
-                        _local(tensor).nbytes,
+                        local_part(tensor).nbytes,
                     )
                 )
         for name, buffer in self.model.named_buffers():
@@ -175,7 +176,8 @@ class Checkpointer:
     def _random_states(self) -> dict[str, Tensor]:
         """A copy of the state of this rank's random generators, by device type."""
         states = {"cpu": torch.get_rng_state()}
-        if any(parameter.is_cuda for parameter in self.model.parameters()):
+        # Parameters may have been offloaded; buffers are where the model computes.
+        if any(tensor.is_cuda for tensor in chain(self.model.parameters(), self.model.buffers())):
             states["cuda"] = torch.cuda.get_rng_state()
         return states
 
@@ -291,13 +293,9 @@ def _check_shards(name: str, tensor: Tensor) -> None:
             )
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _contiguous(tensor: Tensor) -> Tensor:
     """`tensor`, or a copy where its elements are in another order in memory: safetensors refuses those."""
-    return tensor if _local(tensor).is_contiguous() else tensor.contiguous()
+    return tensor if local_part(tensor).is_contiguous() else tensor.contiguous()
 
 
 def _reason(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from crossdock.moe import moe_layers
-from crossdock.parallel import plain_name
+from crossdock.parallel import as_shard, plain_name
 from crossdock.placement import EMPTY
 
 __all__ = ["ExpertRows"]
@@ -25,6 +25,10 @@ class ExpertRows:
         self._layers = {
             parameter: layer for layer in moe_layers(model).values() for parameter in layer.experts.parameters()
         }
+
+    def is_expert(self, parameter: nn.Parameter) -> bool:
+        """Whether `split` gives a parameter row by row."""
+        return parameter in self._layers
 
     def split(self, name: str, parameter: nn.Parameter, tensor: Tensor) -> dict[str, Tensor]:
         """`tensor` under the names it has in a checkpoint.
@@ -65,4 +69,4 @@ def _rows(tensor: Tensor) -> Iterator[Tensor]:
         return
     mesh = mesh[sharded[0]] if mesh.ndim > 1 else mesh
     for row in tensor.to_local():
-        yield DTensor.from_local(row, mesh, [Shard(0)], run_check=False, shape=shape, stride=(shape[1], 1))
+        yield as_shard(row, mesh, (Shard(0),), shape)

@@ -20,6 +20,7 @@ __all__ = [
     "make_room",
     "read_counters",
     "read_state",
+    "replace_folder",
     "saved_steps",
     "saved_world_size",
     "set_aside",
@@ -37,6 +38,8 @@ class CheckpointError(RuntimeError):
 
 def find_checkpoint(path: Path) -> tuple[Path, int] | None:
     """The folder of checkpoints and the step that `path` names: a checkpoint, or a run folder for its newest one."""
+    if path == Path():  # No path: not the working directory.
+        return None
     if (match := re.fullmatch(r"step-(\d{8,})", path.name)) and (path / _STATE_FILE).is_file():
         return path.parent, int(match[1])
     newest = latest_step(path / CHECKPOINT_FOLDER)
@@ -89,6 +92,11 @@ def finish(partial: Path, final: Path, state: dict[str, Any]) -> None:
         json.dump(state, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    replace_folder(partial, final)
+
+
+def replace_folder(partial: Path, final: Path) -> None:
+    """Move a whole folder to its place; what was there is removed when it stands."""
     replaced = set_aside(final) if final.exists() else None
     partial.rename(final)
     folder = os.open(final.parent, os.O_RDONLY)
@@ -98,9 +106,11 @@ def finish(partial: Path, final: Path, state: dict[str, Any]) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def set_aside(checkpoint: Path) -> Path:
-    """Rename a checkpoint that is to be removed, so that what is left of it is never taken for a whole one."""
-    return checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.removed"))
+def set_aside(folder: Path) -> Path:
+    """Rename a folder that is to be removed, so that what is left of it is never taken for a whole one."""
+    aside = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    return folder.rename(aside)
 
 
 def _sizes(folder: Path) -> dict[str, int]:

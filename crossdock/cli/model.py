@@ -89,6 +89,7 @@ def evaluate_command(arguments: list[str], options: argparse.Namespace) -> int:
         from crossdock.config import ConfigError
         from crossdock.data import check_source
 
+        source.tokenizer()
         check_source(parsed.data)
         most = source.hf_config.max_position_embeddings
         if (parsed.seq_len or 1) > most:
@@ -100,10 +101,10 @@ def evaluate_command(arguments: list[str], options: argparse.Namespace) -> int:
         from crossdock.data import DataConfig, evaluation_batches, prepare_tokens
         from crossdock.tools.evaluate import evaluate
         from crossdock.tools.opening import open_model
-        from crossdock.train.together import together
+        from crossdock.train.together import patient_group, together
 
         data = DataConfig(source=(parsed.data,), text_field=parsed.text_field, cache_folder=parsed.cache_folder)
-        tokens = together(lambda: prepare_tokens(data, source.assets))
+        tokens = together(lambda: prepare_tokens(data, source.assets), patient_group())
         model = open_model(source, device, compute_dtype=_compute_dtype(parsed.dtype))
         batches = evaluation_batches(
             tokens.train,
@@ -111,6 +112,8 @@ def evaluate_command(arguments: list[str], options: argparse.Namespace) -> int:
             local_batch_size=parsed.batch_size,
             dp_rank=rank,
             dp_degree=dist.get_world_size(),
+            packing=source.data.packing,
+            attend_within_documents=source.data.attend_within_documents,
             max_samples=parsed.max_samples,
         )
         result = evaluate(model, batches, device)
@@ -137,9 +140,9 @@ def export_command(arguments: list[str], options: argparse.Namespace) -> int:
     def export(source: ModelSource, device: torch.device, rank: int) -> None:
         from crossdock.tools.export import export
 
-        export(source, destination, device, parsed.dtype)
+        left_out = export(source, destination, device, parsed.dtype)
         if rank == 0:
-            print(f"written: {destination}", flush=True)
+            _write(f"written: {destination}{left_out}\n")
 
     return _on_ranks("export", arguments, options, parsed, check, export)
 
@@ -200,4 +203,6 @@ def _compute_dtype(name: str) -> torch.dtype | None:
 
 
 def _write(text: str) -> None:
-    print(text, end="", flush=True)
+    from crossdock.train.metrics import say
+
+    say(text, end="")

@@ -1,7 +1,8 @@
 """Configuration: TOML, then command-line overrides, into typed dataclasses, validated once before anything starts."""
 
-from crossdock.config.reading import ASSETS_FOLDER, RUN_CONFIG_FILE, load_config, read_toml, to_toml
+from crossdock.config.reading import RUN_CONFIG_FILE, load_config, read_toml, to_toml
 from crossdock.config.settings import (
+    ASSETS_FOLDER,
     Config,
     ConfigError,
     JobConfig,

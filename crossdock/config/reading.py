@@ -15,15 +15,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import tomli_w
 import tyro
 
-from crossdock.config.settings import Config, ConfigError, setting_types
+from crossdock.checkpoint import find_checkpoint
+from crossdock.config.settings import ASSETS_FOLDER, Config, ConfigError, setting_types
 from crossdock.data import is_path
 from crossdock.models.family import DEEPEP_SUFFIX
 
-__all__ = ["ASSETS_FOLDER", "RUN_CONFIG_FILE", "absolute", "load_config", "read_toml", "to_toml"]
+__all__ = ["RUN_CONFIG_FILE", "absolute", "assets_of", "load_config", "read_toml", "to_toml"]
 
-# Of a run folder: the resolved settings, and what an export needs beside weights.
+# The resolved settings in a run folder.
 RUN_CONFIG_FILE = "config.toml"
-ASSETS_FOLDER = "hf_assets"
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -43,9 +43,12 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     folder = absolute(config.job.dump_folder)
     if path is None and folder and os.path.isfile(saved := os.path.join(folder, RUN_CONFIG_FILE)):
         config = _override(read_toml(Path(saved)), overrides)
-    model = replace(config.model, hf_assets_path=absolute(config.model.hf_assets_path))
+    start = absolute(config.checkpoint.initial_load_path)
+    # Weights mean nothing with another tokenizer, or another configuration.
+    assets = absolute(config.model.hf_assets_path) or assets_of(start)
+    model = replace(config.model, hf_assets_path=assets)
     moe = replace(config.moe, dispatcher="deepep") if model.flavor.endswith(DEEPEP_SUFFIX) else config.moe
-    checkpoint = replace(config.checkpoint, initial_load_path=absolute(config.checkpoint.initial_load_path))
+    checkpoint = replace(config.checkpoint, initial_load_path=start)
     data = replace(config.data, source=tuple(_absolute_source(entry) for entry in config.data.source))
     validation = replace(config.validation, data=_absolute_source(config.validation.data))
     job = replace(config.job, dump_folder=folder)
@@ -61,6 +64,15 @@ def to_toml(config: Config) -> str:
 def absolute(path: str) -> str:
     """A path that stays the same in another working directory; empty stays empty."""
     return os.path.abspath(os.path.expanduser(path)) if path else ""
+
+
+def assets_of(weights: str) -> str:
+    """The folder with tokenizer and configuration of a folder with weights; empty where it has none."""
+    if not weights:
+        return ""
+    checkpoint = find_checkpoint(Path(weights))
+    folder = Path(weights) if checkpoint is None else checkpoint[0].parent / ASSETS_FOLDER
+    return str(folder) if (folder / "tokenizer.json").is_file() else ""
 
 
 def _absolute_source(source: str) -> str:

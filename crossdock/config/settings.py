@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from crossdock.checkpoint import CheckpointConfig
+from crossdock.checkpoint import CheckpointConfig, find_checkpoint
 from crossdock.data import DataConfig
 from crossdock.models import ModelConfig
 from crossdock.moe import MoEConfig
 from crossdock.parallel import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
 
 __all__ = [
+    "ASSETS_FOLDER",
     "Config",
     "ConfigError",
     "JobConfig",
@@ -22,6 +24,10 @@ __all__ = [
     "ValidationConfig",
     "setting_types",
 ]
+
+
+ASSETS_FOLDER = "hf_assets"
+"""Of a run folder: what an export needs beside weights."""
 
 
 class ConfigError(ValueError):
@@ -157,6 +163,13 @@ class Config:
         return self.checkpoint.initial_load_path or (
             self.model.hf_assets_path if self.checkpoint.initial_load_in_hf else ""
         )
+
+    @property
+    def run_model(self) -> ModelConfig:
+        """`[model]`, with a run that is resumed in the place of the folder that it started from, which may be gone."""
+        if self.job.dump_folder and find_checkpoint(Path(self.job.dump_folder)) is not None:
+            return replace(self.model, flavor="", hf_assets_path=str(Path(self.job.dump_folder, ASSETS_FOLDER)))
+        return self.model
 
 
 def setting_types() -> dict[str, Any]:

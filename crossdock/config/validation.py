@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from transformers import PreTrainedConfig
 
 from crossdock.checkpoint import CheckpointError, HFCheckpoint, find_checkpoint
 from crossdock.config.reading import RUN_CONFIG_FILE, absolute, read_toml
 from crossdock.config.settings import Config, ConfigError, setting_types
-from crossdock.data import DataError, check_source, mixture_quotas
+from crossdock.data import DataError, check_source, mixture_quotas, open_tokenizer, vocabulary_size
 from crossdock.dispatch import DISPATCHERS
 from crossdock.models import FAMILIES, ModelError, build_model, resolve_hf_config
 from crossdock.models.family import DEEPEP_SUFFIX
@@ -137,18 +136,24 @@ def _check_trackers(config: Config) -> None:
 
 
 def _check_model(config: Config) -> PreTrainedConfig:
-    assets = config.model.hf_assets_path
+    chosen, attention = config.run_model, config.model.attn_implementation
+    assets = chosen.hf_assets_path
     try:
-        model: Any = resolve_hf_config(config.model)
-        if assets and not moe_layers(build_model(FAMILIES[config.model.name], model, config.moe, torch.float32)):
-            raise ModelError("hf_assets_path", assets, "its config.json has no Mixture-of-Experts layer")
+        model: Any = resolve_hf_config(chosen)
+        if assets or attention not in ("sdpa", "eager"):
+            family = FAMILIES[chosen.name]
+            built = build_model(family, model, config.moe, torch.float32, attn_implementation=attention)
+            if not moe_layers(built):
+                raise ModelError("hf_assets_path", assets, "its config.json has no Mixture-of-Experts layer")
     except ModelError as error:
         raise ConfigError(f"model.{error.field}", error.value, error.valid) from None
+    except ImportError as error:
+        raise ConfigError("model.attn_implementation", attention, f"needs a package: {error}") from None
     except Exception as error:  # Whatever transformers raises for a config.json that it cannot make a model of.
         cause = f"its config.json makes no model ({type(error).__name__}: {error})"
         raise ConfigError("model.hf_assets_path", assets, cause) from error
     if assets:
-        _check_tokenizer(config, model.vocab_size)
+        _check_tokenizer(assets, model.vocab_size)
     most = model.max_position_embeddings
     _require(config, "training.seq_len", config.training.seq_len <= most, f"at most the model's {most} positions")
     if config.moe.experts == "grouped_mm":
@@ -162,7 +167,7 @@ def _check_model(config: Config) -> PreTrainedConfig:
 
 
 def _check_initial_weights(config: Config, hf_config: PreTrainedConfig) -> None:
-    """Weights that a new run starts from: their headers must fit the model. A run that is resumed has its own."""
+    """Weights that a new run starts from: headers and configuration must fit the model. A resumed run has its own."""
     named = config.checkpoint.initial_load_path
     _require(
         config,
@@ -170,18 +175,42 @@ def _check_initial_weights(config: Config, hf_config: PreTrainedConfig) -> None:
         bool(named or config.model.hf_assets_path) or not config.checkpoint.initial_load_in_hf,
         "needs model.hf_assets_path, the folder with the weights",
     )
-    folder = config.initial_weights
-    if not folder or find_checkpoint(Path(config.job.dump_folder)) is not None or find_checkpoint(Path(folder)):
+    folder = Path(config.initial_weights)
+    if not config.initial_weights or find_checkpoint(Path(config.job.dump_folder)) is not None:
         return
     field = "checkpoint.initial_load_path" if named else "model.hf_assets_path"
+    valid = "has no tokenizer.json; name the folder with the tokenizer of these weights in model.hf_assets_path"
+    if not config.model.hf_assets_path:
+        raise ConfigError(field, str(folder), valid)
     family = FAMILIES[config.model.name]
+    checkpoint = find_checkpoint(folder)
     try:
-        HFCheckpoint.open(Path(folder)).check(build_model(family, hf_config, config.moe, torch.float32), family.hf_keys)
+        if checkpoint is None:
+            model = build_model(family, hf_config, config.moe, torch.float32)
+            HFCheckpoint.open(folder).check(model, family.hf_keys)
     except CheckpointError as error:
-        raise ConfigError(field, folder, str(error)) from None
+        raise ConfigError(field, str(folder), str(error)) from None
+    flavor = family.flavors.get(config.model.flavor.removesuffix(DEEPEP_SUFFIX), {})
+    if checkpoint is None and flavor and (folder / "config.json").is_file():
+        theirs, ours = family.hf_config_from(folder), family.hf_config(config.model.flavor.removesuffix(DEEPEP_SUFFIX))
+        for name in flavor.keys() - {"max_position_embeddings"}:
+            if getattr(theirs, name) != getattr(ours, name):
+                valid = f"the weights' config.json has {name} {getattr(theirs, name)!r}, not {getattr(ours, name)!r}; "
+                raise ConfigError("model.flavor", config.model.flavor, valid + "leave it empty to take theirs")
 
 
 def _check_kernels(config: Config) -> None:
+    flash = config.model.attn_implementation.startswith("flash")
+    usable = torch.cuda.is_available() and config.training.dtype == "bfloat16"
+    _require(config, "model.attn_implementation", usable or not flash, "needs a GPU and training.dtype = bfloat16")
+    within = config.data.attend_within_documents and flash and config.training.local_batch_size > 1
+    valid = "needs another model.attn_implementation than flash attention, which does not see the ends of documents"
+    _require(config, "data.attend_within_documents", not within, valid)
+    if config.compile.enable:
+        backends = torch.compiler.list_backends(exclude_tags=())
+        _require(config, "compile.backend", config.compile.backend in backends, f"one of {', '.join(backends)}")
+        valid = "full or none with compile.enable: what a compiled block computes cannot be kept selectively"
+        _require(config, "activation_checkpoint.mode", config.activation_checkpoint.mode != "selective", valid)
     if config.model.kernels == "none":
         return
     installed = importlib.util.find_spec("liger_kernel") is not None
@@ -216,16 +245,16 @@ def _check_data(config: Config) -> None:
     _require(config, "data.text_field", bool(config.data.text_field), "must be the name of a field")
 
 
-def _check_tokenizer(config: Config, vocab_size: int) -> None:
-    name, path = "model.hf_assets_path", os.path.join(config.model.hf_assets_path, "tokenizer.json")
-    _require(config, name, os.path.isfile(path), "must be a folder with tokenizer.json")
+def _check_tokenizer(assets: str, vocab_size: int) -> None:
+    name = "model.hf_assets_path"
+    if not os.path.isfile(os.path.join(assets, "tokenizer.json")):
+        raise ConfigError(name, assets, "must be a folder with tokenizer.json")
     try:
-        vocabulary = Tokenizer.from_file(path).get_vocab(with_added_tokens=True)
-    except Exception as error:  # The tokenizers package raises plain Exception for a file that it cannot parse.
-        valid = f"its tokenizer.json cannot be read ({error})"
-        raise ConfigError(name, config.model.hf_assets_path, valid) from error
-    tokens = max(vocabulary.values(), default=-1) + 1
-    _require(config, name, tokens <= vocab_size, f"its {tokens} tokens exceed the model's vocabulary of {vocab_size}")
+        tokens = vocabulary_size(open_tokenizer(Path(assets)))
+    except DataError as error:
+        raise ConfigError(name, assets, str(error)) from None
+    if tokens > vocab_size:
+        raise ConfigError(name, assets, f"its {tokens} tokens exceed the model's vocabulary of {vocab_size}")
 
 
 # What a resumed run must share with its beginning, or its data order or weights would not fit.
@@ -252,7 +281,7 @@ def _check_run_folder(config: Config) -> None:
         return
     _check_writable("job.dump_folder", folder)
     saved = os.path.join(folder, RUN_CONFIG_FILE)
-    if os.path.isfile(saved):
+    if find_checkpoint(Path(folder)) is not None and os.path.isfile(saved):
         before = read_toml(Path(saved))
         for name in _FIXED:
             old = attrgetter(name)(before)
@@ -261,7 +290,7 @@ def _check_run_folder(config: Config) -> None:
         old, dtype = before.training.dtype, config.training.dtype
         valid = f"the run that {folder} holds is {old}; weights of float64 and others do not mix"
         _require(config, "training.dtype", (old == "float64") == (dtype == "float64"), valid)
-    else:
+    elif not os.path.isfile(saved):
         usable = not os.path.isdir(folder) or all(name.startswith(".") for name in os.listdir(folder))
         _require(config, "job.dump_folder", usable, "must be the folder of a run, an empty one or a new one")
 

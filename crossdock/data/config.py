@@ -24,7 +24,7 @@ class DataConfig:
     """Shares of the samples, one per source, up to a factor. None: by size, every window once per epoch."""
     text_field: str = "text"
     """Field of a JSON line, or column of a table, that holds the document."""
-    packing: Literal["stream", "documents"] = "stream"
+    packing: Packing = "stream"
     """`stream`: documents end to end, cut anywhere. `documents`: rows of whole documents, padded at the end."""
     attend_within_documents: bool = False
     """A document sees no other document of its row, and its first token is not predicted from another's last."""

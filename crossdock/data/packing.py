@@ -75,7 +75,7 @@ class DocumentRows:
 
     A document of more than S + 1 tokens is cut into rows that share one token, the last label of one being the first
     input of the next; its rest begins a row like a document. Single tokens, which predict nothing, make no row.
-    Needs 16 bytes per row, and 24 per document while it is made.
+    Needs 16 bytes per row.
     """
 
     def __init__(self, tokens: TokenFile, seq_len: int) -> None:

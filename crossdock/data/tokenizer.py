@@ -13,7 +13,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from crossdock.data.config import DataError
 
-__all__ = ["END_OF_TEXT", "SMALLEST_VOCAB", "Encoder", "TextSample", "read_tokenizer", "train_tokenizer"]
+__all__ = [
+    "END_OF_TEXT",
+    "SMALLEST_VOCAB",
+    "Encoder",
+    "TextSample",
+    "open_tokenizer",
+    "read_tokenizer",
+    "train_tokenizer",
+    "vocabulary_size",
+]
 
 END_OF_TEXT: Final = "<|endoftext|>"
 SMALLEST_VOCAB: Final = 257  # The byte alphabet and the end-of-text token.
@@ -86,6 +95,20 @@ def read_tokenizer(folder: Path) -> tuple[str, str | None]:
     return tokenizer_json, end_of_text
 
 
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder, which neither cuts nor pads. Raises DataError."""
+    tokenizer = Tokenizer.from_str(read_tokenizer(folder)[0])
+    # The file may carry the truncation and padding of its last use, which would cut or lengthen texts.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id; 0 for a tokenizer without tokens."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
 class Encoder:
     """Documents to token ids, each followed by the end-of-text token where there is one.
 
@@ -101,7 +124,7 @@ class Encoder:
         tokenizer.encode_special_tokens = True  # Else a document that spells out <|endoftext|> would be cut in two.
         self._tokenizer = tokenizer
         self.end_of_text_id = None if end_of_text is None else tokenizer.token_to_id(end_of_text)
-        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = vocabulary_size(tokenizer)
         self.dtype = "uint16" if self.vocab_size <= 1 << 16 else "uint32"
 
     def encode(self, documents: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:

@@ -12,16 +12,16 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from crossdock.checkpoint import HFCheckpoint
-from crossdock.models.assets import EXPORT_DTYPES, export_hf, write_assets
+from crossdock.models.assets import export_hf, left_out, write_assets
 from crossdock.models.attention import register_wide_attention
 from crossdock.models.family import DEEPEP_SUFFIX, Family, Kernels, ModelConfig
 from crossdock.models.initial import initialise_weights
 from crossdock.models.loss import LossHead, batch_loss, token_loss
 from crossdock.models.qwen3 import Qwen3
 from crossdock.moe import MoEConfig, moe_layers
+from crossdock.parallel import local_part
 
 __all__ = [
-    "EXPORT_DTYPES",
     "FAMILIES",
     "Family",
     "LossHead",
@@ -32,6 +32,7 @@ __all__ = [
     "count_parameters",
     "export_hf",
     "initialise_weights",
+    "left_out",
     "materialise",
     "resolve_hf_config",
     "token_loss",
@@ -120,7 +121,7 @@ def materialise(
     device: torch.device,
     *,
     offload: bool = False,
-    seed: int = 0,
+    seed: int | None = 0,
     weights: HFCheckpoint | None = None,
 ) -> None:
     """Give a model from `build_model`, made parallel or not, its memory and first values: each rank's own shards alone.
@@ -130,7 +131,8 @@ def materialise(
         model: on the meta device; changed in place.
         device: where it will live.
         offload: parameters live in the machine's memory instead (FSDP's CPU offload).
-        seed: see `initialise_weights`; the standard deviation is the configuration's `initializer_range`.
+        seed: see `initialise_weights`; the standard deviation is the configuration's `initializer_range`. `None` draws
+            nothing: a checkpoint of ours is loaded next.
         weights: checked ones, read in place of first values.
     """
     model.to_empty(device="cpu" if offload else device)
@@ -147,8 +149,12 @@ def materialise(
         layer.reset_buffers()
     if weights is not None:
         weights.load(model, family.hf_keys)
-    else:
+    elif seed is not None:
         initialise_weights(model, seed, model.config.initializer_range)
+    else:
+        for layer in moe_layers(model).values():
+            for parameter in layer.experts.parameters():
+                local_part(parameter.detach()).zero_()  # A checkpoint has nothing for slots without an expert.
 
 
 def count_parameters(model: PreTrainedModel) -> int:

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from crossdock.checkpoint import DTYPES, CheckpointError, HFCheckpoint, HFKeys, save_hf
+from crossdock.checkpoint import DTYPES, CheckpointError, HFCheckpoint, HFKeys, replace_folder, save_hf
 from crossdock.comm import raise_together
+from crossdock.moe import moe_layers
 
-__all__ = ["EXPORT_DTYPES", "export_hf", "write_assets"]
+__all__ = ["EXPORT_DTYPES", "export_hf", "left_out", "write_assets"]
 
 _CONFIG_FILE = "config.json"
 _GENERATION_FILE = "generation_config.json"
@@ -86,6 +87,12 @@ def write_assets(
     (folder / _DTYPES_FILE).write_text(json.dumps(_dtypes_of(model, weights)._asdict(), indent=2) + "\n")
 
 
+def left_out(model: PreTrainedModel) -> str:
+    """What an export leaves out of a model, in brackets, for a message; empty where that is nothing."""
+    biased = any(layer.router.expert_bias is not None for layer in moe_layers(model).values())
+    return " (without the expert bias, for which its format has no place)" if biased else ""
+
+
 def _dtypes_of(model: PreTrainedModel, weights: HFCheckpoint | None) -> _Dtypes:
     if weights is None:
         return _Dtypes(next(name for name, dtype in DTYPES.items() if dtype == model.dtype), {})
@@ -124,16 +131,13 @@ def export_hf(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             _copy_assets(assets, partial, dtypes.default)
-    except OSError as caught:
-        error = CheckpointError(f"cannot export to {destination}: {caught.strerror or caught}")
+    except (OSError, ValueError) as caught:
+        error = CheckpointError(f"cannot export to {destination}: {getattr(caught, 'strerror', None) or caught}")
     raise_together(error)
     save_hf(model, keys, partial, dtypes.others, dtypes.default)
     if rank == 0:
         try:
-            if destination.exists():
-                # Renamed first, so that there is never half a folder under the final name.
-                shutil.rmtree(destination.rename(destination.with_name(f".{destination.name}.removed")))
-            partial.rename(destination)
+            replace_folder(partial, destination)
         except OSError as caught:
             error = CheckpointError(f"cannot export to {destination}: {caught}")
     raise_together(error)

@@ -6,12 +6,10 @@ import hashlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch import nn
 
 from crossdock.moe import moe_layers
-from crossdock.parallel import plain_name
+from crossdock.parallel import local_with_offsets, plain_name
 from crossdock.placement import EMPTY
 
 __all__ = ["initialise_weights"]
@@ -37,7 +35,7 @@ def initialise_weights(model: nn.Module, seed: int, std: float) -> None:
     }
     generator = torch.Generator()
     for name, parameter in model.named_parameters():
-        local, offsets = _local_with_offsets(parameter)
+        local, offsets = local_with_offsets(parameter)
         if parameter.ndim == 1:
             local.fill_(1.0 if name.endswith("weight") else 0.0)
             continue
@@ -52,14 +50,6 @@ def initialise_weights(model: nn.Module, seed: int, std: float) -> None:
             for dim, (offset, size) in enumerate(zip(offsets[1:], local.shape[1:], strict=True)):
                 values = values.narrow(dim, offset, size)
             local[row].copy_(values)
-
-
-def _local_with_offsets(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """This rank's part of a parameter, and where it starts in the whole."""
-    if not isinstance(parameter, DTensor):
-        return parameter, (0,) * parameter.ndim
-    _, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return parameter.to_local(), tuple(offsets)
 
 
 def _seed(seed: int, name: str, index: int) -> int:

@@ -8,6 +8,7 @@ from crossdock.parallel.gradients import clip_grad_norm_, global_grad_norm
 from crossdock.parallel.mesh import LayoutError, ParallelDims, ParallelismConfig
 from crossdock.parallel.parallelize import parallelize
 from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activation_checkpoint
+from crossdock.parallel.shards import as_shard, local_part, local_with_offsets
 
 __all__ = [
     "ActivationCheckpointConfig",
@@ -20,8 +21,11 @@ __all__ = [
     "apply_compile",
     "apply_ep",
     "apply_fsdp",
+    "as_shard",
     "clip_grad_norm_",
     "global_grad_norm",
+    "local_part",
+    "local_with_offsets",
     "parallelize",
     "plain_name",
     "transformer_blocks",

@@ -26,7 +26,7 @@ class Evaluation(NamedTuple):
     @property
     def perplexity(self) -> float:
         """`exp(loss)`; infinite where that is beyond a float."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.inf if self.loss > 700 else math.exp(self.loss)
 
 
 @torch.no_grad()

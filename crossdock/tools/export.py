@@ -8,7 +8,7 @@ import torch
 
 from crossdock.checkpoint import HFCheckpoint
 from crossdock.config import ConfigError
-from crossdock.models import export_hf
+from crossdock.models import export_hf, left_out
 from crossdock.tools.opening import ModelSource, open_model
 
 __all__ = ["check_export", "export"]
@@ -24,11 +24,12 @@ def check_export(source: ModelSource, destination: Path) -> None:
         raise ConfigError("destination", str(destination), "exists; name another folder, or remove it")
 
 
-def export(source: ModelSource, destination: Path, device: torch.device, dtype: str) -> None:
-    """Write `source` to `destination`, see `export_hf`. Collective.
+def export(source: ModelSource, destination: Path, device: torch.device, dtype: str) -> str:
+    """Write `source` to `destination`, see `export_hf`; says what is left out, see `left_out`. Collective.
 
     Raises:
         CheckpointError: on all ranks, where something could not be read or written.
     """
     model = open_model(source, device)
     export_hf(model, source.family.hf_keys, source.assets, destination, dtype)
+    return left_out(model)

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from crossdock.checkpoint import CHECKPOINT_FOLDER, Checkpointer, CheckpointError, HFCheckpoint, find_checkpoint
 from crossdock.config import ASSETS_FOLDER, RUN_CONFIG_FILE, ConfigError, expert_parallel_degrees, read_toml
+from crossdock.data import DataConfig, DataError, open_tokenizer, vocabulary_size
 from crossdock.models import FAMILIES, Family, ModelConfig, ModelError, build_model, materialise, resolve_hf_config
 from crossdock.moe import MoEConfig
 from crossdock.parallel import ParallelDims, parallelize
@@ -32,6 +33,7 @@ class ModelSource:
         assets: folder with tokenizer and configuration.
         weights: Hugging Face's, or folder and step of one of our checkpoints.
         seq_len: tokens of a sequence that it is used to.
+        data: how its run packed documents; the defaults for other models.
         dtype: of the weights in memory: fp32, or float64 for such a run.
     """
 
@@ -42,19 +44,23 @@ class ModelSource:
     assets: Path
     weights: HFCheckpoint | tuple[Path, int]
     seq_len: int
+    data: DataConfig
     dtype: torch.dtype
 
     def tokenizer(self) -> Tokenizer:
-        """Its tokenizer.
+        """Its tokenizer, which neither cuts nor pads.
 
         Raises:
-            ConfigError: where tokenizer.json cannot be read.
+            ConfigError: where tokenizer.json cannot be read, or has tokens that the model has not.
         """
-        path = self.assets / "tokenizer.json"
         try:
-            return Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 (the tokenizers package raises plain Exception)
-            raise ConfigError("model", str(self.path), f"its {path} cannot be read ({error})") from None
+            tokenizer = open_tokenizer(self.assets)
+        except DataError as error:
+            raise ConfigError("model", str(self.path), str(error)) from None
+        tokens, most = vocabulary_size(tokenizer), self.hf_config.get_text_config().vocab_size or 0
+        if tokens > most:
+            raise ConfigError("model", str(self.path), f"its tokenizer has {tokens} tokens, its vocabulary {most}")
+        return tokenizer
 
 
 def find_model(path: Path) -> ModelSource:
@@ -69,12 +75,12 @@ def find_model(path: Path) -> ModelSource:
         ConfigError: for a path that holds no model, or one whose weights do not fit its configuration.
     """
     checkpoint = find_checkpoint(path)
-    dtype = torch.float32
+    dtype, data = torch.float32, DataConfig()
     if checkpoint is not None:
         run = checkpoint[0].parent
         config = read_toml(run / RUN_CONFIG_FILE)
         name, moe, assets, weights = config.model.name, config.moe, run / ASSETS_FOLDER, checkpoint
-        seq_len = config.training.seq_len
+        seq_len, data = config.training.seq_len, config.data
         dtype = torch.float64 if config.training.dtype == "float64" else torch.float32
     elif (path / "config.json").is_file():
         name, moe, assets, weights = _family_of(path), MoEConfig(), path, None
@@ -96,7 +102,7 @@ def find_model(path: Path) -> ModelSource:
         cause = f"its config.json makes no model ({type(error).__name__}: {error})"
         raise ConfigError("model", str(path), cause) from error
     seq_len = min(seq_len, hf_config.max_position_embeddings)
-    return ModelSource(path, family, hf_config, moe, assets, weights, seq_len, dtype)
+    return ModelSource(path, family, hf_config, moe, assets, weights, seq_len, data, dtype)
 
 
 def check_ranks(source: ModelSource, world_size: int) -> None:
@@ -129,7 +135,7 @@ def open_model(
     mesh = ParallelDims(world_size, ep=ep).build_mesh(device.type)
     parallelize(model, mesh, param_dtype=compute_dtype, reshard_after_forward=False)
     weights = source.weights if isinstance(source.weights, HFCheckpoint) else None
-    materialise(source.family, model, device, weights=weights)
+    materialise(source.family, model, device, seed=None, weights=weights)
     if not isinstance(source.weights, HFCheckpoint):
         folder, step = source.weights
         Checkpointer(folder, model, None).load(step)

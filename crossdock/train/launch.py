@@ -110,7 +110,8 @@ def start_ranks(arguments: list[str], machines: Machines) -> int:
         except SignalException as error:
             if len(list(Path(ended_folder).iterdir())) == machines.nproc:
                 return 0
-            print("crossdock: stopped without a checkpoint of this moment", file=sys.stderr)
+            without = " without a checkpoint of this moment" if arguments[0] == "train" else ""
+            print(f"crossdock: stopped{without}", file=sys.stderr)
             return 128 + error.sigval
     return 0
 

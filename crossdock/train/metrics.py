@@ -69,10 +69,10 @@ def _step_of(line: str) -> float:
     return step if type(step) is int else float("inf")
 
 
-def say(message: str) -> None:
-    """Print a line, unless nobody reads any more."""
+def say(message: str, *, end: str = "\n") -> None:
+    """Print a line, or a piece of one, unless nobody reads any more."""
     try:
-        print(message, flush=True)
+        print(message, end=end, flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open until the process ends)
 
@@ -107,13 +107,15 @@ class ProgressDisplay:
         if self._on_gpu:
             mfu = "" if metrics["mfu"] is None else f" ({metrics['mfu']:.1f} % MFU)"
             flops = f"{metrics['tflops']:.1f} TFLOP/s{mfu}  "
+        validated = "validation_loss" in metrics
+        validation = f"validation {_number(metrics['validation_loss'], '.4f')}  " if validated else ""
         line = (
-            f"loss {_number(metrics['loss'], '.4f')}  {metrics['tokens_per_second_per_gpu']:,.0f} tok/s/rank  {flops}"
+            f"loss {_number(metrics['loss'], '.4f')}  {validation}{metrics['tokens_per_second_per_gpu']:,.0f} tok/s/rank  {flops}"
             f"{metrics['memory_gib']:.2f} GiB  max/mean load {metrics['max_mean_load']:.2f}"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=line)
-        elif step in (self._first, self._steps) or step % self._log_freq == 0:
+        elif validated or step in (self._first, self._steps) or step % self._log_freq == 0:
             seconds = (time.monotonic() - self._started) / (step - self._first + 1) * (self._steps - step)
             self.say(f"step {step:>{len(str(self._steps))}}/{self._steps}  {line}  {seconds:.0f} s left")
 

@@ -17,7 +17,7 @@ from crossdock.data import TokenFile, Tokens, prepare_tokens
 from crossdock.models import FAMILIES, build_model, materialise, resolve_hf_config, write_assets
 from crossdock.moe import moe_layers
 from crossdock.parallel import ParallelDims, parallelize
-from crossdock.train.together import TrainingStopped, together
+from crossdock.train.together import TrainingStopped, patient_group, together
 
 __all__ = ["RunTokens", "build_training_model", "prepare_run_tokens", "write_settings"]
 
@@ -30,21 +30,30 @@ class RunTokens(NamedTuple):
 
 
 def prepare_run_tokens(config: Config, first_on_machine: bool) -> RunTokens:
-    """One rank per machine tokenises (or finds) the data while the others wait. Collective.
+    """One rank per machine tokenises (or finds) the data while the others wait, as long as it takes. Collective.
 
     Raises:
         DataError: on all ranks, see `prepare_tokens`.
-        TrainingStopped: on all ranks, for a tokenizer that the model's vocabulary has no room for.
+        TrainingStopped: on all ranks, for a tokenizer that the model's vocabulary has no room for, or a resumed run
+            whose text has changed.
     """
-    assets = Path(config.model.hf_assets_path) if config.model.hf_assets_path else None
+    # A tokenizer that was trained on the text is trained again, or found in the cache.
+    assets = Path(config.run_model.hf_assets_path) if config.model.hf_assets_path else None
 
     def prepare() -> RunTokens:
-        vocabulary = resolve_hf_config(config.model).get_text_config().vocab_size or 0
+        vocabulary = resolve_hf_config(config.run_model).get_text_config().vocab_size or 0
         tokens = prepare_tokens(config.data, assets, min(vocabulary, 8192))
         if tokens.vocab_size > vocabulary:
             raise TrainingStopped(
                 f"the tokenizer has {tokens.vocab_size} tokens, the model's vocabulary {vocabulary}; "
                 "choose another model.flavor or model.hf_assets_path"
+            )
+        used = Path(config.job.dump_folder, ASSETS_FOLDER, "tokenizer.json")
+        if config.run_model is not config.model and used.read_bytes() != tokens.tokenizer_path.read_bytes():
+            raise TrainingStopped(
+                f"the text of data.source {', '.join(config.data.source)} is not what the run in "
+                f"{config.job.dump_folder} began with: it gives another tokenizer. Give the old text back, or choose "
+                "another job.dump_folder, with checkpoint.initial_load_path for the weights."
             )
         if not config.validation.interval:
             return RunTokens(tokens, ())
@@ -53,15 +62,15 @@ def prepare_run_tokens(config: Config, first_on_machine: bool) -> RunTokens:
         source = replace(config.data, source=(config.validation.data,), weights=(), held_out=0.0)
         return RunTokens(tokens, prepare_tokens(source, assets or tokens.tokenizer_path.parent).train)
 
-    prepared = together(prepare if first_on_machine else lambda: None)
-    return together(lambda: prepared or prepare())
+    patient = patient_group()
+    prepared = together(prepare if first_on_machine else lambda: None, patient)
+    return together(lambda: prepared or prepare(), patient)
 
 
 def write_settings(config: Config, folder: Path) -> None:
-    """Write config.toml into the run folder, which is made where it is missing. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write config.toml into the run folder. Raises OSError."""
     beside = folder / f".{RUN_CONFIG_FILE}.partial"
-    beside.write_text(to_toml(replace(config, job=replace(config.job, dump_folder=str(folder)))))
+    beside.write_text(to_toml(config))
     beside.rename(folder / RUN_CONFIG_FILE)
 
 
@@ -70,7 +79,7 @@ def build_training_model(
 ) -> PreTrainedModel:
     """The model on its layout; of a run that `is_new`, with its first values: drawn, or those it starts from.
 
-    A new run's folder gets what an export needs beside weights. Collective.
+    When these are there, a new run's folder gets what an export needs beside weights. Collective.
 
     Raises:
         CheckpointError: on all ranks, where weights could not be read.
@@ -79,7 +88,7 @@ def build_training_model(
     family, training = FAMILIES[config.model.name], config.training
     model = build_model(
         family,
-        resolve_hf_config(config.model),
+        resolve_hf_config(config.run_model),
         config.moe,
         torch.float64 if training.dtype == "float64" else torch.float32,
         attn_implementation=config.model.attn_implementation,
@@ -92,11 +101,8 @@ def build_training_model(
     start = Path(config.initial_weights) if is_new and config.initial_weights else None
     checkpoint = find_checkpoint(start) if start is not None else None
     weights = together(lambda: HFCheckpoint.open(start)) if start is not None and checkpoint is None else None
-    if is_new:
-        source = Path(config.model.hf_assets_path) if config.model.hf_assets_path else None
-        end_of_text_id = tokens.train[0].end_of_text_id
-        arguments = (folder / ASSETS_FOLDER, model, tokens.tokenizer_path, end_of_text_id, source, weights)
-        together(lambda: write_assets(*arguments) if dist.get_rank() == 0 else None)
+    if weights is not None:
+        weights.check(model, family.hf_keys)
     parallelize(
         model,
         dims.build_mesh(device.type, timedelta(seconds=config.job.comm_timeout_seconds)),
@@ -106,7 +112,13 @@ def build_training_model(
         reshard_after_forward=config.parallelism.reshard_after_forward,
         cpu_offload=training.enable_cpu_offload,
     )
-    materialise(family, model, device, offload=training.enable_cpu_offload, seed=training.seed, weights=weights)
+    seed = training.seed if is_new and checkpoint is None else None
+    materialise(family, model, device, offload=training.enable_cpu_offload, seed=seed, weights=weights)
     if checkpoint is not None:
         Checkpointer(checkpoint[0], model, None).load(checkpoint[1])
+    if is_new:
+        source = Path(config.model.hf_assets_path) if config.model.hf_assets_path else None
+        end_of_text_id = tokens.train[0].end_of_text_id
+        arguments = (folder / ASSETS_FOLDER, model, tokens.tokenizer_path, end_of_text_id, source, weights)
+        together(lambda: write_assets(*arguments) if dist.get_rank() == 0 else None)
     return model

@@ -14,11 +14,11 @@ from crossdock.train.metrics import MetricsLog, ProgressDisplay, say
 from crossdock.train.together import TrainingStopped
 from crossdock.train.trackers import Trackers
 
-__all__ = ["RunRecord"]
+__all__ = ["RunRecord", "lock_folder"]
 
 
 class RunRecord:
-    """`metrics.jsonl`, `expert_load.bin`, trackers and display. It holds the run folder until `close`.
+    """`metrics.jsonl`, `expert_load.bin`, trackers and display; the caller holds the run folder (`lock_folder`).
 
     Args:
         config: of the run.
@@ -28,7 +28,6 @@ class RunRecord:
         on_gpu: shows what is known of GPUs alone.
 
     Raises:
-        TrainingStopped: where another run holds the folder.
         OSError: where files cannot be written.
     """
 
@@ -37,7 +36,6 @@ class RunRecord:
     ) -> None:
         self.folder = folder
         self.load_interval = config.metrics.load_interval
-        self._lock = _lock(folder)
         # Before the log, which drops lines that a tracker may have seen.
         self._trackers = Trackers(config, folder, step)
         self._log = MetricsLog(folder / "metrics.jsonl", step)
@@ -61,7 +59,7 @@ class RunRecord:
         self._display.say(message)
 
     def close(self) -> None:
-        """Write the report and let go of the run folder."""
+        """Write what is left, and the report."""
         self._display.close()
         self._trackers.close()
         self._log.close()
@@ -71,11 +69,16 @@ class RunRecord:
             say(f"report: {write_report(self.folder)}")
         except Exception as error:  # noqa: BLE001 (whatever is wrong with it, a report is not worth a run)
             say(f"no report: {error}")
-        self._lock.close()
 
 
-def _lock(folder: Path) -> TextIO:
-    """Hold the run folder until the file is closed, so that no other run writes there."""
+def lock_folder(folder: Path) -> TextIO:
+    """Hold the run folder, made where it is missing, until the file is closed, so that no other run writes there.
+
+    Raises:
+        TrainingStopped: where another run holds it.
+        OSError: where it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")  # noqa: SIM115 (open for the whole run)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from crossdock.comm import raise_together
 
-__all__ = ["TrainingStopped", "first_named", "from_first_rank", "together"]
+__all__ = ["TrainingStopped", "first_named", "from_first_rank", "patient_group", "together"]
 
 
 class TrainingStopped(RuntimeError):
     """The run cannot go on; the message says why and what to do."""
 
 
-def together(action: Callable[[], Any]) -> Any:
-    """Run `action`; if it fails on any rank, raise on all. Collective."""
+def together(action: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
+    """Run `action`; if it fails on any rank, raise on all. Collective.
+
+    Args:
+        action: what this rank does.
+        group: of all ranks, where another time-out than the default group's is wanted.
+    """
     error: Exception | None = None
     result = None
     try:
@@ -26,8 +32,15 @@ def together(action: Callable[[], Any]) -> Any:
         error = TrainingStopped(str(caught))
     except Exception as caught:  # noqa: BLE001 (whatever it is, the others must hear of it)
         error = caught
-    raise_together(error)
+    raise_together(error, group)
     return result
+
+
+def patient_group() -> dist.ProcessGroup:
+    """A group of all ranks that waits for a day, for what may take long on one of them. Collective."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def from_first_rank(action: Callable[[], Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from crossdock.checkpoint import (
 )
 from crossdock.config import ASSETS_FOLDER, Config
 from crossdock.data import IGNORED_LABEL, Batch, TokenBatches, evaluation_batches
-from crossdock.models import FAMILIES, batch_loss, count_parameters, export_hf
+from crossdock.models import FAMILIES, batch_loss, count_parameters, export_hf, left_out
 from crossdock.moe import finish_step, moe_layers, set_batch_totals
 from crossdock.parallel import ParallelDims, clip_grad_norm_
 from crossdock.routing import max_mean_load
@@ -29,7 +30,7 @@ from crossdock.train.flops import Speed
 from crossdock.train.metrics import memory_use, say
 from crossdock.train.optimizer import build_optimizer, learning_rate_factor
 from crossdock.train.preparing import build_training_model, prepare_run_tokens, write_settings
-from crossdock.train.record import RunRecord
+from crossdock.train.record import RunRecord, lock_folder
 from crossdock.train.together import TrainingStopped, first_named, from_first_rank, together
 
 __all__ = ["StopSignal", "Trainer", "TrainingStopped"]
@@ -65,13 +66,13 @@ class Trainer:
     def __init__(
         self, config: Config, dims: ParallelDims, device: torch.device, first_on_machine: bool, stop: StopSignal
     ) -> None:
-        self.config = config
         self.device = device
         self.stop = stop
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.folder = Path(first_named(config.job.dump_folder))
+        self.config = config = replace(config, job=replace(config.job, dump_folder=str(self.folder)))
+        self._lock = together(lambda: lock_folder(self.folder) if self.rank == 0 else None)
         tokens, self.validation_tokens = prepare_run_tokens(config, first_on_machine)
-        together(lambda: write_settings(config, self.folder) if self.rank == 0 else None)
         self.batches = TokenBatches(
             tokens.train,
             seq_len=config.training.seq_len,
@@ -105,6 +106,8 @@ class Trainer:
         self.skipped_in_a_row = 0
         if newest is not None:
             self._resume(newest)
+        # Not before the run has its weights: a start that fails leaves no settings behind.
+        together(lambda: write_settings(config, self.folder) if self.rank == 0 else None)
 
     def train(self) -> None:
         """Run to the last step, or to the step boundary after a stop was asked for; a checkpoint is left in both cases.
@@ -139,13 +142,15 @@ class Trainer:
                     saved = self._save()
             if saved != self.step:
                 self._save()
-            if self.step >= config.training.steps and config.checkpoint.last_save_in_hf:
+            is_new = self.step != self._resumed_step or not (self.folder / EXPORT_FOLDER).exists()
+            if self.step >= config.training.steps and config.checkpoint.last_save_in_hf and is_new:
                 self._export()
             if record is not None and self.step < config.training.steps:
                 record.say(f"stopped as asked, at step {self.step}; start again with --job.dump-folder {self.folder}")
         finally:
             if record is not None:
                 record.close()
+                self._lock.close()
 
     def _open_record(self) -> RunRecord | None:
         if self.rank != 0:
@@ -272,8 +277,7 @@ class Trainer:
         except CheckpointError as error:
             self._tell(f"{error}; crossdock export {self.folder} DESTINATION tries again")
             return
-        biased = any(layer.router.expert_bias is not None for layer in self.layers)
-        self._tell(f"Hugging Face model: {destination}{' (its format has no expert bias)' if biased else ''}")
+        self._tell(f"Hugging Face model: {destination}{left_out(self.model)}")
 
     def _global_batch_size(self) -> int:
         training = self.config.training

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, Qwen3MoeConfig
 
 import crossdock.checkpoint.hf as hf
-from crossdock.checkpoint import CheckpointError, HFCheckpoint
+from crossdock.checkpoint import CheckpointError, HFCheckpoint, hf_saving
 from crossdock.models import FAMILIES, build_model, export_hf, materialise, write_assets
 from crossdock.moe import MoEConfig, moe_layers
 from crossdock.parallel import ParallelDims, parallelize
@@ -97,7 +97,7 @@ def load_and_export(folder: str, exports: str, ep: int, sources: list[str]) -> d
     for source in sources:
         model, weights = _load(Path(folder, source), ep)
         logits[source] = _logits(model)
-        with mock.patch.object(hf, "_FILE_BYTES", 50_000 if source == "shards" else hf._FILE_BYTES):
+        with mock.patch.object(hf_saving, "_FILE_BYTES", 50_000 if source == "shards" else 2**31):
             _export(model, weights, Path(exports, source))
     return logits
 

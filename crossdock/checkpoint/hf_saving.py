@@ -1,0 +1,121 @@
+"""Writing weights in Hugging Face's format: one tensor per expert, from any layout, on all ranks together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from crossdock.checkpoint.folders import CheckpointError
+from crossdock.checkpoint.hf import DTYPES, INDEX_FILE, SINGLE_FILE, HFKeys, views_of
+from crossdock.comm import raise_together
+from crossdock.moe import moe_layers
+
+__all__ = ["save_hf"]
+
+_FILE_BYTES = 2 * 2**30
+
+
+@torch.no_grad()
+def save_hf(model: nn.Module, keys: HFKeys, folder: Path, dtypes: Mapping[str, str], default_dtype: str) -> None:
+    """Write the weights of `model` into an existing folder, with an index. Collective; on any layout.
+
+    The experts are written by the ranks that hold them (the first of those that share them), all else by the first
+    rank, in files of some 2 GiB: no rank holds more than that beside its part of the model.
+
+    Args:
+        model: its weights.
+        keys: of its family.
+        folder: the same one for all ranks.
+        dtypes: of tensors by name, for those that shall not have `default_dtype`.
+        default_dtype: one of `DTYPES`.
+
+    Raises:
+        CheckpointError: on all ranks, if a file could not be written.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    groups = [layer.ep_group for layer in moe_layers(model).values() if layer.ep_group is not None]
+    writes_experts = 0 in dist.get_process_group_ranks(groups[0]) if groups else rank == 0
+    writer = _Writer(folder, f"part-{rank:05d}")
+    error: Exception | None = None
+    # First of all, since it makes FSDP shard again what a forward pass has left gathered.
+    model.state_dict()
+    for name, expert, view in views_of(model):
+        # Collective: it goes on after an error, since other ranks wait for this one's part.
+        whole = view.full_tensor() if isinstance(view, DTensor) else view
+        if error is not None or not (rank == 0 if expert is None else writes_experts):
+            continue
+        try:
+            for part in keys.parts(name, expert, view.shape):
+                piece = whole if part.columns is None else whole[:, part.columns]
+                dtype = DTYPES[dtypes.get(part.name, default_dtype)]
+                writer.add(part.name, (piece.t() if part.transposed else piece).to("cpu", dtype))
+        except (OSError, RuntimeError, SafetensorError) as caught:  # RuntimeError: no memory for it.
+            error = caught
+    try:
+        writer.flush()
+    except (OSError, SafetensorError) as caught:
+        error = error or caught
+    raise_together(error and CheckpointError(f"cannot write the weights below {folder}: {error}"))
+    written = [writer]
+    if dist.is_initialized():
+        written = [writer] * dist.get_world_size()
+        dist.all_gather_object(written, writer)
+    error = None
+    if rank == 0:
+        try:
+            _finish(folder, written)
+        except OSError as caught:
+            error = CheckpointError(f"cannot write the weights below {folder}: {caught}")
+    raise_together(error)
+
+
+class _Writer:
+    """One rank's files: tensors are collected, and written when there are enough of them."""
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        self.folder = folder
+        self.prefix = prefix
+        self.names_of_file: dict[str, list[str]] = {}
+        self.total_bytes = 0
+        self._tensors: dict[str, Tensor] = {}
+        self._num_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        # A copy of its own: the whole of which this is a part must not stay, and a view is no tensor of a file.
+        self._tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
+        self._num_bytes += tensor.nbytes
+        if self._num_bytes >= _FILE_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._tensors:
+            return
+        file = f"{self.prefix}-{len(self.names_of_file):05d}.safetensors"
+        save_file(self._tensors, self.folder / file, metadata={"format": "pt"})
+        self.names_of_file[file] = list(self._tensors)
+        self.total_bytes += self._num_bytes
+        self._tensors, self._num_bytes = {}, 0
+
+
+def _finish(folder: Path, written: list[_Writer]) -> None:
+    """Give the files of all ranks their final names, and write the index where there are several."""
+    names_of_file = {file: names for writer in written for file, names in writer.names_of_file.items()}
+    weight_map: dict[str, str] = {}
+    for number, (file, names) in enumerate(sorted(names_of_file.items()), start=1):
+        final = f"model-{number:05d}-of-{len(names_of_file):05d}.safetensors"
+        if len(names_of_file) == 1:
+            final = SINGLE_FILE
+        (folder / file).rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    if len(names_of_file) > 1:
+        metadata = {"total_size": sum(writer.total_bytes for writer in written)}
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
