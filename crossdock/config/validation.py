@@ -281,7 +281,7 @@ def _check_run_folder(config: Config) -> None:
         return
     _check_writable("job.dump_folder", folder)
     saved = os.path.join(folder, RUN_CONFIG_FILE)
-    if find_checkpoint(Path(folder)) is not None and os.path.isfile(saved):
+    if os.path.isfile(saved):
         before = read_toml(Path(saved))
         for name in _FIXED:
             old = attrgetter(name)(before)
@@ -290,7 +290,7 @@ def _check_run_folder(config: Config) -> None:
         old, dtype = before.training.dtype, config.training.dtype
         valid = f"the run that {folder} holds is {old}; weights of float64 and others do not mix"
         _require(config, "training.dtype", (old == "float64") == (dtype == "float64"), valid)
-    elif not os.path.isfile(saved):
+    else:
         usable = not os.path.isdir(folder) or all(name.startswith(".") for name in os.listdir(folder))
         _require(config, "job.dump_folder", usable, "must be the folder of a run, an empty one or a new one")
 

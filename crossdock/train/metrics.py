@@ -110,7 +110,8 @@ class ProgressDisplay:
         validated = "validation_loss" in metrics
         validation = f"validation {_number(metrics['validation_loss'], '.4f')}  " if validated else ""
         line = (
-            f"loss {_number(metrics['loss'], '.4f')}  {validation}{metrics['tokens_per_second_per_gpu']:,.0f} tok/s/rank  {flops}"
+            f"loss {_number(metrics['loss'], '.4f')}  {validation}"
+            f"{metrics['tokens_per_second_per_gpu']:,.0f} tok/s/rank  {flops}"
             f"{metrics['memory_gib']:.2f} GiB  max/mean load {metrics['max_mean_load']:.2f}"
         )
         if self._bar is not None:
