@@ -80,6 +80,7 @@ def check_settings(config: Config) -> PreTrainedConfig:
             _require(config, name, value is None or holds(value), f"must be {valid}")
     _check_dispatcher(config)
     _check_kernels(config)
+    _check_attention(config)
     model = _check_model(config)
     _check_run_folder(config)
     _check_initial_weights(config, model)
@@ -174,6 +175,22 @@ def _check_kernels(config: Config) -> None:
     _require(config, "model.kernels", installed, "needs the package liger-kernel: pip install 'crossdock[liger]'")
     _require(config, "model.kernels", torch.cuda.is_available(), "needs a GPU; use none")
     _require(config, "training.dtype", config.training.dtype != "float64", "float64 needs model.kernels = none")
+
+
+# Packages that transformers does not bring along.
+_FLASH_ATTENTION = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+
+
+def _check_attention(config: Config) -> None:
+    name, attention = "model.attn_implementation", config.model.attn_implementation
+    if attention in ("sdpa", "eager"):
+        return
+    package = _FLASH_ATTENTION.get(attention)
+    if package is not None:
+        installed = importlib.util.find_spec(package) is not None
+        _require(config, name, installed, f"needs the package {package}; use sdpa")
+        _require(config, name, config.training.dtype == "bfloat16", "needs training.dtype = bfloat16; or use sdpa")
+    _require(config, name, torch.cuda.is_available(), "needs a GPU; use sdpa")
 
 
 def _check_tokenizer(config: Config, vocab_size: int) -> None:
