@@ -7,13 +7,17 @@ import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import AutoModelForCausalLM
 
+import crossdock.parallel.fsdp as fsdp
 from crossdock.checkpoint import CheckpointError
 from crossdock.config import ConfigError, load_config, validate
 from crossdock.train.trainer import StopSignal, Trainer
@@ -183,6 +187,22 @@ def test_what_is_frozen_stays_and_all_else_moves(
     assert differences(read_tensors(folder / name / "hf"), after) == []
 
 
+def count_offloaded(assets: str, run_folder: str, cache: str, overrides: list[str]) -> int:
+    """How many modules hand FSDP's offload to torch. On CPU there is nothing else that could be seen of it."""
+    with mock.patch.object(fsdp, "fully_shard", wraps=fsdp.fully_shard) as shard:
+        _build(assets, run_folder, cache, overrides)
+    policies = [call.kwargs["offload_policy"] for call in shard.call_args_list]
+    offloaded = sum(isinstance(policy, CPUOffloadPolicy) for policy in policies)
+    assert offloaded in (0, len(policies))
+    return offloaded
+
+
+def test_offload_reaches_every_module(ranks: RankPool, folder: Path) -> None:
+    for name, options, offloads in (("on", ["--training.enable-cpu-offload"], True), ("off", [], False)):
+        arguments = (str(folder / "hf"), str(folder / f"offload-{name}"), str(folder / "cache"), _settings(2, *options))
+        assert [count > 0 for count in ranks.run(2, count_offloaded, *arguments)] == [offloads] * 2
+
+
 def test_offload_to_the_machines_memory_changes_no_number(ranks: RankPool, folder: Path, plain: list[float]) -> None:
     offload = "--training.enable-cpu-offload"
     assert _train(ranks, folder, "offload", FROM_HF, EP2, offload, "--checkpoint.interval=2") == plain
@@ -195,25 +215,38 @@ def test_offload_to_the_machines_memory_changes_no_number(ranks: RankPool, folde
         assert _train(ranks, folder, name, FROM_HF, EP2, *options) == plain, "a checkpoint knows nothing of offload"
 
 
+def train_compiled(assets: str, run_folder: str, cache: str, overrides: list[str]) -> tuple[list[float], int]:
+    """The losses, and how many pieces of code were compiled."""
+    torch._dynamo.reset()
+    counters["frames"].clear()
+    result = run_trainer(assets, run_folder, cache, overrides)
+    return [line["loss"] for line in result["metrics"]], counters["frames"]["ok"]
+
+
+def _check_compiled(ranks: RankPool, folder: Path, plain: list[float], mode: str, backend: str) -> None:
+    name = f"{backend}-{mode}"
+    options = ("--compile.enable", f"--compile.backend={backend}", f"--activation-checkpoint.mode={mode}")
+    arguments = (str(folder / "hf"), str(folder / name), str(folder / "cache"), _settings(2, FROM_HF, EP2, *options))
+    for losses, compiled in ranks.run(2, train_compiled, *arguments):
+        assert compiled > 0
+        np.testing.assert_allclose(losses, plain, rtol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["none", "full", "selective"])
-def test_compiled_blocks_and_recompute_give_the_same_losses(
-    ranks: RankPool, folder: Path, plain: list[float], mode: str
-) -> None:
-    recompute = f"--activation-checkpoint.mode={mode}"
-    compiled = ("--compile.enable", "--compile.backend=aot_eager")
-    losses = _train(ranks, folder, f"compiled-{mode}", FROM_HF, EP2, recompute, *compiled)
-    np.testing.assert_allclose(losses, plain, rtol=1e-5)
-    if mode != "none":
-        losses = _train(ranks, folder, f"recomputed-{mode}", FROM_HF, EP2, recompute)
-        np.testing.assert_allclose(losses, plain, rtol=1e-6)
+def test_compiled_blocks_give_the_same_losses(ranks: RankPool, folder: Path, plain: list[float], mode: str) -> None:
+    _check_compiled(ranks, folder, plain, mode, "aot_eager")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "full", "selective"])
 def test_inductor_gives_the_same_losses(ranks: RankPool, folder: Path, plain: list[float], mode: str) -> None:
-    options = ("--compile.enable", f"--activation-checkpoint.mode={mode}")
-    losses = _train(ranks, folder, f"inductor-{mode}", FROM_HF, EP2, *options)
-    np.testing.assert_allclose(losses, plain, rtol=1e-5)
+    _check_compiled(ranks, folder, plain, mode, "inductor")
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputed_blocks_give_the_same_losses(ranks: RankPool, folder: Path, plain: list[float], mode: str) -> None:
+    losses = _train(ranks, folder, f"recomputed-{mode}", FROM_HF, EP2, f"--activation-checkpoint.mode={mode}")
+    np.testing.assert_allclose(losses, plain, rtol=1e-6)
 
 
 def test_eager_attention_gives_the_same_losses(ranks: RankPool, folder: Path, plain: list[float]) -> None:
