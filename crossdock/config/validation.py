@@ -81,7 +81,9 @@ def check_settings(config: Config) -> PreTrainedConfig:
             _require(config, name, value is None or holds(value), f"must be {valid}")
     _check_dispatcher(config)
     _check_kernels(config)
+    _check_compile(config)
     _check_trackers(config)
+    _check_attention(config)
     model = _check_model(config)
     _check_run_folder(config)
     _check_initial_weights(config, model)
@@ -199,18 +201,15 @@ def _check_initial_weights(config: Config, hf_config: PreTrainedConfig) -> None:
                 raise ConfigError("model.flavor", config.model.flavor, valid + "leave it empty to take theirs")
 
 
-def _check_kernels(config: Config) -> None:
-    flash = config.model.attn_implementation.startswith("flash")
-    usable = torch.cuda.is_available() and config.training.dtype == "bfloat16"
-    _require(config, "model.attn_implementation", usable or not flash, "needs a GPU and training.dtype = bfloat16")
-    within = config.data.attend_within_documents and flash and config.training.local_batch_size > 1
-    valid = "needs another model.attn_implementation than flash attention, which does not see the ends of documents"
-    _require(config, "data.attend_within_documents", not within, valid)
+def _check_compile(config: Config) -> None:
     if config.compile.enable:
         backends = torch.compiler.list_backends(exclude_tags=())
         _require(config, "compile.backend", config.compile.backend in backends, f"one of {', '.join(backends)}")
         valid = "full or none with compile.enable: what a compiled block computes cannot be kept selectively"
         _require(config, "activation_checkpoint.mode", config.activation_checkpoint.mode != "selective", valid)
+
+
+def _check_kernels(config: Config) -> None:
     if config.model.kernels == "none":
         return
     installed = importlib.util.find_spec("liger_kernel") is not None
@@ -243,6 +242,25 @@ def _check_data(config: Config) -> None:
         except DataError as error:
             raise ConfigError("data.weights", weights, str(error)) from None
     _require(config, "data.text_field", bool(config.data.text_field), "must be the name of a field")
+
+
+# Packages that transformers does not bring along.
+_FLASH_ATTENTION = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+
+
+def _check_attention(config: Config) -> None:
+    name, attention = "model.attn_implementation", config.model.attn_implementation
+    if attention in ("sdpa", "eager"):
+        return
+    package = _FLASH_ATTENTION.get(attention)
+    if package is not None:
+        installed = importlib.util.find_spec(package) is not None
+        _require(config, name, installed, f"needs the package {package}; use sdpa")
+        _require(config, name, config.training.dtype == "bfloat16", "needs training.dtype = bfloat16; or use sdpa")
+    _require(config, name, torch.cuda.is_available(), "needs a GPU; use sdpa")
+    blind = package is not None and config.data.attend_within_documents and config.training.local_batch_size > 1
+    valid = "needs another model.attn_implementation than flash attention, which does not see the ends of documents"
+    _require(config, "data.attend_within_documents", not blind, valid)
 
 
 def _check_tokenizer(assets: str, vocab_size: int) -> None:

@@ -219,6 +219,26 @@ def test_each_rank_reads_the_values_that_it_holds_and_each_is_read_once(
     assert everything == {name: tensor.numel() for name, tensor in read_tensors(folders / "shards").items()}
 
 
+@torch.no_grad()
+def experts_over_garbage(source: str, ep: int) -> list[tuple[int, float]]:
+    """Load over NaN; for each of this rank's slots of a layer, its expert and its largest weight."""
+    model, weights = _load(Path(source), ep)
+    for parameter in model.parameters():
+        parameter.fill_(torch.nan)
+    weights.load(model, FAMILY.hf_keys)
+    assert all(parameter.to_local().isfinite().all() for parameter in model.parameters())  # type: ignore[attr-defined]
+    layer = next(iter(moe_layers(model).values()))
+    down: Any = layer.experts.down_projs
+    largest = down.to_local().abs().amax((1, 2)).tolist()
+    return list(zip(layer.local_expert_ids, largest, strict=True))
+
+
+def test_slots_without_an_expert_are_zero(ranks: RankPool, folders: Path) -> None:
+    slots = [slot for result in ranks.run(4, experts_over_garbage, str(folders / "wide"), 4) for slot in result]
+    assert sorted(expert for expert, _ in slots) == [-1, -1, -1, *range(9)]
+    assert all((largest == 0) == (expert == -1) for expert, largest in slots)
+
+
 def load_what_vanishes(folder: str, unlucky_rank: int) -> str:
     """Load, where one rank does not find the files any more that all have checked; the message."""
     error = OSError("gone since it was checked")

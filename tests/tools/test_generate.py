@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -121,6 +122,25 @@ def test_draws_depend_on_the_seed_and_not_on_the_ranks(ranks: RankPool, folder: 
     assert narrow == _transformers_tokens(folder / "run" / "hf")[0], "the likeliest alone"
     for world_size in (2, 4):
         assert _tokens(ranks, world_size, folder / "run", requests) == [zero, one, again, narrow]
+
+
+def continue_with_noise(model_path: str) -> list[list[int]]:
+    """Draw tokens where the logits of this rank are of its own."""
+    source = find_model(Path(model_path))
+    model, tokenizer = open_model(source, torch.device("cpu")), source.tokenizer()
+    noise = torch.Generator().manual_seed(dist.get_rank())
+
+    def add_noise(module: Any, args: Any, output: Any) -> Any:
+        output.logits += torch.randn(output.logits.shape, generator=noise)
+        return output
+
+    model.register_forward_hook(add_noise)
+    return [generate(model, tokenizer, "The", Sampling(20, temperature=t, seed=3)) for t in (0.0, 1.0)]
+
+
+def test_ranks_whose_logits_differ_keep_in_step(ranks: RankPool, folder: Path) -> None:
+    first, second = ranks.run(2, continue_with_noise, str(folder / "run"))
+    assert first == second
 
 
 def test_draws_come_from_the_nucleus_in_proportion(ranks: RankPool, folder: Path) -> None:
