@@ -40,9 +40,12 @@ def find_checkpoint(path: Path) -> tuple[Path, int] | None:
     """The folder of checkpoints and the step that `path` names: a checkpoint, or a run folder for its newest one."""
     if path == Path():  # No path: not the working directory.
         return None
-    if (match := re.fullmatch(r"step-(\d{8,})", path.name)) and (path / _STATE_FILE).is_file():
-        return path.parent, int(match[1])
-    newest = latest_step(path / CHECKPOINT_FOLDER)
+    try:
+        if (match := re.fullmatch(r"step-(\d{8,})", path.name)) and (path / _STATE_FILE).is_file():
+            return path.parent, int(match[1])
+        newest = latest_step(path / CHECKPOINT_FOLDER)
+    except OSError:  # A name that is too long, a folder that may not be read.
+        return None
     return None if newest is None else (path / CHECKPOINT_FOLDER, newest)
 
 

@@ -283,7 +283,7 @@ def export_in_many_ways(folder: str, exports: str) -> dict[str, Any]:
 
     def break_on(broken_rank: int) -> Any:
         error = OSError(28, "No space left on device")
-        broken = mock.patch.object(hf, "save_file", side_effect=error)
+        broken = mock.patch.object(hf_saving, "save_file", side_effect=error)
         return broken if dist.get_rank() == broken_rank else nullcontext()
 
     outcome: dict[str, Any] = {"exists": refused("good")}

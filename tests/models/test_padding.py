@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from crossdock.checkpoint import HFCheckpoint
-from crossdock.models import FAMILIES, IGNORED_LABEL, batch_loss, build_model, materialise
+from crossdock.data import IGNORED_LABEL
+from crossdock.models import FAMILIES, batch_loss, build_model, materialise
 from crossdock.moe import MoEConfig, moe_layers, set_batch_totals
 from crossdock.parallel import ActivationCheckpointConfig, CompileConfig, ParallelDims, parallelize, plain_name
 from tests.ranks import RankPool
