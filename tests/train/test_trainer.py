@@ -220,3 +220,49 @@ def test_learning_rate_warms_up_stays_and_decays() -> None:
     assert factors[89] == pytest.approx(0.5)
     assert factors[-1] == pytest.approx(0.0)
     assert learning_rate_factor(1, 5, LRSchedulerConfig(warmup_steps=0)) <= 1.0
+
+
+def test_a_run_resumes_when_the_folder_it_started_from_is_gone(ranks: RankPool, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "assets", tmp_path / "assets")
+    arguments = (str(tmp_path / "assets"), str(tmp_path / "run"), str(folder / "cache"))
+    ranks.run(1, run_trainer, *arguments, ["--training.steps", "1"])
+    shutil.rmtree(tmp_path / "assets")
+    metrics = ranks.run(1, run_trainer, *arguments, ["--training.steps", "2"])[0]["metrics"]
+    assert [line["step"] for line in metrics] == [1, 2]
+
+
+def resume_on_other_text(run_folder: str, text: str, cache: str) -> str:
+    settings = ["--job.dump-folder", run_folder, "--data.source", text, "--data.cache-folder", cache]
+    config = load_config(None, [*settings, "--training.steps", "2", "--training.seq-len", "32"])
+    try:
+        dims = validate(config, 1)
+        Trainer(config, dims, torch.device("cpu"), True, StopSignal()).train()
+    except TrainingStopped as error:
+        return str(error)
+    return ""
+
+
+def test_a_run_does_not_go_on_with_another_text(ranks: RankPool, tmp_path: Path) -> None:
+    text, arguments = (
+        tmp_path / "text.txt",
+        (str(tmp_path / "run"), str(tmp_path / "text.txt"), str(tmp_path / "cache")),
+    )
+    text.write_text("The experts of this house are many, and each has its say. " * 200)
+    assert ranks.run(1, resume_on_other_text, *arguments)[0] == ""
+    settings = (tmp_path / "run" / "config.toml").read_bytes()
+    text.write_text("Quite another text, with words that were not there before; numbers like 1234567. " * 200)
+    refused = ranks.run(1, resume_on_other_text, *arguments)[0]
+    assert str(text) in refused
+    assert "another tokenizer" in refused
+    assert (tmp_path / "run" / "config.toml").read_bytes() == settings
+
+
+def test_a_start_that_fails_leaves_no_settings_behind(ranks: RankPool, folder: Path, tmp_path: Path) -> None:
+    arguments = (str(folder / "assets"), str(tmp_path / "first"), str(folder / "cache"))
+    ranks.run(1, run_trainer, *arguments, ["--training.steps", "1"])
+    start = ["--training.steps", "1", "--checkpoint.initial-load-path", str(tmp_path / "first")]
+    arguments = (arguments[0], str(tmp_path / "second"), arguments[2])
+    with pytest.raises(AssertionError, match="expert_bias is missing"):
+        ranks.run(1, run_trainer, *arguments, [*start, "--moe.expert-bias"])
+    assert not (tmp_path / "second" / "config.toml").exists()
+    assert len(ranks.run(1, run_trainer, *arguments, start)[0]["metrics"]) == 1
