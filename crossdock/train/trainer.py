@@ -142,8 +142,7 @@ class Trainer:
                     saved = self._save()
             if saved != self.step:
                 self._save()
-            is_new = self.step != self._resumed_step or not (self.folder / EXPORT_FOLDER).exists()
-            if self.step >= config.training.steps and config.checkpoint.last_save_in_hf and is_new:
+            if self.step >= config.training.steps and config.checkpoint.last_save_in_hf:
                 self._export()
             if record is not None and self.step < config.training.steps:
                 record.say(f"stopped as asked, at step {self.step}; start again with --job.dump-folder {self.folder}")
@@ -270,6 +269,8 @@ class Trainer:
     def _export(self) -> None:
         """Leave the model in Hugging Face's format. The run is whole without it, so that a failure ends nothing."""
         destination = self.folder / EXPORT_FOLDER
+        if self.step == self._resumed_step and from_first_rank(destination.exists):
+            return
         keys = FAMILIES[self.config.model.name].hf_keys
         dtype = self.config.checkpoint.export_dtype
         try:
