@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from crossdock.checkpoint import Checkpointer, HFCheckpoint, find_checkpoint
+from crossdock.checkpoint import Checkpointer, HFCheckpoint, HFKeys, find_checkpoint
 from crossdock.config import ASSETS_FOLDER, RUN_CONFIG_FILE, Config, to_toml
 from crossdock.data import TokenFile, Tokens, prepare_tokens
 from crossdock.models import FAMILIES, build_model, materialise, resolve_hf_config, write_assets
@@ -100,9 +100,9 @@ def build_training_model(
         layer.experts.requires_grad_(not training.freeze_experts)
     start = Path(config.initial_weights) if is_new and config.initial_weights else None
     checkpoint = find_checkpoint(start) if start is not None else None
-    weights = together(lambda: HFCheckpoint.open(start)) if start is not None and checkpoint is None else None
-    if weights is not None:
-        weights.check(model, family.hf_keys)
+    weights = None
+    if start is not None and checkpoint is None:
+        weights = together(lambda: _open_weights(start, model, family.hf_keys))
     parallelize(
         model,
         dims.build_mesh(device.type, timedelta(seconds=config.job.comm_timeout_seconds)),
@@ -122,3 +122,10 @@ def build_training_model(
         arguments = (folder / ASSETS_FOLDER, model, tokens.tokenizer_path, end_of_text_id, source, weights)
         together(lambda: write_assets(*arguments) if dist.get_rank() == 0 else None)
     return model
+
+
+def _open_weights(folder: Path, model: PreTrainedModel, keys: HFKeys) -> HFCheckpoint:
+    """Weights whose headers fit the model, still: they were looked at when the run was asked for."""
+    weights = HFCheckpoint.open(folder)
+    weights.check(model, keys)
+    return weights
