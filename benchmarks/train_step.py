@@ -42,7 +42,7 @@ VARIANTS = ("crossdock", "transformers", "plug-in")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--shapes", type=int, nargs="+", choices=SHAPES, default=list(SHAPES))
@@ -56,6 +56,7 @@ def main() -> None:
             rows += compare(shape, dtype, arguments.variants, arguments.rounds)
     if arguments.write:
         print(write_results("train_step", ["torch", "transformers", "accelerate", "crossdock"], rows))
+    return 0 if all(row.get("losses_agree", True) for row in rows) else 1
 
 
 def compare(shape: int, dtype: str, variants: list[str], rounds: int) -> list[dict[str, Any]]:

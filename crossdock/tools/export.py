@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from crossdock.checkpoint import HFCheckpoint
-from crossdock.config import ConfigError
+from crossdock.config import ConfigError, check_writable
 from crossdock.models import export_hf, left_out
 from crossdock.tools.opening import ModelSource, open_model
 
@@ -15,13 +15,14 @@ __all__ = ["check_export", "export"]
 
 
 def check_export(source: ModelSource, destination: Path) -> None:
-    """Raises ConfigError where there is nothing to export, or no room for it."""
+    """Raises ConfigError where there is nothing to export, or no place for it."""
     if isinstance(source.weights, HFCheckpoint):
         raise ConfigError(
             "model", str(source.path), "is in Hugging Face's format; must be a run folder or a checkpoint"
         )
     if destination.exists():
         raise ConfigError("destination", str(destination), "exists; name another folder, or remove it")
+    check_writable("destination", str(destination))
 
 
 def export(source: ModelSource, destination: Path, device: torch.device, dtype: str) -> str:

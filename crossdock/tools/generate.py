@@ -38,6 +38,10 @@ class Sampling:
 
 def check_prompt(hf_config: PreTrainedConfig, tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The tokens of a prompt; raises ConfigError for one without any, or one that leaves no room for another."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError("--prompt", ascii(prompt[:40]), "must be text in UTF-8") from None
     prompt_ids = tokenizer.encode(prompt).ids
     most = hf_config.max_position_embeddings - 1
     if not 1 <= len(prompt_ids) <= most:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from crossdock.checkpoint import CHECKPOINT_FOLDER, Checkpointer, CheckpointError, HFCheckpoint, find_checkpoint
 from crossdock.config import ASSETS_FOLDER, RUN_CONFIG_FILE, ConfigError, expert_parallel_degrees, read_toml
@@ -35,6 +35,7 @@ class ModelSource:
         seq_len: tokens of a sequence that it is used to.
         data: how its run packed documents; the defaults for other models.
         dtype: of the weights in memory: fp32, or float64 for such a run.
+        end_of_text_ids: what generation_config.json says that ends a text; `None` leaves it to the configuration.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class ModelSource:
     seq_len: int
     data: DataConfig
     dtype: torch.dtype
+    end_of_text_ids: list[int] | None
 
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer, which neither cuts nor pads.
@@ -102,7 +104,7 @@ def find_model(path: Path) -> ModelSource:
         cause = f"its config.json makes no model ({type(error).__name__}: {error})"
         raise ConfigError("model", str(path), cause) from error
     seq_len = min(seq_len, hf_config.max_position_embeddings)
-    return ModelSource(path, family, hf_config, moe, assets, weights, seq_len, data, dtype)
+    return ModelSource(path, family, hf_config, moe, assets, weights, seq_len, data, dtype, _end_of_text_ids(assets))
 
 
 def check_ranks(source: ModelSource, world_size: int) -> None:
@@ -139,9 +141,8 @@ def open_model(
     if not isinstance(source.weights, HFCheckpoint):
         folder, step = source.weights
         Checkpointer(folder, model, None).load(step)
-    if (source.assets / "generation_config.json").is_file() and model.generation_config is not None:
-        # What ends a text; how tokens are drawn is the user's to say.
-        model.generation_config.eos_token_id = GenerationConfig.from_pretrained(source.assets).eos_token_id
+    if source.end_of_text_ids is not None and model.generation_config is not None:
+        model.generation_config.eos_token_id = source.end_of_text_ids
     return model.eval()
 
 
@@ -149,6 +150,21 @@ def _fitting_backend(hf_config: PreTrainedConfig, experts: str) -> str:
     """`experts`, or eager where grouped_mm cannot take this model's matrices in bf16."""
     sizes = (hf_config.hidden_size, hf_config.moe_intermediate_size)
     return "eager" if experts == "grouped_mm" and any(size % 8 for size in sizes) else experts
+
+
+def _end_of_text_ids(assets: Path) -> list[int] | None:
+    """What generation_config.json names; how tokens are drawn is the user's to say."""
+    path = assets / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        ids = json.loads(path.read_text()).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError("model", str(assets), f"its generation_config.json cannot be read ({error})") from None
+    ids = [ids] if type(ids) is int else ids
+    if ids is not None and not (isinstance(ids, list) and all(type(token) is int for token in ids)):
+        raise ConfigError("model", str(assets), f"its generation_config.json has eos_token_id {ids!r}, not token ids")
+    return ids or None
 
 
 def _family_of(folder: Path) -> str:

@@ -123,7 +123,22 @@ def test_ranks_get_what_was_typed(launches: list[list[str]]) -> None:
     ]
 
 
-def test_ranks_get_the_prompt_from_standard_input(launches: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("-- a\nb"))
+@pytest.mark.parametrize("text", [b"-- a\nb", b"a\0b", "é".encode()])
+def test_ranks_get_the_prompt_from_standard_input(
+    launches: list[list[str]], monkeypatch: pytest.MonkeyPatch, text: bytes
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
     assert call("generate hf") == 0
-    assert launches == [["generate", "hf", "--prompt=-- a\nb"]]
+    ((command, model, option),) = launches
+    assert (command, model) == ("generate", "hf")
+    assert option.startswith("--prompt-file=")
+
+
+def test_a_prompt_that_is_no_text_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xffb")))
+    assert call("generate hf") == 2
+    assert "UTF-8" in capsys.readouterr().err
+    assert call("generate hf --prompt a\udcffb") == 2
+    assert "UTF-8" in capsys.readouterr().err

@@ -92,7 +92,7 @@ def read_load(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if header[1] != _VERSION:
         raise LoadFileError(f"{path} has version {header[1]}; this crossdock reads {_VERSION}")
     layers, experts = (int(size) for size in header[2:])
-    if layers < 1 or experts < 1:
+    if not 0 < layers * experts < 2**31:
         raise LoadFileError(f"{path} says that it has {layers} layers of {experts} experts")
     words = 1 + layers * experts
     records = (path.stat().st_size // _WORD.itemsize - _HEADER_WORDS) // words

@@ -100,7 +100,7 @@ def _parse(lines: list[str]) -> tuple[dict[int, dict[str, float]], int]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
+        if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < 2**53:
             broken += 1
             continue
         by_step[row["step"]] = {name: _number(value) for name, value in row.items() if _is_number(value)}
@@ -111,12 +111,16 @@ def _is_number(value: object) -> bool:
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
+# Charts take differences and powers of what they show.
+_MOST = 1e150
+
+
 def _number(value: float | None) -> float:
     try:
         number = np.nan if value is None else float(value)
     except OverflowError:
         number = np.nan
-    return number if np.isfinite(number) else np.nan
+    return number if abs(number) < _MOST else np.nan
 
 
 def _add_loads(records: RunRecords) -> None:

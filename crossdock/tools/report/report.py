@@ -28,6 +28,8 @@ def write_report(run_folder: Path, output: Path | None = None) -> Path:
         ReportError: for a folder without a run, or a place that cannot be written to.
     """
     path = run_folder / REPORT_FILE if output is None else output
+    if path.is_dir() or not path.name:
+        raise ReportError(f"cannot write {path}: it is a folder; name a file")
     html = page(read_run(run_folder))
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
