@@ -54,8 +54,8 @@ def main() -> int:
     for shape in arguments.shapes:
         for dtype in arguments.dtypes:
             rows += compare(shape, dtype, arguments.variants, arguments.rounds)
-    if arguments.write:
-        print(write_results("train_step", ["torch", "transformers", "accelerate", "crossdock"], rows))
+            if arguments.write:
+                print(write_results("train_step", ["torch", "transformers", "accelerate", "crossdock"], rows))
     return 0 if all(row.get("losses_agree", True) for row in rows) else 1
 
 
