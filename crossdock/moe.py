@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from crossdock.dispatch import Dispatcher, LocalDispatcher
-from crossdock.experts import EXPERTS_BACKENDS, GroupedExperts
+from crossdock.experts import GroupedExperts
 from crossdock.placement import Placement
 from crossdock.routing import (
     BatchTotals,
@@ -34,8 +34,9 @@ class MoEConfig:
 
     dispatcher: Literal["alltoall", "deepep"] = "alltoall"
     """How tokens travel between expert-parallel ranks. `deepep` is not built yet."""
-    experts: Literal["eager", "grouped_mm"] = "grouped_mm"
-    """How experts are computed. `eager` is a plain loop, the only one for float64."""
+    experts: Literal["auto", "cpu", "eager", "grouped_mm"] = "auto"
+    """How experts are computed. `auto`: `cpu` on a CPU, `grouped_mm` on a GPU, and `eager`, a plain loop, where that
+    cannot."""
     sequence_aux_loss_coeff: float = 0.0
     """Coefficient of the Switch auxiliary loss per sequence (1 is its value under perfect balance)."""
     batch_aux_loss_coeff: float = 0.0
@@ -79,14 +80,10 @@ class MoE(nn.Module):
         self.coefficients = LossCoefficients(
             config.sequence_aux_loss_coeff, config.batch_aux_loss_coeff, config.z_loss_coeff
         )
-        if config.experts not in EXPERTS_BACKENDS:
-            raise ValueError(f"experts backend {config.experts!r} is unknown; valid: {', '.join(EXPERTS_BACKENDS)}")
         self.hidden_size = hidden_size
         self.num_experts = router.num_experts
         self.router = Router(hidden_size, replace(router, expert_bias=router.expert_bias or config.expert_bias))
-        self.experts = GroupedExperts(
-            router.num_experts, hidden_size, intermediate_size, EXPERTS_BACKENDS[config.experts]
-        )
+        self.experts = GroupedExperts(router.num_experts, hidden_size, intermediate_size, config.experts)
         self.load = LoadCounter(router.num_experts)
         self.batch_totals: BatchTotals | None = None
         self.padding_mask: Tensor | None = None

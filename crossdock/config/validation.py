@@ -158,13 +158,6 @@ def _check_model(config: Config) -> PreTrainedConfig:
         _check_tokenizer(assets, model.vocab_size)
     most = model.max_position_embeddings
     _require(config, "training.seq_len", config.training.seq_len <= most, f"at most the model's {most} positions")
-    if config.moe.experts == "grouped_mm":
-        dtype = config.training.dtype
-        _require(config, "moe.experts", dtype != "float64", "training.dtype = float64 needs eager")
-        multiple = 8 if dtype == "bfloat16" else 4
-        for size in ("hidden_size", "moe_intermediate_size"):
-            valid = f"needs a model whose {size} is a multiple of {multiple}, not {getattr(model, size)}; use eager"
-            _require(config, "moe.experts", getattr(model, size) % multiple == 0, valid)
     return model
 
 

@@ -1,21 +1,25 @@
 """Experts: their parameters and the backends that compute with them."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
+from crossdock.experts.choice import AUTO, EXPERTS_BACKENDS, choose_backend
+from crossdock.experts.cpu import CPU_EXPERTS_OP, cpu
 from crossdock.experts.eager import eager
-from crossdock.experts.experts import ExpertParams, ExpertsBackend, GroupedExperts, swiglu
-from crossdock.experts.grouped_mm import grouped_mm, grouped_mm_problem
+from crossdock.experts.experts import ExpertParams, ExpertsBackend
+from crossdock.experts.formula import GPT_OSS, SWIGLU, ExpertsFormula
+from crossdock.experts.grouped_mm import grouped_mm
+from crossdock.experts.module import GroupedExperts
 
 __all__ = [
+    "AUTO",
+    "CPU_EXPERTS_OP",
     "EXPERTS_BACKENDS",
+    "GPT_OSS",
+    "SWIGLU",
     "ExpertParams",
     "ExpertsBackend",
+    "ExpertsFormula",
     "GroupedExperts",
+    "choose_backend",
+    "cpu",
     "eager",
     "grouped_mm",
-    "grouped_mm_problem",
-    "swiglu",
 ]
-
-EXPERTS_BACKENDS: Mapping[str, ExpertsBackend] = MappingProxyType({"eager": eager, "grouped_mm": grouped_mm})

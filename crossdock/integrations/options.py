@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from crossdock.dispatch import DISPATCHERS
-from crossdock.experts import EXPERTS_BACKENDS
+from crossdock.experts import AUTO, EXPERTS_BACKENDS
 
 __all__ = ["PluginOptions", "configure", "current_options"]
-
-AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -19,8 +17,8 @@ class PluginOptions:
     dispatcher: str = "alltoall"
     """How tokens travel, of `crossdock.dispatch.DISPATCHERS`. A model takes it when it is loaded."""
     experts: str = AUTO
-    """Backend of `experts_implementation="crossdock"`, of `crossdock.experts.EXPERTS_BACKENDS`, or `auto`: `grouped_mm`
-    where it can, `eager` for float64 and for rows that are no multiple of 16 bytes. Looked up in every forward pass."""
+    """Backend of `experts_implementation="crossdock"`, of `crossdock.experts.EXPERTS_BACKENDS`, or `auto`: `cpu` on
+    a CPU, `grouped_mm` on a GPU, `eager` where that cannot. Looked up in every forward pass."""
 
 
 _options = PluginOptions()

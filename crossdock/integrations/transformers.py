@@ -43,8 +43,8 @@ except ImportError as error:
     ) from error
 
 from crossdock.dispatch import Dispatched, build_dispatcher
-from crossdock.experts import EXPERTS_BACKENDS, ExpertParams, ExpertsBackend, grouped_mm_problem
-from crossdock.integrations.options import AUTO, current_options
+from crossdock.experts import ExpertParams, choose_backend
+from crossdock.integrations.options import current_options
 
 __all__ = ["NAME", "CrossdockEP", "crossdock_experts_forward"]
 
@@ -150,7 +150,7 @@ def crossdock_experts_forward(
         `[U, H]` in the dtype of `hidden_states`.
 
     Raises:
-        ValueError: if these are no gated SiLU experts without biases, or the configured backend cannot compute them.
+        ValueError: if these are no gated SiLU experts without biases,
     """
     _check_experts(experts)
     module: Any = experts
@@ -162,18 +162,11 @@ def crossdock_experts_forward(
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         # Autocast does not know every backend's products.
         dtype = torch.get_autocast_dtype(device)
-        params = ExpertParams(*(weight.to(dtype) for weight in params))
+        params = params.to(dtype)
     tokens = hidden_states.to(dtype)
     slot_ids = top_k_index.masked_fill(top_k_index >= len(gate_up), -1)
-    y = _backend(tokens, params)(tokens, slot_ids, top_k_weights, params)
-    return y.to(hidden_states.dtype)
-
-
-def _backend(tokens: Tensor, params: ExpertParams) -> ExpertsBackend:
-    name = current_options().experts
-    if name == AUTO:
-        name = "eager" if grouped_mm_problem(tokens, params) else "grouped_mm"
-    return EXPERTS_BACKENDS[name]
+    backend = choose_backend(current_options().experts, tokens, params)
+    return backend(tokens, slot_ids, top_k_weights, params).to(hidden_states.dtype)
 
 
 def _check_experts(experts: nn.Module) -> None:

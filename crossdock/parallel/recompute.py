@@ -12,6 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from crossdock.comm import EXCHANGE_OPS
+from crossdock.experts import CPU_EXPERTS_OP
 from crossdock.parallel.blocks import block_lists
 
 __all__ = ["ActivationCheckpointConfig", "apply_activation_checkpoint"]
@@ -21,6 +22,7 @@ _PRODUCTS = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten._grouped_mm.default,
+    CPU_EXPERTS_OP,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,

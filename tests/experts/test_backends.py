@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from crossdock.experts import EXPERTS_BACKENDS, ExpertParams, ExpertsBackend, GroupedExperts, eager, grouped_mm, swiglu
+from crossdock.experts import (
+    EXPERTS_BACKENDS,
+    GPT_OSS,
+    SWIGLU,
+    ExpertParams,
+    ExpertsBackend,
+    ExpertsFormula,
+    GroupedExperts,
+    choose_backend,
+    cpu,
+    eager,
+    grouped_mm,
+)
+from crossdock.experts.formula import ACTIVATIONS
 from tests.experts.oracle import experts_forward, experts_gradients
 
 # name: (U, K, slots, H, I, which routes)
@@ -52,18 +66,36 @@ def _routes(num_tokens: int, top_k: int, num_slots: int, pattern: str) -> Tensor
     return slot_ids.fill_(-1) if pattern == "none" else slot_ids
 
 
-def _inputs(case: str, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, ExpertParams, Tensor]:
-    """Tokens, slot ids, weights, parameters, and the output's gradient; weights without a route are not 0."""
+class Inputs(NamedTuple):
+    """Of a backend, and its output's gradient."""
+
+    tokens: Tensor
+    slot_ids: Tensor
+    weights: Tensor
+    params: ExpertParams
+    grad_y: Tensor
+    formula: ExpertsFormula
+
+
+def _inputs(
+    case: str, dtype: torch.dtype, seed: int = 0, *, formula: ExpertsFormula = SWIGLU, bias: bool = False
+) -> Inputs:
+    """Weights without a route are not 0."""
     num_tokens, top_k, num_slots, hidden_size, intermediate_size, pattern = CASES[case]
     torch.manual_seed(seed)
     tokens = torch.randn(num_tokens, hidden_size, dtype=torch.float64).to(dtype)
     slot_ids = _routes(num_tokens, top_k, num_slots, pattern)
     weights = torch.rand(num_tokens, top_k, dtype=torch.promote_types(dtype, torch.float32)) + 0.1
-    params = ExpertParams(
-        (torch.randn(num_slots, hidden_size, 2 * intermediate_size, dtype=torch.float64) * hidden_size**-0.5).to(dtype),
-        (torch.randn(num_slots, intermediate_size, hidden_size, dtype=torch.float64) * 0.5).to(dtype),
-    )
-    return tokens, slot_ids, weights, params, torch.randn(num_tokens, hidden_size, dtype=torch.float64).to(dtype)
+    width = formula.width(intermediate_size)
+    shapes = (num_slots, hidden_size, width), (num_slots, intermediate_size, hidden_size)
+    tensors = [
+        (torch.randn(shape, dtype=torch.float64) * scale).to(dtype)
+        for shape, scale in zip(shapes, (hidden_size**-0.5, 0.5), strict=True)
+    ]
+    if bias:
+        tensors += [torch.randn(num_slots, size, dtype=torch.float64).to(dtype) for size in (width, hidden_size)]
+    grad_y = torch.randn(num_tokens, hidden_size, dtype=torch.float64).to(dtype)
+    return Inputs(tokens, slot_ids, weights, ExpertParams(*tensors), grad_y, formula)
 
 
 def _evaluate(
@@ -73,37 +105,78 @@ def _evaluate(
     weights: Tensor,
     params: ExpertParams,
     grad_y: Tensor,
+    formula: ExpertsFormula = SWIGLU,
 ) -> dict[str, Tensor]:
     """The output and all gradients by name."""
-    leaves = [tensor.detach().requires_grad_() for tensor in (tokens, weights, *params)]
-    y = backend(leaves[0], slot_ids, leaves[1], ExpertParams(leaves[2], leaves[3]))
+    given = {"tokens": tokens, "weights": weights} | params._asdict()
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in given.items() if tensor is not None}
+    own_params = ExpertParams(*(leaves.get(name) for name in ExpertParams._fields))  # type: ignore[arg-type]
+    y = backend(leaves["tokens"], slot_ids, leaves["weights"], own_params, formula)
     assert y.dtype == tokens.dtype
     assert y.shape == tokens.shape
-    grads = torch.autograd.grad(y, leaves, grad_y)  # raises where an input is not in the graph
-    names = ("tokens", "weights", "gate_and_up_projs", "down_projs")
-    return {"y": y.detach()} | dict(zip(names, grads, strict=True))
+    grads = torch.autograd.grad(y, list(leaves.values()), grad_y)  # raises where an input is not in the graph
+    return {"y": y.detach()} | dict(zip(leaves, grads, strict=True))
 
 
 def _oracle(
-    tokens: Tensor, slot_ids: Tensor, weights: Tensor, params: ExpertParams, grad_y: Tensor
+    tokens: Tensor,
+    slot_ids: Tensor,
+    weights: Tensor,
+    params: ExpertParams,
+    grad_y: Tensor,
+    formula: ExpertsFormula = SWIGLU,
 ) -> dict[str, np.ndarray]:
-    arrays = [
-        tensor.double().numpy() if tensor.is_floating_point() else tensor.numpy() for tensor in (tokens, slot_ids)
-    ]
-    arrays += [tensor.double().numpy() for tensor in (weights, *params)]
-    return {"y": experts_forward(*arrays)} | experts_gradients(grad_y.double().numpy(), *arrays)._asdict()
+    floats = [None if tensor is None else tensor.double().numpy() for tensor in (tokens, weights, *params, grad_y)]
+    arrays: Any = [floats[0], slot_ids.numpy(), *floats[1:-1], formula]
+    grads = experts_gradients(floats[-1], *arrays)._asdict()  # type: ignore[arg-type]
+    return {"y": experts_forward(*arrays)} | {name: grad for name, grad in grads.items() if grad is not None}
 
 
 def _assert_close(ours: dict[str, Tensor], theirs: dict[str, np.ndarray], tolerance: float) -> None:
+    assert set(ours) == set(theirs)
     for name, expected in theirs.items():
         error = np.linalg.norm(ours[name].double().numpy() - expected)
         assert error <= tolerance * np.linalg.norm(expected), f"{name}: {error}"
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_eager_equals_the_float64_oracle(case: str) -> None:
+@pytest.mark.parametrize("backend", [eager, cpu])
+def test_equals_the_oracle_in_float64(backend: ExpertsBackend, case: str) -> None:
     inputs = _inputs(case, torch.float64)
-    _assert_close(_evaluate(eager, *inputs), _oracle(*inputs), 1e-12)
+    _assert_close(_evaluate(backend, *inputs), _oracle(*inputs), 1e-12)
+
+
+FORMULAS = {
+    **{f"{name}, gated": ExpertsFormula(name) for name in ACTIVATIONS},
+    **{f"{name}, ungated": ExpertsFormula(name, gated=False) for name in ACTIVATIONS},
+    "gpt-oss": GPT_OSS,
+    "clamped": ExpertsFormula("quick_gelu", limit=0.5, up_offset=1.0),
+    "clamped, ungated": ExpertsFormula("relu", gated=False, limit=0.5),
+    "weight on the input": ExpertsFormula(weight_on="input"),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_every_formula_equals_the_oracle(name: str, bias: bool) -> None:
+    for case in ("missing routes", "most slots idle", "no tokens"):
+        inputs = _inputs(case, torch.float64, formula=FORMULAS[name], bias=bias)
+        for backend in (eager, cpu):
+            _assert_close(_evaluate(backend, *inputs), _oracle(*inputs), 1e-12)
+        for dtype, tolerance in ((torch.float32, 5e-6), (torch.bfloat16, 4e-2)):
+            inputs = _inputs(case, dtype, formula=FORMULAS[name], bias=bias)
+            expected = _oracle(*inputs)
+            for _, backend in BACKENDS:
+                _assert_close(_evaluate(backend, *inputs), expected, tolerance)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"activation": "tanh"}, {"weight_on": "router"}, {"gated": False, "up_offset": 1.0}],
+)
+def test_an_impossible_formula_is_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=str(next(iter(arguments.values()))) if len(arguments) == 1 else "up_offset"):
+        ExpertsFormula(**arguments)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -112,6 +185,17 @@ def test_backends_equal_the_oracle_in_fp32(case: str) -> None:
     expected = _oracle(*inputs)
     for _, backend in BACKENDS:
         _assert_close(_evaluate(backend, *inputs), expected, 2e-6)
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_cpu_products_in_fp32_or_in_the_tokens_dtype(case: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this processor can: both ways of computing half precision are near the oracle."""
+    module = importlib.import_module("crossdock.experts.cpu")
+    monkeypatch.setattr(module, "_product_dtype", lambda dtype: dtype if native else torch.float32)
+    monkeypatch.setattr(module, "_BLOCK_VALUES", 64)
+    inputs = _inputs(case, torch.bfloat16, bias=True)
+    _assert_close(_evaluate(cpu, *inputs), _oracle(*inputs), 2e-2)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -135,7 +219,7 @@ def test_backends_stay_near_the_oracle_in_bf16(case: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_idle_slots_and_missing_routes_get_exact_zeros(name: str, backend: ExpertsBackend, dtype: torch.dtype) -> None:
     for case in ("most slots idle", "missing routes", "no routes", "no tokens"):
-        tokens, slot_ids, weights, params, grad_y = _inputs(case, dtype)
+        tokens, slot_ids, weights, params, grad_y, _ = _inputs(case, dtype)
         results = _evaluate(backend, tokens, slot_ids, weights, params, grad_y)
         without = (slot_ids < 0).all(dim=1)
         assert (results["y"][without] == 0).all()
@@ -152,7 +236,7 @@ def test_idle_slots_and_missing_routes_get_exact_zeros(name: str, backend: Exper
 @pytest.mark.parametrize(("name", "backend"), BACKENDS)
 def test_what_has_no_route_is_not_read(name: str, backend: ExpertsBackend) -> None:
     """NaN in rows and weights without a route, and in slots without a token, stays there."""
-    tokens, slot_ids, weights, params, grad_y = _inputs("missing routes", torch.float32)
+    tokens, slot_ids, weights, params, grad_y, _ = _inputs("missing routes", torch.float32)
     slot_ids[slot_ids == 3] = -1
     expected = _evaluate(backend, tokens, slot_ids, weights, params, grad_y)
     without = (slot_ids < 0).all(dim=1)
@@ -160,8 +244,8 @@ def test_what_has_no_route_is_not_read(name: str, backend: ExpertsBackend) -> No
     tokens[without] = torch.nan
     grad_y[without] = torch.nan
     weights[slot_ids < 0] = torch.nan
-    for param in params:
-        param[3] = torch.nan
+    for param in params[:2]:
+        param[3] = torch.nan  # type: ignore[index]
     for key, value in _evaluate(backend, tokens, slot_ids, weights, params, grad_y).items():
         assert torch.equal(value, expected[key]), f"{name}: {key}"
 
@@ -195,7 +279,7 @@ def test_nothing_depends_on_uninitialised_memory(name: str, backend: ExpertsBack
 @pytest.mark.parametrize(("name", "backend"), BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strided_inputs_change_nothing(name: str, backend: ExpertsBackend, dtype: torch.dtype) -> None:
-    tokens, slot_ids, weights, params, grad_y = _inputs("plain", dtype)
+    tokens, slot_ids, weights, params, grad_y, _ = _inputs("plain", dtype)
     expected = _evaluate(backend, tokens, slot_ids, weights, params, grad_y)
 
     def padded(tensor: Tensor) -> Tensor:
@@ -235,13 +319,13 @@ def test_sums_over_a_tokens_slots_in_fp32_and_rounds_once(name: str, backend: Ex
 
 @pytest.mark.parametrize(("name", "backend"), BACKENDS)
 def test_outputs_of_two_calls_with_disjoint_slots_add(name: str, backend: ExpertsBackend) -> None:
-    tokens, slot_ids, weights, params, _ = _inputs("skewed", torch.float32)
+    tokens, slot_ids, weights, params, _, _ = _inputs("skewed", torch.float32)
     whole = backend(tokens, slot_ids, weights, params)
     first = backend(
-        tokens, slot_ids.masked_fill(slot_ids >= 3, -1), weights, ExpertParams(*(param[:3] for param in params))
+        tokens, slot_ids.masked_fill(slot_ids >= 3, -1), weights, ExpertParams(*(param[:3] for param in params[:2]))
     )
     second_ids = torch.where(slot_ids < 3, -1, slot_ids - 3)
-    second = backend(tokens, second_ids, weights, ExpertParams(*(param[3:] for param in params)))
+    second = backend(tokens, second_ids, weights, ExpertParams(*(param[3:] for param in params[:2])))
     torch.testing.assert_close(first + second, whole, rtol=1e-5, atol=1e-5, msg=name)
 
 
@@ -252,28 +336,20 @@ def test_is_deterministic(name: str, backend: ExpertsBackend) -> None:
     assert all(torch.equal(value, second[key]) for key, value in first.items()), name
 
 
-def test_gradcheck_of_eager() -> None:
+@pytest.mark.parametrize("backend", [eager, cpu])
+def test_gradcheck(backend: ExpertsBackend) -> None:
     torch.manual_seed(0)
     slot_ids = torch.tensor([[0, 2], [2, -1], [-1, -1]])
     tokens, weights = torch.randn(3, 4, dtype=torch.float64), torch.rand(3, 2, dtype=torch.float64)
     params = torch.randn(3, 4, 6, dtype=torch.float64), torch.randn(3, 3, 4, dtype=torch.float64)
     leaves = tuple(tensor.requires_grad_() for tensor in (tokens, weights, *params))
-    assert torch.autograd.gradcheck(lambda x, w, g, d: eager(x, slot_ids, w, ExpertParams(g, d)), leaves)
+    assert torch.autograd.gradcheck(lambda x, w, g, d: backend(x, slot_ids, w, ExpertParams(g, d)), leaves)
 
 
-def test_swiglu_multiplies_the_weight_in_fp32_and_rounds_once() -> None:
-    torch.manual_seed(0)
-    gate_and_up, weights = (torch.randn(200, 32) * 3).bfloat16(), torch.rand(200)
-    gate, up = gate_and_up.double().chunk(2, dim=1)
-    exact = gate / (1 + (-gate).exp()) * up * weights.double()[:, None]
-    activated = swiglu(gate_and_up, weights)
-    assert activated.dtype == torch.bfloat16
-    assert ((activated.double() - exact).abs() <= 2.0**-8 * exact.abs()).all()
-
-
-@pytest.mark.parametrize(("name", "backend"), BACKENDS)
-def test_module_keeps_all_parameters_in_the_graph_when_idle(name: str, backend: ExpertsBackend) -> None:
-    experts = GroupedExperts(4, 8, 16, backend)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", EXPERTS_BACKENDS)
+def test_module_keeps_all_parameters_in_the_graph_when_idle(name: str, bias: bool) -> None:
+    experts = GroupedExperts(4, 8, 16, name, bias=bias)
     for tokens, slot_ids in ((torch.randn(0, 8), torch.zeros(0, 2)), (torch.randn(5, 8), -torch.ones(5, 2))):
         experts.zero_grad()
         weights = torch.rand(len(tokens), 2, requires_grad=True)
@@ -296,12 +372,28 @@ def test_module_keeps_all_parameters_in_the_graph_when_idle(name: str, backend: 
         (8, 12, torch.bfloat16, "intermediate_size = 12"),
     ],
 )
-def test_grouped_mm_names_what_it_cannot_do(
-    hidden_size: int, intermediate_size: int, dtype: torch.dtype, reason: str
+def test_grouped_mm_names_what_it_cannot_do_and_the_module_takes_eager(
+    hidden_size: int, intermediate_size: int, dtype: torch.dtype, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    experts = GroupedExperts(2, hidden_size, intermediate_size, grouped_mm).to(dtype)
+    experts = GroupedExperts(2, hidden_size, intermediate_size, "grouped_mm").to(dtype)
     tokens, slot_ids, weights = torch.randn(3, hidden_size, dtype=dtype), torch.zeros(3, 1).long(), torch.ones(3, 1)
+    params = ExpertParams(experts.gate_and_up_projs, experts.down_projs)
     with pytest.raises(ValueError, match=f"grouped_mm.*{reason}.*eager"):
-        experts(tokens, slot_ids, weights)
-    experts.backend = eager
-    assert experts(tokens, slot_ids, weights).shape == (3, hidden_size)
+        grouped_mm(tokens, slot_ids, weights, params)
+    importlib.import_module("crossdock.experts.choice")._say_once.cache_clear()
+    for _ in range(2):
+        assert torch.equal(experts(tokens, slot_ids, weights), eager(tokens, slot_ids, weights, params))
+    (said,) = caplog.messages
+    assert reason in said
+    assert "eager" in said
+
+
+def test_auto_takes_cpu_on_a_cpu() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        inputs = _inputs("plain", dtype)
+        assert choose_backend("auto", inputs.tokens, inputs.params) is cpu
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'abacus'.*auto, cpu, eager, grouped_mm"):
+        GroupedExperts(2, 8, 8, "abacus")

@@ -1,0 +1,313 @@
+"""Experts on a CPU: per-expert products into reused buffers, with the backward pass by hand.
+
+What surrounds the products (gathering rows, activation, summing per token) is done expert by expert, block by block,
+while the rows are in cache. Nothing of the size of all routes is made but the first product's output, which the
+backward pass needs; it recomputes the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossdock.experts.experts import ExpertParams
+from crossdock.experts.formula import SWIGLU, ExpertsFormula
+from crossdock.experts.routes import sort_routes
+
+__all__ = ["CPU_EXPERTS_OP", "cpu", "cpu_problem"]
+
+# Values that elementwise work takes at once: a few buffers of this many fit a core's cache, and a call costs little
+# beside them.
+_BLOCK_VALUES = 2**17
+_NATIVE = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16"),
+}
+
+
+def cpu(
+    tokens: Tensor, slot_ids: Tensor, weights: Tensor, params: ExpertParams, formula: ExpertsFormula = SWIGLU
+) -> Tensor:
+    """Contract and shapes: `ExpertsBackend`. Any floating dtype; CPU alone.
+
+    A half precision that the processor has no products for is computed in fp32, which rounds less often.
+    """
+    y, *_ = CPU_EXPERTS_OP(
+        tokens,
+        slot_ids,
+        weights,
+        *params,
+        formula.activation,
+        formula.gated,
+        formula.limit,
+        formula.up_offset,
+        formula.weight_on,
+    )
+    return y
+
+
+def cpu_problem(tokens: Tensor, params: ExpertParams) -> str | None:
+    """Why `cpu` cannot compute these `tokens` and `params`, or `None` where it can."""
+    return None if tokens.device.type == "cpu" else f"runs on a CPU, not on {tokens.device}"
+
+
+@cache
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What products of `dtype` are computed in: itself where the processor has instructions for it, else fp32."""
+    capabilities = torch.cpu.get_capabilities()
+    if dtype in _NATIVE and not any(capabilities.get(name) for name in _NATIVE[dtype]):
+        return torch.float32
+    return dtype
+
+
+class _Workspace:
+    """Buffers for one expert's rows at a time, in the dtype of products, reused from expert to expert."""
+
+    def __init__(self, dtype: torch.dtype, max_rows: int) -> None:
+        self.dtype = _product_dtype(dtype)
+        self._max_rows = max_rows
+        self._buffers: dict[str, Tensor] = {}
+
+    def rows(self, name: str, count: int, columns: int) -> Tensor:
+        """The first `count` rows of the buffer `name`."""
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty(self._max_rows, columns, dtype=self.dtype)
+        return self._buffers[name][:count]
+
+    def gather(self, name: str, source: Tensor, row: Tensor) -> Tensor:
+        """`source[row]`."""
+        out = self.rows(name, row.shape[0], source.shape[1])
+        if source.dtype == self.dtype:
+            return torch.index_select(source, 0, row, out=out)
+        return out.copy_(source.index_select(0, row))
+
+    def matrix(self, name: str, source: Tensor) -> Tensor:
+        """A weight in the dtype of products."""
+        if source.dtype == self.dtype:
+            return source
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty(source.shape, dtype=self.dtype)
+        return self._buffers[name].copy_(source)
+
+    def product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """Write `left @ right` to `out`, whatever its dtype."""
+        if out.dtype == self.dtype:
+            torch.mm(left, right, out=out)
+        else:
+            out.copy_(left @ right)
+
+
+def _block_rows(intermediate_size: int) -> int:
+    return max(1, _BLOCK_VALUES // intermediate_size)
+
+
+def _blocks(intermediate_size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of all tensors, as many at a time as elementwise work takes."""
+    step = _block_rows(intermediate_size)
+    if tensors[0].shape[0] <= step:
+        return iter([tensors])
+    return zip(*(torch.split(tensor, step) for tensor in tensors), strict=True)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, faster where that is nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+@torch.library.custom_op("crossdock::cpu_experts", mutates_args=(), device_types="cpu")
+def _forward(
+    tokens: Tensor,
+    slot_ids: Tensor,
+    weights: Tensor,
+    gate_and_up_projs: Tensor,
+    down_projs: Tensor,
+    gate_and_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    gated: bool,
+    limit: float | None,
+    up_offset: float,
+    weight_on: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`y [U, H]`; the pre-activation `[N, 2I]` of the `N` sorted routes, those routes `[N]`, and their counts."""
+    formula = ExpertsFormula(activation, gated, limit, up_offset, weight_on)  # type: ignore[arg-type]
+    intermediate_size, hidden_size = down_projs.shape[1:]
+    route, counts = sort_routes(slot_ids, len(down_projs))
+    row, weight = route // slot_ids.shape[1], weights.flatten()[route][:, None]
+    per_slot = counts.tolist()
+    work = _Workspace(tokens.dtype, max(per_slot))
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    pre_activations = tokens.new_empty(len(route), formula.width(intermediate_size))
+    y = torch.zeros(tokens.shape, dtype=wide)
+    of_slots = zip(*(tensor.split(per_slot) for tensor in (row, weight, pre_activations)), strict=True)
+    for slot, (own_row, own_weight, kept) in enumerate(of_slots):
+        if not (count := per_slot[slot]):
+            continue
+        x = work.gather("x", tokens, own_row)
+        if weight_on == "input":
+            x.mul_(own_weight)
+        pre = kept if kept.dtype == work.dtype else work.rows("pre", count, kept.shape[1])
+        torch.mm(x, work.matrix("gate_and_up", gate_and_up_projs[slot]), out=pre)
+        if gate_and_up_bias is not None:
+            pre.add_(gate_and_up_bias[slot])
+        if pre is not kept:
+            kept.copy_(pre)
+        h = work.rows("h", count, intermediate_size)
+        for block_pre, block_weight, block_h in _blocks(intermediate_size, pre, own_weight, h):
+            value = formula.activate(*formula.halves(_cast(block_pre, wide)))
+            if weight_on == "output":
+                torch.mul(value, block_weight, out=block_h)
+            else:
+                block_h.copy_(value)
+        out = work.rows("out", count, hidden_size)
+        torch.mm(h, work.matrix("down", down_projs[slot]), out=out)
+        if down_bias is not None:
+            bias = down_bias[slot].to(wide)
+            out.add_(bias * own_weight if weight_on == "output" else bias)
+        y.index_add_(0, own_row, _cast(out, wide))
+    return y.to(tokens.dtype), pre_activations, route, counts
+
+
+@torch.library.custom_op("crossdock::cpu_experts_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    grad_y: Tensor,
+    tokens: Tensor,
+    weights: Tensor,
+    gate_and_up_projs: Tensor,
+    down_projs: Tensor,
+    gate_and_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    pre_activations: Tensor,
+    route: Tensor,
+    counts: Tensor,
+    activation: str,
+    gated: bool,
+    limit: float | None,
+    up_offset: float,
+    weight_on: str,
+    needs_tokens: bool,
+    needs_params: bool,
+) -> list[Tensor]:
+    """Gradients of tokens, weights, and (where needed) of the parameters there are; an empty one where not needed."""
+    formula = ExpertsFormula(activation, gated, limit, up_offset, weight_on)  # type: ignore[arg-type]
+    intermediate_size, hidden_size = down_projs.shape[1:]
+    per_slot = counts.tolist()
+    row, weight = route // weights.shape[1], weights.flatten()[route][:, None]
+    work = _Workspace(tokens.dtype, max(per_slot))
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    params = [p for p in (gate_and_up_projs, down_projs, gate_and_up_bias, down_bias) if p is not None]
+    grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in params] if needs_params else []
+    for grad in grads:
+        for slot, count in enumerate(per_slot):
+            if not count:
+                grad[slot].zero_()
+    grad_gate_and_up_bias = grads[2] if grads and gate_and_up_bias is not None else None
+    grad_down_bias = grads[-1] if grads and down_bias is not None else None
+    grad_tokens = torch.zeros(tokens.shape if needs_tokens else (0,), dtype=wide)
+    grad_weight = torch.empty(len(route), dtype=wide)
+    needs_input = needs_tokens or weight_on == "input"
+    slopes = torch.empty(3, min(_block_rows(intermediate_size), max(per_slot)), intermediate_size, dtype=wide)
+    of_slots = zip(*(tensor.split(per_slot) for tensor in (row, weight, grad_weight, pre_activations)), strict=True)
+    for slot, (own_row, own_weight, own_grad_weight, pre) in enumerate(of_slots):
+        if not (count := per_slot[slot]):
+            continue
+        grad_out = work.gather("grad_out", grad_y, own_row)
+        grad_h = work.rows("grad_h", count, intermediate_size)
+        torch.mm(grad_out, work.matrix("down", down_projs[slot]).t(), out=grad_h)
+        h = work.rows("h", count, intermediate_size)
+        grad_pre = work.rows("grad_pre", count, pre.shape[1])
+        for block_pre, block_weight, block_grad_weight, block_grad_h, block_h, block_grad_pre in _blocks(
+            intermediate_size, pre, own_weight, own_grad_weight, grad_h, h, grad_pre
+        ):
+            value, gate_slope, up_slope = slopes[:, : block_pre.shape[0]].unbind()
+            value = block_h if h.dtype == wide else value
+            formula.slopes(*formula.halves(_cast(block_pre, wide)), value, gate_slope, up_slope)
+            grad_value = _cast(block_grad_h, wide)
+            if weight_on == "output":
+                torch.sum(value * grad_value, dim=1, out=block_grad_weight)
+                value.mul_(block_weight)
+                grad_value.mul_(block_weight)
+            if value is not block_h:
+                block_h.copy_(value)
+            grad_gate, grad_up = formula.halves(block_grad_pre)
+            torch.mul(grad_value, gate_slope, out=grad_gate)
+            if grad_up is not None:
+                torch.mul(grad_value, up_slope, out=grad_up)
+        x = work.gather("x", tokens, own_row) if grads or weight_on == "input" else None
+        if needs_input:
+            grad_x = work.rows("grad_x", count, hidden_size)
+            torch.mm(grad_pre, work.matrix("gate_and_up", gate_and_up_projs[slot]).t(), out=grad_x)
+            if x is not None and weight_on == "input":
+                torch.sum(_cast(x, wide) * grad_x, dim=1, out=own_grad_weight)
+                grad_x.mul_(own_weight)
+                x.mul_(own_weight)
+            if needs_tokens:
+                grad_tokens.index_add_(0, own_row, _cast(grad_x, wide))
+        if down_bias is not None and weight_on == "output":
+            own_grad_weight += _cast(grad_out, wide) @ down_bias[slot].to(wide)
+        if grads and x is not None:
+            work.product(x.t(), grad_pre, grads[0][slot])
+            work.product(h.t(), grad_out, grads[1][slot])
+        if grad_gate_and_up_bias is not None:
+            grad_gate_and_up_bias[slot] = grad_pre.sum(dim=0, dtype=wide)
+        if grad_down_bias is not None:
+            weighted = grad_out * own_weight if weight_on == "output" else grad_out
+            grad_down_bias[slot] = weighted.sum(dim=0, dtype=wide)
+    grad_weights = torch.zeros(weights.shape, dtype=weights.dtype)
+    grad_weights.view(-1).index_copy_(0, route, grad_weight.to(weights.dtype))
+    return [grad_tokens.to(tokens.dtype), grad_weights, *grads]
+
+
+@_forward.register_fake
+def _(tokens: Tensor, slot_ids: Tensor, weights: Tensor, gate_and_up_projs: Tensor, *_: Any) -> Any:
+    routes = torch.library.get_ctx().new_dynamic_size()
+    return (
+        torch.empty_like(tokens),
+        tokens.new_empty(routes, gate_and_up_projs.shape[2]),
+        slot_ids.new_empty(routes),
+        slot_ids.new_empty(len(gate_and_up_projs)),
+    )
+
+
+@_backward.register_fake
+def _(grad_y: Tensor, tokens: Tensor, weights: Tensor, *rest: Any) -> list[Tensor]:
+    params, (needs_tokens, needs_params) = [p for p in rest[:4] if p is not None], rest[-2:]
+    grad_tokens = torch.empty_like(tokens) if needs_tokens else tokens.new_empty(0)
+    return [grad_tokens, torch.empty_like(weights), *(torch.empty_like(p) for p in params if needs_params)]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tokens, _, weights, *params = inputs[:7]
+    _, pre_activations, route, counts = output
+    ctx.save_for_backward(tokens, weights, *params, pre_activations, route, counts)
+    ctx.formula = inputs[7:]
+    ctx.mark_non_differentiable(pre_activations, route, counts)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * len(ctx.needs_input_grad)
+    saved = ctx.saved_tensors
+    needs_tokens, _, needs_weights, *needs = ctx.needs_input_grad[:7]
+    grads = _backward(grad_y, *saved, *ctx.formula, needs_tokens, any(needs))
+    grad_tokens, grad_weights, *grad_params = grads
+    of_params = iter(grad_params)
+    given = [next(of_params, None) if param is not None else None for param in saved[2:6]]
+    return (
+        grad_tokens if needs_tokens else None,
+        None,
+        grad_weights if needs_weights else None,
+        *(grad if needed else None for grad, needed in zip(given, needs, strict=True)),
+        *(None for _ in ctx.formula),
+    )
+
+
+torch.library.register_autograd(_forward, _differentiate, setup_context=_setup)
+
+CPU_EXPERTS_OP = torch.ops.crossdock.cpu_experts.default
+"""The operator, for selective recompute: it keeps the outputs instead of running the products again."""

@@ -1,0 +1,87 @@
+"""The module that owns the experts' parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from crossdock.experts.choice import AUTO, EXPERTS_BACKENDS, choose_backend
+from crossdock.experts.experts import ExpertParams
+from crossdock.experts.formula import SWIGLU, ExpertsFormula
+
+__all__ = ["GroupedExperts"]
+
+
+class GroupedExperts(nn.Module):
+    """All experts of a layer, or a rank's part of them, as two parameters, or four with biases.
+
+    Args:
+        num_slots: rows of the parameters (`E` on one rank, `P/R` under expert parallelism).
+        hidden_size: `H`.
+        intermediate_size: `I`.
+        backend: computes the products; of `EXPERTS_BACKENDS`, or `auto`.
+        formula: what an expert computes.
+        bias: whether both products have one.
+
+    Attributes:
+        gate_and_up_projs, down_projs, gate_and_up_bias, down_bias: as in `ExpertParams`; the biases may be `None`.
+
+    Raises:
+        ValueError: for an unknown backend.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        hidden_size: int,
+        intermediate_size: int,
+        backend: str = AUTO,
+        formula: ExpertsFormula = SWIGLU,
+        *,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if backend != AUTO and backend not in EXPERTS_BACKENDS:
+            valid = ", ".join((AUTO, *EXPERTS_BACKENDS))
+            raise ValueError(f"experts backend {backend!r} is unknown; valid: {valid}")
+        self.backend = backend
+        self.formula = formula
+        width = formula.width(intermediate_size)
+        self.gate_and_up_projs = nn.Parameter(torch.empty(num_slots, hidden_size, width))
+        self.down_projs = nn.Parameter(torch.empty(num_slots, intermediate_size, hidden_size))
+        self.gate_and_up_bias = nn.Parameter(torch.empty(num_slots, width)) if bias else None
+        self.down_bias = nn.Parameter(torch.empty(num_slots, hidden_size)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Normal weights of deviation `std`; biases 0."""
+        nn.init.normal_(self.gate_and_up_projs, std=std)
+        nn.init.normal_(self.down_projs, std=std)
+        for bias in (self.gate_and_up_bias, self.down_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, tokens: Tensor, slot_ids: Tensor, weights: Tensor) -> Tensor:
+        """`tokens [U, H]`, `slot_ids [U, K]` (this rank's own slots), `weights [U, K]` -> `[U, H]`."""
+        params = ExpertParams(
+            _local(self.gate_and_up_projs),
+            _local(self.down_projs),
+            None if self.gate_and_up_bias is None else _local(self.gate_and_up_bias),
+            None if self.down_bias is None else _local(self.down_bias),
+        )
+        device = tokens.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            # Autocast does not know every backend's products.
+            dtype = torch.get_autocast_dtype(device)
+            tokens, params = tokens.to(dtype), params.to(dtype)
+        return choose_backend(self.backend, tokens, params)(tokens, slot_ids, weights, params, self.formula)
+
+    def extra_repr(self) -> str:
+        slots, intermediate_size, hidden_size = self.down_projs.shape
+        return f"slots={slots}, hidden_size={hidden_size}, intermediate_size={intermediate_size}, {self.backend}"
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """This rank's rows of an expert parameter, whose gradient is this rank's own as well."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
