@@ -96,7 +96,7 @@ MISTAKES = [
     ("train --model.hf-assets-path folder", "model.hf_assets_path", "folder'", "config.json"),
     ("train --model.hf-assets-path assets", "training.seq_len", "256", "128 positions"),
     ("train --training.seq-len 5000", "training.seq_len", "5000", "4096"),
-    ("train --training.dtype float64", "moe.experts", "'grouped_mm'", "eager"),
+    ("train --moe.experts abacus", "moe.experts", "'abacus'", "cpu"),
     ("train --nproc 2 --training.global-batch-size 17", "training.global_batch_size", "17", "multiple of 16"),
     ("train --nproc 2 --parallelism.expert-parallel-degree 3", "expert_parallel_degree", "3", "1, 2"),
     ("train --nproc 16 --parallelism.expert-parallel-degree 16", "expert_parallel_degree", "16", "at most 8"),
@@ -259,7 +259,7 @@ def test_an_unwritable_place_for_runs_is_named(
 
 @pytest.mark.parametrize(
     ("arguments", "field"),
-    [("train --nproc 4", "--nproc"), ("train --training.dtype float64 --moe.experts eager", "training.dtype")],
+    [("train --nproc 4", "--nproc"), ("train --training.dtype float64", "training.dtype")],
 )
 def test_gpus_set_limits(
     arguments: str, field: str, launches: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -388,11 +388,6 @@ def test_the_automatic_degree_is_two_where_the_ranks_are_even() -> None:
     assert [validate(config, ranks).ep for ranks in (1, 2, 3, 4, 5, 6, 8)] == [1, 2, 1, 2, 1, 2, 2]
 
 
-def test_float64_needs_the_eager_experts() -> None:
-    assert refusal(load_config(None, ["--training.dtype", "float64"])).field == "moe.experts"
-    validate(load_config(None, ["--training.dtype", "float64", "--moe.experts", "eager"]), 2)
-
-
 def test_settings_alone_say_nothing_of_the_layout() -> None:
     config = load_config(None, ["--parallelism.expert-parallel-degree", "3", "--training.global-batch-size", "17"])
     check_settings(config)
@@ -443,11 +438,3 @@ def test_a_file_of_the_assets_that_cannot_be_read_is_refused(name: str, content:
     error = refusal(assets_config(folder))
     assert error.field == "model.hf_assets_path"
     assert name in error.valid
-
-
-def test_sizes_that_grouped_mm_cannot_take_are_refused(tmp_path: Path) -> None:
-    folder = str(write_assets(tmp_path / "assets", moe_intermediate_size=12))
-    validate(assets_config(Path(folder)), 2)
-    error = refusal(assets_config(Path(folder), "--training.dtype", "bfloat16"))
-    assert error.field == "moe.experts"
-    validate(assets_config(Path(folder), "--training.dtype", "bfloat16", "--moe.experts", "eager"), 2)

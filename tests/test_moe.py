@@ -91,6 +91,9 @@ def test_output_and_gradients_equal_the_float64_reference(name: str) -> None:
     cases = (
         ("eager", torch.float64, 1e-12),
         ("eager", torch.float32, 2e-6),
+        ("cpu", torch.float64, 1e-12),
+        ("cpu", torch.float32, 2e-6),
+        ("cpu", torch.bfloat16, 2e-2),
         ("grouped_mm", torch.float32, 2e-6),
         ("grouped_mm", torch.bfloat16, 2e-2),
     )
@@ -101,14 +104,14 @@ def test_output_and_gradients_equal_the_float64_reference(name: str) -> None:
             _assert_close(_run(layer, x, mask, grad), _expected(layer, x, mask, grad), tolerance)
 
 
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("experts", ["cpu", "eager", "grouped_mm"])
 def test_2048_experts(experts: str) -> None:
     layer = _layer(RouterConfig(2048, 8), torch.float32, experts)
     x, mask, grad = _tokens(torch.float32)
     _assert_close(_run(layer, x, mask, grad), _expected(layer, x, mask, grad), 2e-6)
 
 
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("experts", ["cpu", "eager", "grouped_mm"])
 def test_skewed_routing_leaves_idle_experts_a_zero_gradient(experts: str) -> None:
     layer = _layer(RouterConfig(8, 2, expert_bias=True), torch.float32, experts)
     assert layer.router.expert_bias is not None
@@ -149,7 +152,7 @@ def test_shape_and_strides_of_the_input_change_nothing() -> None:
         np.testing.assert_array_equal(expanded[key], value)
 
 
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("experts", ["cpu", "eager", "grouped_mm"])
 def test_padding_gives_zero_rows_and_moves_nothing_else(experts: str) -> None:
     layer = _layer(ROUTERS["softmax"], torch.float32, experts)
     x, padding_mask, _ = _tokens(torch.float32)
@@ -162,7 +165,7 @@ def test_padding_gives_zero_rows_and_moves_nothing_else(experts: str) -> None:
     assert torch.equal(layer(other, padding_mask), output)
 
 
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("experts", ["cpu", "eager", "grouped_mm"])
 def test_no_tokens_give_zero_gradients(experts: str) -> None:
     layer = _layer(ROUTERS["softmax"], torch.float32, experts)
     for shape in ((0, H), (0, S, H), (B, 0, H)):
@@ -175,7 +178,7 @@ def test_no_tokens_give_zero_gradients(experts: str) -> None:
             assert (parameter.grad == 0).all(), name
 
 
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("experts", ["cpu", "eager", "grouped_mm"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_bad_numbers_flow_and_stay_in_their_row(experts: str, value: float) -> None:
     layer = _layer(
@@ -197,7 +200,7 @@ def test_wrong_sizes_and_names_are_refused() -> None:
     layer = _layer(ROUTERS["softmax"], torch.float32)
     with pytest.raises(ValueError, match=rf"{H + 1} features.*hidden_size is {H}"):
         layer(torch.randn(B, S, H + 1))
-    with pytest.raises(ValueError, match=r"'abacus'.*eager, grouped_mm"):
+    with pytest.raises(ValueError, match=r"'abacus'.*auto, cpu, eager, grouped_mm"):
         _layer(ROUTERS["softmax"], torch.float32, "abacus")
 
 

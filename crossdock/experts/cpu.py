@@ -200,7 +200,7 @@ def _backward(
     work = _Workspace(tokens.dtype, max(per_slot))
     wide = torch.promote_types(tokens.dtype, torch.float32)
     params = [p for p in (gate_and_up_projs, down_projs, gate_and_up_bias, down_bias) if p is not None]
-    grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in params] if needs_params else []
+    grads = [torch.empty_like(p) for p in params] if needs_params else []
     for grad in grads:
         for slot, count in enumerate(per_slot):
             if not count:

@@ -36,7 +36,7 @@ def _input_ids() -> torch.Tensor:
     return torch.randint(TINY.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("experts", ["cpu", "eager", "grouped_mm"])
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 def test_logits_equal_those_of_transformers(experts: str, norm_topk_prob: bool) -> None:
     torch.manual_seed(0)

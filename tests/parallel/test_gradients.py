@@ -352,7 +352,7 @@ def test_clipping_without_gradients_is_a_norm_of_zero() -> None:
     assert clip_grad_norm_(nn.Linear(2, 2).parameters(), 1.0) == 0
 
 
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("experts", ["cpu", "eager", "grouped_mm"])
 def test_autocast_computes_experts_in_its_dtype(experts: Any) -> None:
     model = build(8, torch.float32, MoEConfig(experts=experts))
     x = batch()[0].float()

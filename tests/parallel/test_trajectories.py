@@ -49,14 +49,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def float64_reference(ranks: RankPool, folder: Path) -> list[dict[str, Any]]:
-    return _run(ranks, folder, 1, 1, "--training.dtype", "float64", "--moe.experts", "eager")
+    return _run(ranks, folder, 1, 1, "--training.dtype", "float64")
 
 
 @pytest.mark.parametrize(("world_size", "ep"), LAYOUTS[1:])
 def test_float64_trajectory_equals_one_process(
     ranks: RankPool, folder: Path, float64_reference: list[dict[str, Any]], world_size: int, ep: int
 ) -> None:
-    results = _run(ranks, folder, world_size, ep, "--training.dtype", "float64", "--moe.experts", "eager")
+    results = _run(ranks, folder, world_size, ep, "--training.dtype", "float64")
     for name in ("loss", "grad_norm", "sequence_aux_loss", "z_loss"):
         np.testing.assert_allclose(_series(results, name), _series(float64_reference, name), rtol=1e-9)
     np.testing.assert_array_equal(_tokens(results, "expert_ids"), _tokens(float64_reference, "expert_ids"))
@@ -77,7 +77,7 @@ def test_recompute_and_accumulation_change_nothing(
         folder,
         2,
         2,
-        *("--training.dtype", "float64", "--moe.experts", "eager"),
+        *("--training.dtype", "float64"),
         *("--training.local-batch-size", "1", "--training.global-batch-size", str(GLOBAL_BATCH)),
         *("--activation-checkpoint.mode", mode),
     )

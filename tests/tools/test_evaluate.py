@@ -94,7 +94,7 @@ def test_padded_rows_train_alike_on_every_layout_and_count_no_padding(
     ranks: RankPool, folder: Path, within: bool
 ) -> None:
     settings = (
-        *("--data.packing", "documents", "--training.dtype", "float64", "--moe.experts", "eager"),
+        *("--data.packing", "documents", "--training.dtype", "float64"),
         *("--model.attn-implementation", "eager", "--moe.sequence-aux-loss-coeff", "0.01"),
         *("--metrics.load-interval", "1"),
         *(("--data.attend-within-documents",) if within else ()),
