@@ -5,7 +5,8 @@
 Each variant has two gloo processes of one thread of its own. They take turns, so that one variant runs at a time and
 all see the same noise; a ratio is taken within a round. All start from one checkpoint and see the same batches with the
 same optimizer (fused AdamW; no clipping, since torch's does not take transformers' mix of meshes). Their losses must
-agree. Peak memory is the resident set's, from the first step on.
+agree. Peak memory is the resident set's, from the first step on. Ours has the environment that `crossdock train` gives
+its ranks (`MEMORY_SETTINGS`: huge pages, freed memory kept); the others run as a user's own script would.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 from transformers.distributed import DistributedConfig
 
 from benchmarks.results_file import spread, write_results
+from crossdock.train.launch import MEMORY_SETTINGS
 
 WORLD_SIZE = 2
 BATCH, SEQ_LEN, VOCAB = 4, 512, 8192
@@ -140,7 +143,8 @@ class Team:
         for rank in range(WORLD_SIZE):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(variant, rank, folder, dtype, theirs), daemon=True)
-            process.start()
+            with environment(MEMORY_SETTINGS if variant == "crossdock" else {}):
+                process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
@@ -166,6 +170,18 @@ class Team:
         for process in self._processes:
             process.join(timeout=20)
             process.kill()
+
+
+@contextmanager
+def environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Within it, new processes inherit `settings`."""
+    before = dict(os.environ)
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _serve(variant: str, rank: int, folder: Path, dtype: str, pipe: Connection) -> None:

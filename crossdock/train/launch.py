@@ -19,10 +19,17 @@ from crossdock.checkpoint import CheckpointError
 from crossdock.config import Config, ConfigError, validate
 from crossdock.train.trainer import StopSignal, Trainer, TrainingStopped
 
-__all__ = ["ENDED_FOLDER", "Machines", "default_nproc", "run_rank", "start_ranks", "train_rank"]
+__all__ = ["ENDED_FOLDER", "MEMORY_SETTINGS", "Machines", "default_nproc", "run_rank", "start_ranks", "train_rank"]
 
 # A stopped run writes a checkpoint first; only after this is it killed.
 _SHUTDOWN_SECONDS = 600
+# For tensors in the machine's memory: huge pages, and freed memory that stays the process's own. Without them, a step
+# on CPU spends a tenth of its time and more in page faults.
+MEMORY_SETTINGS = {
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+}
 # Names the folder where each rank leaves a file when it has ended well; the launcher sets it.
 ENDED_FOLDER = "CROSSDOCK_ENDED_FOLDER"
 
@@ -84,6 +91,8 @@ def start_ranks(arguments: list[str], machines: Machines) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // machines.nproc)))
+    for name, value in MEMORY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_SECONDS))
     alone = machines.nnodes == 1
     config = LaunchConfig(
