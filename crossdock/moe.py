@@ -50,7 +50,7 @@ class MoEConfig:
 
 
 class MoE(nn.Module):
-    """A Mixture-of-Experts feed-forward layer (DESIGN.md, "The spine").
+    """A Mixture-of-Experts feed-forward layer (docs/design.md, "The spine").
 
     On one rank as it is; `crossdock.apply_ep` spreads its experts over many.
 

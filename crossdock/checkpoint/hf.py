@@ -53,7 +53,7 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True)
 class HFKeys:
-    """How a family's checkpoints name what its model holds (SEMANTICS.md, "Checkpoints on disk").
+    """How a family's checkpoints name what its model holds (docs/semantics.md, "Checkpoints on disk").
 
     Attributes:
         renamed: pairs (part of a parameter's name here, there).

@@ -145,11 +145,12 @@ def _override(config: Config, arguments: Sequence[str]) -> Config:
             value = rest.pop(0)
         name = option.replace("-", "_")
         switch = name.removeprefix("no_").replace(".no_", ".")
-        off = switch.replace(".", ".no-")
+        shown = switch.replace("_", "-")
+        off = shown.replace(".", ".no-")
         if settings.get(switch) is bool:
             if has_value:
-                raise ConfigError(switch, value, f"is a switch, without a value: --{switch} or --{off}")
-            canonical = f"--{switch if name == switch else off}"
+                raise ConfigError(switch, value, f"is a switch, without a value: --{shown} or --{off}")
+            canonical = f"--{shown if name == switch else off}"
         elif name not in settings:
             raise _unknown(name, value)
         elif not has_value:
@@ -184,7 +185,7 @@ def _expected(hint: Any) -> str:
     if get_origin(hint) is tuple:
         return f"{_expected(get_args(hint)[0])}, or several: a list in TOML, with commas on the command line"
     if get_origin(hint) is Literal:
-        return f"one of {', '.join(get_args(hint))}"
+        return f"one of {', '.join(str(choice) or 'nothing (empty)' for choice in get_args(hint))}"
     if get_args(hint):
         return " or ".join(map(_expected, get_args(hint)))
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}.get(hint, "None")

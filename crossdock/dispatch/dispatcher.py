@@ -1,4 +1,4 @@
-"""The contract of every dispatcher (DESIGN.md, contract 2)."""
+"""The contract of every dispatcher (docs/design.md, contract 2)."""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ def cpu_problem(tokens: Tensor, params: ExpertParams) -> str | None:
 @cache
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     """What products of `dtype` are computed in: itself where the processor has instructions for it, else fp32."""
-    capabilities = torch.cpu.get_capabilities()
+    # Not in every torch that is supported.
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if dtype in _NATIVE and not any(capabilities.get(name) for name in _NATIVE[dtype]):
         return torch.float32
     return dtype

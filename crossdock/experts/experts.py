@@ -1,4 +1,4 @@
-"""The contract of the backends that compute experts (DESIGN.md, contract 1)."""
+"""The contract of the backends that compute experts (docs/design.md, contract 1)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ExpertParams(NamedTuple):
 
 
 class ExpertsBackend(Protocol):
-    """A pure function (DESIGN.md, contract 1); it knows nothing of ranks or modules."""
+    """A pure function (docs/design.md, contract 1); it knows nothing of ranks or modules."""
 
     def __call__(
         self, tokens: Tensor, slot_ids: Tensor, weights: Tensor, params: ExpertParams, formula: ExpertsFormula = ...

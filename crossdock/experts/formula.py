@@ -1,4 +1,4 @@
-"""What an expert computes between its two products (SEMANTICS.md, "Experts")."""
+"""What an expert computes between its two products (docs/semantics.md, "Experts")."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ __all__ = ["EXPORT_DTYPES", "export_hf", "left_out", "write_assets"]
 
 _CONFIG_FILE = "config.json"
 _GENERATION_FILE = "generation_config.json"
+_TEMPLATES_FOLDER = "additional_chat_templates"
 _DTYPES_FILE = "tensor_dtypes.json"
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -67,11 +68,12 @@ def write_assets(
         OSError: where files cannot be read or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (*_TOKENIZER_FILES, _GENERATION_FILE):
-        if source is not None and (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    if source is not None:
+        _copy_texts(source, folder)
     shutil.copyfile(tokenizer_path, folder / _TOKENIZER_FILES[0])
     config = type(model.config).from_dict(model.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # Of the weights of the source, not of those that are written.
     config.architectures = config.architectures or [type(model).__name__]
     if config.eos_token_id is None:
         config.eos_token_id = end_of_text_id
@@ -153,10 +155,17 @@ def _read_dtypes(assets: Path, dtype: str) -> _Dtypes:
         raise OSError(0, f"cannot read {path} ({error}); name a dtype") from None
 
 
-def _copy_assets(assets: Path, folder: Path, default_dtype: str) -> None:
+def _copy_texts(source: Path, folder: Path) -> None:
+    """Copy what there is of the tokenizer's files and the generation configuration."""
     for name in (*_TOKENIZER_FILES, _GENERATION_FILE):
-        if (assets / name).is_file():
-            shutil.copyfile(assets / name, folder / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if (source / _TEMPLATES_FOLDER).is_dir():
+        shutil.copytree(source / _TEMPLATES_FOLDER, folder / _TEMPLATES_FOLDER, dirs_exist_ok=True)
+
+
+def _copy_assets(assets: Path, folder: Path, default_dtype: str) -> None:
+    _copy_texts(assets, folder)
     config = json.loads((assets / _CONFIG_FILE).read_text())
     config.pop("torch_dtype", None)
     config["dtype"] = str(DTYPES[default_dtype]).removeprefix("torch.")

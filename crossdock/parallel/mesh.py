@@ -1,4 +1,4 @@
-"""All meshes, derived and validated in one place (DESIGN.md, "Mesh and gradients")."""
+"""All meshes, derived and validated in one place (docs/design.md, "Mesh and gradients")."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ EMPTY = -1
 
 @dataclass(frozen=True)
 class Placement:
-    """An immutable map of slots to logical experts (DESIGN.md, contract 3).
+    """An immutable map of slots to logical experts (docs/design.md, contract 3).
 
     Rank `g` owns the slots `g * slots_per_rank .. (g + 1) * slots_per_rank - 1`. A slot may be empty (`-1`), so the
     number of experts need not be a multiple of the number of ranks.

@@ -1,4 +1,4 @@
-"""Expert bias: balance without an auxiliary loss (SEMANTICS.md, "Losses and bias"; arXiv 2408.15664)."""
+"""Expert bias: balance without an auxiliary loss (docs/semantics.md, "Losses and bias"; arXiv 2408.15664)."""
 
 from __future__ import annotations
 

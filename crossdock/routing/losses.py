@@ -1,4 +1,4 @@
-"""Auxiliary losses of the router, and the autograd node that carries them (SEMANTICS.md, "Losses and bias").
+"""Auxiliary losses of the router, and the autograd node that carries them (docs/semantics.md, "Losses and bias").
 
 Both losses enter the graph as gradients only: `attach_losses` is the identity on the layer's output, so that the
 reported language-model loss stays pure, and adds the losses' gradient in its backward pass. The same node counts the

@@ -46,7 +46,7 @@ class RouterConfig:
 
 
 class Routing(NamedTuple):
-    """A router's decision (DESIGN.md, contract 0).
+    """A router's decision (docs/design.md, contract 0).
 
     Attributes:
         expert_ids: `[T, K]` int64, `-1` for padding.
@@ -62,7 +62,7 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Top-k router (SEMANTICS.md, "Router").
+    """Top-k router (docs/semantics.md, "Router").
 
     Args:
         hidden_size: `H`.

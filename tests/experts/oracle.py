@@ -1,4 +1,4 @@
-"""The experts' mathematics (SEMANTICS.md, "Experts") in float64 numpy, route by route, with gradients by hand."""
+"""The experts' mathematics (docs/semantics.md, "Experts") in float64 numpy, route by route, with gradients by hand."""
 
 from __future__ import annotations
 

@@ -192,6 +192,17 @@ def test_whole_characters_are_streamed_up_to_the_end_of_the_text(ranks: RankPool
             assert up_to_end == with_end == pieces
 
 
+def test_generation_config_says_what_ends_a_text(ranks: RankPool, tmp_path: Path) -> None:
+    chain = _write_chain(tmp_path / "chain", "Aé☕𝄞!")
+    end = Tokenizer.from_file(str(chain / "tokenizer.json")).encode("!").ids[0]
+    for eos in (end, [500, end]):
+        (chain / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+        ((tokens, pieces),) = ranks.run(1, continue_texts, str(chain), [("A", {"max_new_tokens": 30})])[0]
+        assert tokens[-1] == end
+        assert len(tokens) == 10
+        assert pieces == ["é", "☕", "𝄞"]
+
+
 def test_streamed_pieces_join_to_the_decoded_text(ranks: RankPool, folder: Path) -> None:
     requests = [(PROMPTS[1], {"max_new_tokens": 60, "temperature": 1.5, "seed": seed}) for seed in range(6)]
     tokenizer = _tokenizer(folder)
