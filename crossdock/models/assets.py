@@ -73,7 +73,7 @@ def write_assets(
     shutil.copyfile(tokenizer_path, folder / _TOKENIZER_FILES[0])
     config = type(model.config).from_dict(model.config.to_dict())
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # Of the weights of the source, not of those that are written.
+        delattr(config, "quantization_config")  # Of the weights of the source, not of those that are written.
     config.architectures = config.architectures or [type(model).__name__]
     if config.eos_token_id is None:
         config.eos_token_id = end_of_text_id

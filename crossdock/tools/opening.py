@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -94,7 +94,6 @@ def find_model(path: Path) -> ModelSource:
     try:
         hf_config = resolve_hf_config(ModelConfig(name=name, hf_assets_path=str(assets)))
         family = FAMILIES[name]
-        moe = replace(moe, experts=_fitting_backend(hf_config, moe.experts))
         if weights is None:
             weights = HFCheckpoint.open(path)
             weights.check(build_model(family, hf_config, moe, dtype), family.hf_keys)
@@ -144,12 +143,6 @@ def open_model(
     if source.end_of_text_ids is not None and model.generation_config is not None:
         model.generation_config.eos_token_id = source.end_of_text_ids
     return model.eval()
-
-
-def _fitting_backend(hf_config: PreTrainedConfig, experts: str) -> str:
-    """`experts`, or eager where grouped_mm cannot take this model's matrices in bf16."""
-    sizes = (hf_config.hidden_size, hf_config.moe_intermediate_size)
-    return "eager" if experts == "grouped_mm" and any(size % 8 for size in sizes) else experts
 
 
 def _end_of_text_ids(assets: Path) -> list[int] | None:

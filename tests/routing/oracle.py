@@ -1,4 +1,4 @@
-"""The router's mathematics (docs/semantics.md, "Router" and "Losses and bias") in float64 numpy, with gradients by hand."""
+"""The router's mathematics (docs/semantics.md, "Router", "Losses and bias") in float64 numpy, gradients by hand."""
 
 from __future__ import annotations
 

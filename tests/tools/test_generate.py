@@ -200,7 +200,7 @@ def test_generation_config_says_what_ends_a_text(ranks: RankPool, tmp_path: Path
         ((tokens, pieces),) = ranks.run(1, continue_texts, str(chain), [("A", {"max_new_tokens": 30})])[0]
         assert tokens[-1] == end
         assert len(tokens) == 10
-        assert pieces == ["é", "☕", "𝄞"]
+        assert pieces == ["é", "☕", "𝄞", "!"]
 
 
 def test_streamed_pieces_join_to_the_decoded_text(ranks: RankPool, folder: Path) -> None:
