@@ -9,18 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from crossdock.dispatch import Dispatcher, LocalDispatcher
-from crossdock.experts import GroupedExperts
-from crossdock.placement import Placement
+from crossdock.dispatch import Dispatched, Dispatcher, LocalDispatcher
+from crossdock.experts import SWIGLU, ExpertsFormula, GroupedExperts, SharedExperts, load_factors
+from crossdock.placement import EMPTY, Placement
 from crossdock.routing import (
     BatchTotals,
     LoadCounter,
     LossCoefficients,
     Router,
     RouterConfig,
+    StepLoad,
     attach_losses,
     count_experts,
-    reduce_counts,
+    reduce_load,
     router_losses,
     update_expert_bias,
 )
@@ -41,12 +42,44 @@ class MoEConfig:
     """Coefficient of the Switch auxiliary loss per sequence (1 is its value under perfect balance)."""
     batch_aux_loss_coeff: float = 0.0
     """Coefficient of the Switch auxiliary loss per micro-batch. Depends on gradient accumulation by definition."""
+    global_aux_loss_coeff: float = 0.0
+    """Coefficient of the Switch auxiliary loss of the global batch, whose counts run up over the micro-batches of a
+    step. Depends on gradient accumulation by definition."""
     z_loss_coeff: float = 0.0
     """Coefficient of the router's z-loss."""
     expert_bias: bool = False
     """Balance by a bias on the scores' order instead of a loss."""
     expert_bias_rate: float = 1e-3
     """Step of the expert bias after each optimizer step."""
+    capacity_factor: float = 0.0
+    """Drop routes beyond `ceil(T K / E * capacity_factor)` per expert and rank; 0 drops none. Depends on the layout and
+    on gradient accumulation by definition."""
+    drop_policy: Literal["probs", "position"] = "probs"
+    """Which routes stay: those of the largest weights, or the first in token order."""
+    input_jitter: float = 0.0
+    """In training, multiply the router's input by uniform noise in `1 +- input_jitter`."""
+    router_dtype: Literal["float32", "input"] = "float32"
+    """What the router's product is computed in; `input` is the activations' dtype."""
+    gradient_scale: Literal["off", "output", "gradient"] = "off"
+    """In training, multiply an expert's outputs, or its weights' gradients, by the mean number of routes of the rank's
+    experts over its own. Depends on the layout and on gradient accumulation by definition."""
+    debug_force_zipf: float = -1.0
+    """Draw experts by a Zipf law of this exponent (0: uniform), whatever the router says; -1: off. For experiments."""
+    debug_force_zipf_seed: int = -1
+    """Shuffles which experts are popular; -1: the lower the index, the more popular."""
+
+    def router_config(self, family: RouterConfig) -> RouterConfig:
+        """The router that a model's `family` fixes, with what the user chose."""
+        return replace(
+            family,
+            expert_bias=family.expert_bias or self.expert_bias,
+            capacity_factor=self.capacity_factor or family.capacity_factor,
+            drop_policy=self.drop_policy if self.capacity_factor else family.drop_policy,
+            input_jitter=self.input_jitter or family.input_jitter,
+            router_dtype=family.router_dtype if self.router_dtype == "float32" else self.router_dtype,
+            force_zipf=family.force_zipf if self.debug_force_zipf < 0 else self.debug_force_zipf,
+            force_zipf_seed=family.force_zipf_seed if self.debug_force_zipf_seed < 0 else self.debug_force_zipf_seed,
+        )
 
 
 class MoE(nn.Module):
@@ -59,6 +92,10 @@ class MoE(nn.Module):
         intermediate_size: `I`, of each expert.
         router: number of experts, top-k and scoring.
         config: backends, losses, balance.
+        formula: what an expert computes.
+        bias: whether the experts' two products have one.
+        shared_intermediate_size: of the experts that every token passes, all together; 0 for none.
+        shared_gate: whether a learned gate scales their output.
 
     Attributes:
         placement: which slot on which rank holds which logical expert.
@@ -73,17 +110,38 @@ class MoE(nn.Module):
     _expert_to_slot: Tensor
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, router: RouterConfig, config: MoEConfig | None = None
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        router: RouterConfig,
+        config: MoEConfig | None = None,
+        *,
+        formula: ExpertsFormula = SWIGLU,
+        bias: bool = False,
+        shared_intermediate_size: int = 0,
+        shared_gate: bool = False,
     ) -> None:
         super().__init__()
         self.config = config = config or MoEConfig()
         self.coefficients = LossCoefficients(
-            config.sequence_aux_loss_coeff, config.batch_aux_loss_coeff, config.z_loss_coeff
+            config.sequence_aux_loss_coeff,
+            config.batch_aux_loss_coeff,
+            config.global_aux_loss_coeff,
+            config.z_loss_coeff,
         )
         self.hidden_size = hidden_size
         self.num_experts = router.num_experts
-        self.router = Router(hidden_size, replace(router, expert_bias=router.expert_bias or config.expert_bias))
-        self.experts = GroupedExperts(router.num_experts, hidden_size, intermediate_size, config.experts)
+        if config.gradient_scale == "output" and formula.weight_on == "input":
+            raise ValueError("gradient_scale = 'output' needs experts with the weight on the output, not on the input")
+        self.router = Router(hidden_size, config.router_config(router))
+        self.experts = GroupedExperts(
+            router.num_experts, hidden_size, intermediate_size, config.experts, formula, bias=bias
+        )
+        self.shared_experts = (
+            SharedExperts(hidden_size, shared_intermediate_size, gate=shared_gate, formula=formula)
+            if shared_intermediate_size
+            else None
+        )
         self.load = LoadCounter(router.num_experts)
         self.batch_totals: BatchTotals | None = None
         self.padding_mask: Tensor | None = None
@@ -136,16 +194,38 @@ class MoE(nn.Module):
 
         routing = self.router(tokens, sequence_shape=sequence_shape, padding_mask=mask)
         arriving = self.dispatcher.dispatch(tokens, self._slots(routing.expert_ids), routing.weights)
+        shared = self._shared(tokens, mask)  # while tokens travel
         arrived = arriving.wait()
-        y = self.experts(arrived.tokens, arrived.slot_ids, arrived.weights)
+        weights, factors = self._scaled(arrived)
+        y = self.experts(arrived.tokens, arrived.slot_ids, weights, factors)
         output = self.dispatcher.combine(y, arrived.handle).wait()
+        if shared is not None:
+            output = output + shared
 
         if self.training and output.requires_grad:
-            losses = router_losses(routing, self.coefficients, sequence_shape, mask, self.batch_totals)
-            output = attach_losses(output, routing, losses, self.coefficients, self.load)
+            losses = router_losses(routing, self.coefficients, sequence_shape, mask, self.batch_totals, self.load)
+            output = attach_losses(output, routing, losses, self.coefficients, self.load, mask)
         else:
             self.load.record_evaluation(count_experts(routing.expert_ids, self.num_experts))
         return output.view(x.shape)
+
+    def _shared(self, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
+        """What the shared experts give, `[T, H]`; 0 for padding."""
+        if self.shared_experts is None:
+            return None
+        output = self.shared_experts(tokens)
+        return output if mask is None else output.masked_fill(mask[:, None], 0)
+
+    def _scaled(self, arrived: Dispatched) -> tuple[Tensor, Tensor | None]:
+        """The routes' weights, and the factors of the parameters' gradients, under `gradient_scale`."""
+        scale = self.config.gradient_scale
+        if scale == "off" or not self.training:
+            return arrived.weights, None
+        num_experts = sum(expert != EMPTY for expert in self.local_expert_ids)
+        factors = load_factors(arrived.slot_ids, len(self.local_expert_ids), num_experts, arrived.weights.dtype)
+        if scale == "gradient":
+            return arrived.weights, factors
+        return arrived.weights * factors[arrived.slot_ids], None
 
     def _slots(self, expert_ids: Tensor) -> Tensor:
         """Logical experts to global slots, `[T, K]`; `-1` stays."""
@@ -160,19 +240,20 @@ def moe_layers(model: nn.Module) -> dict[str, MoE]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
 
 
-def set_batch_totals(model: nn.Module, sequences: int, tokens: int) -> None:
+def set_batch_totals(model: nn.Module, sequences: int, tokens: int, group: dist.ProcessGroup | None = None) -> None:
     """Tell every MoE layer the size of the global batch (all ranks and micro-batches of the step).
 
     Args:
         sequences: rows of the batch.
         tokens: unpadded tokens, more than 0.
+        group: the data-parallel ranks, for the auxiliary loss of the `global` level; `None` for this rank alone.
     """
-    totals = BatchTotals(sequences, tokens)
+    totals = BatchTotals(sequences, tokens, None if group is None else group.group_name)
     for layer in moe_layers(model).values():
         layer.batch_totals = totals
 
 
-def finish_step(model: nn.Module, group: dist.ProcessGroup | None = None, *, update_bias: bool = True) -> Tensor:
+def finish_step(model: nn.Module, group: dist.ProcessGroup | None = None, *, update_bias: bool = True) -> StepLoad:
     """After an optimizer step: sum the step's counts over the ranks, move the expert biases, start counting anew.
 
     Args:
@@ -181,12 +262,12 @@ def finish_step(model: nn.Module, group: dist.ProcessGroup | None = None, *, upd
         update_bias: false leaves the biases as they are, after a step that was skipped.
 
     Returns:
-        `[L, E]` int64, routes per layer and logical expert over the whole global batch.
+        Routes per layer and logical expert, and routes that were dropped, over the whole global batch.
     """
     layers = list(moe_layers(model).values())
-    counts = reduce_counts([layer.load for layer in layers], group)
-    for layer, layer_counts in zip(layers, counts, strict=True):
+    load = reduce_load([layer.load for layer in layers], group)
+    for layer, layer_counts in zip(layers, load.routes, strict=True):
         if update_bias:
             update_expert_bias([layer.router], layer_counts[None], layer.config.expert_bias_rate)
         layer.load.reset()
-    return counts
+    return load

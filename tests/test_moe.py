@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from crossdock import MoE, MoEConfig, RouterConfig, moe_layers
+from crossdock.experts import ExpertsFormula
 from tests.experts.oracle import experts_forward, experts_gradients
 from tests.routing.oracle import route, route_gradients
 
@@ -231,3 +232,60 @@ def test_metadata_of_one_rank() -> None:
     assert layer.local_expert_ids == (0, 1, 2, 3, 4)
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Sequential(layer)})
     assert moe_layers(model) == {"b.0": layer}
+
+
+def _with_shared(gate: bool, **settings: Any) -> MoE:
+    torch.manual_seed(0)
+    layer = MoE(H, I, RouterConfig(6, 2), MoEConfig(**settings), shared_intermediate_size=12, shared_gate=gate)
+    return layer.double()
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_shared_experts_add_to_the_routed_ones(gate: bool) -> None:
+    layer = _with_shared(gate)
+    shared = layer.shared_experts
+    assert shared is not None
+    assert shared.up_proj is not None
+    assert (shared.gate is not None) == gate
+    x, padding_mask, _ = _tokens(torch.float64)
+    gate_part, up = x @ shared.gate_proj.weight.T, x @ shared.up_proj.weight.T
+    expected = (gate_part * gate_part.sigmoid() * up) @ shared.down_proj.weight.T
+    if shared.gate is not None:
+        expected = expected * (x @ shared.gate.weight.T).sigmoid()
+    output = layer(x)
+    layer.shared_experts = None
+    torch.testing.assert_close(output, layer(x) + expected)
+    layer.shared_experts = shared
+    assert (layer(x, padding_mask)[padding_mask] == 0).all()
+    layer(x).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in shared.parameters())
+
+
+def test_gradient_scale_multiplies_by_mean_over_own_routes() -> None:
+    """Each expert alone: outputs by `c / c_e`, or its weights' gradients by it and all else as it is."""
+    x, _, grad = _tokens(torch.float64)
+    results, factors = {}, torch.ones(6, dtype=torch.float64)
+    for scale in ("off", "output", "gradient"):
+        layer = _layer(RouterConfig(6, 2, norm_topk_prob=False), torch.float64, gradient_scale=scale)
+        results[scale] = _run(layer, x, None, grad)
+        counts = layer.load.tokens_per_expert
+        assert counts.min() > 0
+        assert counts.max() > counts.min()
+        factors = counts.double().mean() / counts
+        evaluated = layer.eval()(x)
+        np.testing.assert_allclose(_array(evaluated), results["off"]["output"], rtol=1e-12)
+    column = factors.numpy()[:, None, None]
+    for name, theirs in results["off"].items():
+        ours = results["gradient"][name]
+        np.testing.assert_allclose(ours, theirs * column if "experts" in name else theirs, rtol=1e-6)
+    plain = _layer(RouterConfig(6, 2, norm_topk_prob=False), torch.float64)
+    with torch.no_grad():
+        plain.experts.down_projs.mul_(factors[:, None, None])
+    expected = _run(plain, x, None, grad)
+    np.testing.assert_allclose(results["output"]["output"], expected["output"], rtol=1e-6)
+    np.testing.assert_allclose(results["output"]["x"], expected["x"], rtol=1e-6, atol=1e-9)
+
+
+def test_gradient_scale_of_the_output_needs_the_weight_there() -> None:
+    with pytest.raises(ValueError, match=r"gradient_scale.*weight on the output"):
+        MoE(H, I, RouterConfig(6, 2), MoEConfig(gradient_scale="output"), formula=ExpertsFormula(weight_on="input"))

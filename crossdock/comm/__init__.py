@@ -8,6 +8,16 @@ from crossdock.comm.collectives import (
     exchange,
     exchange_counts,
     raise_together,
+    sum_over_ranks,
 )
 
-__all__ = ["EXCHANGE_OPS", "Pending", "Splits", "attach_exchange", "exchange", "exchange_counts", "raise_together"]
+__all__ = [
+    "EXCHANGE_OPS",
+    "Pending",
+    "Splits",
+    "attach_exchange",
+    "exchange",
+    "exchange_counts",
+    "raise_together",
+    "sum_over_ranks",
+]

@@ -15,15 +15,26 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["EXCHANGE_OPS", "Pending", "Splits", "attach_exchange", "exchange", "exchange_counts", "raise_together"]
+__all__ = [
+    "EXCHANGE_OPS",
+    "Pending",
+    "Splits",
+    "attach_exchange",
+    "exchange",
+    "exchange_counts",
+    "raise_together",
+    "sum_over_ranks",
+]
 
 T = TypeVar("T")
 
 _all_to_all = torch.ops._c10d_functional.all_to_all_single.default
 _wait = torch.ops._c10d_functional.wait_tensor.default
 
+_all_reduce = torch.ops._c10d_functional.all_reduce.default
+
 # What selective recompute must save, so that it never repeats an exchange.
-EXCHANGE_OPS = (_all_to_all, _wait)
+EXCHANGE_OPS = (_all_to_all, _all_reduce, _wait)
 
 
 class Pending(Generic[T]):
@@ -109,6 +120,11 @@ class _Finish(Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         # What is returned is still on its way; nothing but `_AwaitGradient` lies between.
         return _start(grads[0], ctx.splits.reversed, ctx.group_name), None, None, None
+
+
+def sum_over_ranks(values: Tensor, group_name: str) -> Tensor:
+    """The sum of `values` over the ranks of a group, the same on all of them. Without a gradient."""
+    return _wait(_all_reduce(values.detach(), "sum", group_name))
 
 
 def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:

@@ -107,10 +107,14 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "0 or more": (
         lambda value: value >= 0,
         "optimizer.lr optimizer.weight_decay lr_scheduler.warmup_steps moe.sequence_aux_loss_coeff "
-        "moe.batch_aux_loss_coeff moe.z_loss_coeff moe.expert_bias_rate checkpoint.interval checkpoint.keep_latest_k "
-        "metrics.load_interval validation.interval validation.max_samples",
+        "moe.batch_aux_loss_coeff moe.global_aux_loss_coeff moe.z_loss_coeff moe.expert_bias_rate moe.capacity_factor "
+        "checkpoint.interval checkpoint.keep_latest_k metrics.load_interval validation.interval validation.max_samples",
     ),
-    "at least 0 and below 1": (lambda value: 0 <= value < 1, "optimizer.beta1 optimizer.beta2 data.held_out"),
+    "at least 0 and below 1": (
+        lambda value: 0 <= value < 1,
+        "optimizer.beta1 optimizer.beta2 data.held_out moe.input_jitter",
+    ),
+    "0 or more, or -1": (lambda value: value >= 0 or value == -1, "moe.debug_force_zipf moe.debug_force_zipf_seed"),
     "0 to 1": (lambda value: 0 <= value <= 1, "lr_scheduler.min_lr_factor lr_scheduler.decay_ratio"),
     "0 to 2^63 - 1": (lambda value: 0 <= value < 2**63, "training.seed"),
     "1 to 31536000, a year": (lambda value: 0 < value <= 31_536_000, "job.comm_timeout_seconds"),
@@ -120,6 +124,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 def _check_dispatcher(config: Config) -> None:
     size = config.model.flavor.removesuffix(DEEPEP_SUFFIX)
     use = f"not available yet; use moe.dispatcher = {' or '.join(DISPATCHERS)}"
+    forced = config.training.debug_moe_force_load_balance and config.moe.debug_force_zipf >= 0
+    _require(config, "moe.debug_force_zipf", not forced, "does not go with training.debug_moe_force_load_balance")
     available = config.moe.dispatcher in DISPATCHERS
     _require(
         config, "model.flavor", available or size == config.model.flavor, f"deepep is {use}, model.flavor = {size}"

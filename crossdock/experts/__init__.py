@@ -7,6 +7,8 @@ from crossdock.experts.experts import ExpertParams, ExpertsBackend
 from crossdock.experts.formula import GPT_OSS, SWIGLU, ExpertsFormula
 from crossdock.experts.grouped_mm import grouped_mm
 from crossdock.experts.module import GroupedExperts
+from crossdock.experts.scaling import load_factors
+from crossdock.experts.shared import SharedExperts
 
 __all__ = [
     "AUTO",
@@ -18,8 +20,10 @@ __all__ = [
     "ExpertsBackend",
     "ExpertsFormula",
     "GroupedExperts",
+    "SharedExperts",
     "choose_backend",
     "cpu",
     "eager",
     "grouped_mm",
+    "load_factors",
 ]

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from crossdock.experts.choice import AUTO, EXPERTS_BACKENDS, choose_backend
 from crossdock.experts.experts import ExpertParams
 from crossdock.experts.formula import SWIGLU, ExpertsFormula
+from crossdock.experts.scaling import scale_gradient
 
 __all__ = ["GroupedExperts"]
 
@@ -62,14 +63,22 @@ class GroupedExperts(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def forward(self, tokens: Tensor, slot_ids: Tensor, weights: Tensor) -> Tensor:
-        """`tokens [U, H]`, `slot_ids [U, K]` (this rank's own slots), `weights [U, K]` -> `[U, H]`."""
+    def forward(
+        self, tokens: Tensor, slot_ids: Tensor, weights: Tensor, gradient_factors: Tensor | None = None
+    ) -> Tensor:
+        """`tokens [U, H]`, `slot_ids [U, K]` (this rank's own slots), `weights [U, K]` -> `[U, H]`.
+
+        `gradient_factors [P/R]` multiply the gradients of each slot's parameters.
+        """
         params = ExpertParams(
             _local(self.gate_and_up_projs),
             _local(self.down_projs),
             None if self.gate_and_up_bias is None else _local(self.gate_and_up_bias),
             None if self.down_bias is None else _local(self.down_bias),
         )
+        if gradient_factors is not None:
+            scaled = (None if tensor is None else scale_gradient(tensor, gradient_factors) for tensor in params)
+            params = ExpertParams(*scaled)  # type: ignore[arg-type]
         device = tokens.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             # Autocast does not know every backend's products.

@@ -1,7 +1,17 @@
 """Routing: the decision, its losses, its bias and its statistics."""
 
 from crossdock.routing.bias import update_expert_bias
-from crossdock.routing.load import LoadCounter, max_mean_load, reduce_counts
+from crossdock.routing.capacity import DropPolicy, expert_capacity, within_capacity
+from crossdock.routing.forced import deal_out, draw_zipf
+from crossdock.routing.load import (
+    CollapseMonitor,
+    LoadCounter,
+    LoadStatistics,
+    Observed,
+    StepLoad,
+    load_statistics,
+    reduce_load,
+)
 from crossdock.routing.losses import (
     BatchTotals,
     LossCoefficients,
@@ -11,21 +21,31 @@ from crossdock.routing.losses import (
     switch_loss,
     z_loss,
 )
-from crossdock.routing.router import Router, RouterConfig, Routing
+from crossdock.routing.router import Router, RouterConfig, Routing, ScoreFunction
 
 __all__ = [
     "BatchTotals",
+    "CollapseMonitor",
+    "DropPolicy",
     "LoadCounter",
+    "LoadStatistics",
     "LossCoefficients",
+    "Observed",
     "Router",
     "RouterConfig",
     "Routing",
+    "ScoreFunction",
+    "StepLoad",
     "attach_losses",
     "count_experts",
-    "max_mean_load",
-    "reduce_counts",
+    "deal_out",
+    "draw_zipf",
+    "expert_capacity",
+    "load_statistics",
+    "reduce_load",
     "router_losses",
     "switch_loss",
     "update_expert_bias",
+    "within_capacity",
     "z_loss",
 ]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from crossdock.routing.load import LoadCounter
+from crossdock.comm import sum_over_ranks
+from crossdock.routing.load import LoadCounter, Observed
 from crossdock.routing.router import Routing
 
 __all__ = [
@@ -35,25 +36,39 @@ class LossCoefficients:
     Attributes:
         sequence_aux: Switch loss per sequence, averaged over the sequences of the global batch.
         batch_aux: Switch loss of a rank's micro-batch.
+        global_aux: Switch loss of the global batch, with counts that run up within the step.
         z: mean squared log-sum-exp of the logits.
     """
 
     sequence_aux: float = 0.0
     batch_aux: float = 0.0
+    global_aux: float = 0.0
     z: float = 0.0
 
     def active(self) -> dict[str, float]:
         """The coefficient of each loss that is on, by the name under which its value is recorded."""
-        named = {"sequence_aux_loss": self.sequence_aux, "batch_aux_loss": self.batch_aux, "z_loss": self.z}
+        named = {
+            "sequence_aux_loss": self.sequence_aux,
+            "batch_aux_loss": self.batch_aux,
+            "global_aux_loss": self.global_aux,
+            "z_loss": self.z,
+        }
         return {name: coefficient for name, coefficient in named.items() if coefficient}
 
 
 @dataclass(frozen=True)
 class BatchTotals:
-    """Size of the global batch, which a micro-batch's losses are a share of: sequences, and unpadded tokens (not 0)."""
+    """The global batch, which a micro-batch's losses are a share of.
+
+    Attributes:
+        sequences: rows.
+        tokens: unpadded ones, more than 0.
+        group_name: of the process group whose ranks share the batch; `None` for this rank alone.
+    """
 
     sequences: int
     tokens: int
+    group_name: str | None = None
 
 
 def count_experts(expert_ids: Tensor, num_experts: int) -> Tensor:
@@ -100,6 +115,7 @@ def router_losses(
     sequence_shape: tuple[int, ...],
     padding_mask: Tensor | None,
     totals: BatchTotals | None,
+    load: LoadCounter,
 ) -> dict[str, Tensor]:
     """This micro-batch's share of each loss that is on, before its coefficient; the shares sum to the global loss.
 
@@ -109,6 +125,7 @@ def router_losses(
         sequence_shape: the shape of the tokens, `(B, S)`; a sequence is a row.
         padding_mask: `[T]` bool or `None`.
         totals: the global batch; `None` where this micro-batch is all of it.
+        load: what the step has counted so far, for the `global` level.
     """
     if not coefficients.active():
         return {}
@@ -137,29 +154,57 @@ def router_losses(
         losses["sequence_aux_loss"] = switch(sequences).sum() / totals.sequences
     if coefficients.batch_aux:
         losses["batch_aux_loss"] = switch(1).squeeze(0) * unpadded * token_share
+    if coefficients.global_aux:
+        losses["global_aux_loss"] = _global_switch_loss(
+            (probabilities * mask[:, None]).sum(dim=0) * token_share, routing, unpadded, totals, load
+        )
     if coefficients.z:
         losses["z_loss"] = z_loss(routing.logits, mask) * token_share
     return losses
 
 
+def _global_switch_loss(
+    mean_probability: Tensor, routing: Routing, unpadded: Tensor, totals: BatchTotals, load: LoadCounter
+) -> Tensor:
+    """`E sum_e f_e P_e`, with `f_e` of all tokens of the step until now and `P_e` this micro-batch's share of the mean.
+
+    With one micro-batch per rank, the shares sum to the Switch loss of the global batch. One collective, functional:
+    selective recompute keeps its result; earlier micro-batches are counted when their backward pass has run.
+    """
+    num_experts, top_k = routing.logits.shape[-1], routing.expert_ids.shape[-1]
+    seen = torch.cat([load.tokens_per_expert, load.tokens[None]])
+    seen = seen + torch.cat([count_experts(routing.expert_ids, num_experts), unpadded[None]])
+    if totals.group_name is not None:
+        seen = sum_over_ranks(seen, totals.group_name)
+    frequency = seen[:-1].to(mean_probability.dtype) / (seen[-1] * top_k).clamp_min(1)
+    return num_experts * (frequency * mean_probability).sum()
+
+
 def attach_losses(
-    output: Tensor, routing: Routing, losses: dict[str, Tensor], coefficients: LossCoefficients, load: LoadCounter
+    output: Tensor,
+    routing: Routing,
+    losses: dict[str, Tensor],
+    coefficients: LossCoefficients,
+    load: LoadCounter,
+    padding_mask: Tensor | None = None,
 ) -> Tensor:
     """Identity on `output` `[T, H]`; its backward adds the losses' gradient and counts tokens per expert, once."""
     weights = coefficients.active()
     total = sum((weights[name] * loss for name, loss in losses.items()), start=routing.logits.new_zeros(()))
-    counts = count_experts(routing.expert_ids, routing.logits.shape[-1])
+    routes = count_experts(routing.expert_ids, routing.logits.shape[-1])
+    tokens = routes.new_tensor(len(routing.logits)) if padding_mask is None else (~padding_mask).sum()
+    observed = Observed(routes, tokens, routes.new_zeros(()) if routing.dropped is None else routing.dropped)
     values = {name: loss.detach() for name, loss in losses.items()}
-    return _AttachLosses.apply(output, total, counts, values, load)  # type: ignore[return-value]
+    return _AttachLosses.apply(output, total, observed, values, load)  # type: ignore[return-value]
 
 
 class _AttachLosses(Function):
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, loss: Tensor, counts: Tensor, values: dict[str, Tensor], load: LoadCounter
+        ctx: Any, output: Tensor, loss: Tensor, observed: Observed, values: dict[str, Tensor], load: LoadCounter
     ) -> Tensor:
         # Plain attributes, not saved tensors: saved tensors of a checkpointed region are computed again.
-        ctx.counts, ctx.values, ctx.load = counts, values, load
+        ctx.observed, ctx.values, ctx.load = observed, values, load
         ctx.loss_dtype, ctx.loss_device = loss.dtype, loss.device
         return output.view_as(output)
 
@@ -167,6 +212,6 @@ class _AttachLosses(Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         # Once per forward pass, though a graph that is retained can run backward again.
         if ctx.load is not None:
-            ctx.load.record(ctx.counts, ctx.values)
+            ctx.load.record(ctx.observed, ctx.values)
             ctx.load = None
         return grads[0], torch.ones((), dtype=ctx.loss_dtype, device=ctx.loss_device), None, None, None

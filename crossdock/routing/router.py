@@ -5,60 +5,115 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Router", "RouterConfig", "Routing"]
+from crossdock.routing.capacity import DropPolicy, expert_capacity, within_capacity
+from crossdock.routing.forced import deal_out, draw_zipf
+
+__all__ = ["Router", "RouterConfig", "Routing", "ScoreFunction"]
 
 NO_EXPERT = -1
+ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
 
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """What a model family fixes about its router.
+    """How a router decides. Most of it is fixed by the model's family; the rest is the user's choice.
 
     Attributes:
         num_experts: `E`.
         top_k: `K`, experts per token.
-        score_function: scores from logits.
+        score_function: scores from logits; `sqrt_softplus` is DeepSeek-V4's.
+        softmax_over: `all` experts before the choice, or the `chosen` alone after it (gpt-oss); softmax only.
         norm_topk_prob: divide a token's weights by their sum.
         routed_scaling_factor: multiplies the weights.
+        n_group, topk_group: experts in `n_group` equal groups in order; only those of the best `topk_group` can be
+            chosen.
+        group_score: a group's score: the sum of its two largest (`top2_sum`, DeepSeek-V3) or its largest (`max`, V2).
+        bias: a learned bias on the logits (gpt-oss).
+        router_dtype: of the product: `float32`, or the `input`'s.
         expert_bias: keep a bias per expert that is added to the scores for the choice alone (aux-loss-free balancing).
+        input_jitter: in training, multiply the router's input by uniform noise in `1 +- input_jitter` (Switch).
+        capacity_factor: drop routes beyond `ceil(T K / E * capacity_factor)` per expert; `None` drops none.
+        drop_policy: which routes stay: those with the largest weights (`probs`), or the first in order (`position`).
         force_load_balance: ignore the scores' order and deal experts out in turn; for measurements.
+        force_zipf: ignore the scores' order and draw experts by Zipf's law of this exponent; for experiments.
+        force_zipf_seed: shuffles which experts are popular; `None`: the lower the index, the more popular.
+
+    Raises:
+        ValueError: for a combination that decides nothing; the message names the field.
     """
 
     num_experts: int
     top_k: int
-    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    score_function: ScoreFunction = "softmax"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     expert_bias: bool = False
     force_load_balance: bool = False
+    softmax_over: Literal["all", "chosen"] = "all"
+    n_group: int = 1
+    topk_group: int = 1
+    group_score: Literal["top2_sum", "max"] = "top2_sum"
+    bias: bool = False
+    router_dtype: Literal["float32", "input"] = "float32"
+    input_jitter: float = 0.0
+    capacity_factor: float | None = None
+    drop_policy: DropPolicy = "probs"
+    force_zipf: float | None = None
+    force_zipf_seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f"top_k ({self.top_k}) must be between 1 and num_experts ({self.num_experts})")
-        if self.score_function not in ("softmax", "sigmoid"):
-            raise ValueError(f"score_function {self.score_function!r} is unknown; valid: softmax, sigmoid")
+        experts, top_k = self.num_experts, self.top_k
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"top_k ({top_k}) must be between 1 and num_experts ({experts})")
+        for name, value, valid in (
+            ("score_function", self.score_function, get_args(ScoreFunction)),
+            ("softmax_over", self.softmax_over, ("all", "chosen")),
+            ("group_score", self.group_score, ("top2_sum", "max")),
+            ("router_dtype", self.router_dtype, ("float32", "input")),
+            ("drop_policy", self.drop_policy, get_args(DropPolicy)),
+        ):
+            if value not in valid:
+                raise ValueError(f"{name} {value!r} is unknown; valid: {', '.join(valid)}")
+        if self.softmax_over == "chosen" and self.score_function != "softmax":
+            raise ValueError(f"softmax_over = 'chosen' needs score_function softmax, not {self.score_function}")
+        if self.n_group < 1 or experts % self.n_group:
+            raise ValueError(f"n_group ({self.n_group}) must divide num_experts ({experts})")
+        reachable = self.topk_group * experts // self.n_group
+        if not 1 <= self.topk_group <= self.n_group or reachable < top_k:
+            raise ValueError(
+                f"topk_group ({self.topk_group}) must be at most n_group ({self.n_group}) and give top_k ({top_k}) "
+                f"experts to choose from, not {reachable}"
+            )
+        if not 0 <= self.input_jitter < 1:
+            raise ValueError(f"input_jitter ({self.input_jitter}) must be at least 0 and less than 1")
+        if self.capacity_factor is not None and not self.capacity_factor > 0:
+            raise ValueError(f"capacity_factor ({self.capacity_factor}) must be more than 0, or None")
+        if self.force_zipf is not None and (self.force_load_balance or self.force_zipf < 0):
+            raise ValueError(f"force_zipf ({self.force_zipf}) must be at least 0, and without force_load_balance")
 
 
 class Routing(NamedTuple):
     """A router's decision (docs/design.md, contract 0).
 
     Attributes:
-        expert_ids: `[T, K]` int64, `-1` for padding.
-        weights: `[T, K]` fp32 (float64 where `x` is), `0` for padding.
-        scores: `[T, E]` in the dtype of `weights`, without bias.
+        expert_ids: `[T, K]` int64, `-1` for padding and dropped routes.
+        weights: `[T, K]` fp32 (float64 where `x` is), `0` for padding and dropped routes.
+        scores: `[T, E]` in the dtype of `weights`, without the expert bias.
         logits: `[T, E]` likewise.
+        dropped: scalar int64, routes beyond the capacity; `None` where there is none.
     """
 
     expert_ids: Tensor
     weights: Tensor
     scores: Tensor
     logits: Tensor
+    dropped: Tensor | None = None
 
 
 class Router(nn.Module):
@@ -75,12 +130,16 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(config.num_experts)) if config.bias else None
         bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.expert_bias else None
         self.register_buffer("expert_bias", bias)
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
+        """A normal weight of deviation `std`; both biases 0."""
         nn.init.normal_(self.weight, std=std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
         if self.expert_bias is not None:
             self.expert_bias.zero_()
 
@@ -94,42 +153,72 @@ class Router(nn.Module):
             sequence_shape: `(B, S)` with `B * S = T`, for routers that look at whole sequences; this one does not.
             padding_mask: `[T]` bool, true where a token is padding: it gets no expert.
         """
+        config = self.config
+        if self.training and config.input_jitter:
+            x = x * torch.empty_like(x).uniform_(1 - config.input_jitter, 1 + config.input_jitter)
         logits = self._logits(x)
-        scores = logits.softmax(dim=-1) if self.config.score_function == "softmax" else logits.sigmoid()
-        expert_ids = self._choose(scores.detach(), padding_mask)
-        weights = scores.gather(1, expert_ids)
-        if self.config.norm_topk_prob:
+        scores = self._scores(logits)
+        over_chosen = config.softmax_over == "chosen"
+        expert_ids = self._choose((logits if over_chosen else scores).detach(), padding_mask)
+        weights = logits.gather(1, expert_ids).softmax(dim=-1) if over_chosen else scores.gather(1, expert_ids)
+        if config.norm_topk_prob and not over_chosen:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        weights = weights * self.config.routed_scaling_factor
+        weights = weights * config.routed_scaling_factor
         if padding_mask is not None:
             expert_ids = expert_ids.masked_fill(padding_mask[:, None], NO_EXPERT)
             weights = weights.masked_fill(padding_mask[:, None], 0)
-        return Routing(expert_ids, weights, scores, logits)
+        if config.capacity_factor is None:
+            return Routing(expert_ids, weights, scores, logits)
+        tokens = len(x) if padding_mask is None else (~padding_mask).sum()
+        capacity = expert_capacity(tokens, config.top_k, config.num_experts, config.capacity_factor)
+        stays = within_capacity(expert_ids, weights.detach(), config.num_experts, capacity, config.drop_policy)
+        dropped = ((expert_ids >= 0) & ~stays).sum()
+        return Routing(
+            expert_ids.masked_fill(~stays, NO_EXPERT), weights.masked_fill(~stays, 0), scores, logits, dropped
+        )
 
     def _logits(self, x: Tensor) -> Tensor:
-        """`x W^T` `[T, E]` in fp32 (float64 where `x` is), under autocast too."""
-        compute_dtype = torch.promote_types(x.dtype, torch.float32)
+        """`x W^T (+ b)` `[T, E]` in fp32 (float64 where `x` is), under autocast too."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        compute = wide if self.config.router_dtype == "float32" else x.dtype
         device = x.device.type
         has_autocast = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
-            return F.linear(x.to(compute_dtype), self.weight.to(compute_dtype))
+            bias = None if self.bias is None else self.bias.to(compute)
+            return F.linear(x.to(compute), self.weight.to(compute), bias).to(wide)
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        match self.config.score_function:
+            case "softmax":
+                return logits.softmax(dim=-1)
+            case "sigmoid":
+                return logits.sigmoid()
+            case _:
+                return F.softplus(logits).sqrt()
 
     def _choose(self, scores: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """The `K` experts of each token, `[T, K]`. The bias changes which are chosen, never their weights."""
-        if self.config.force_load_balance:
-            return self._deal_out(scores, padding_mask)
+        """The `K` experts of each token, `[T, K]`. The expert bias changes which are chosen, never their weights."""
+        config, (num_tokens, num_experts), device = self.config, scores.shape, scores.device
+        if config.force_load_balance:
+            return deal_out(num_tokens, num_experts, config.top_k, padding_mask, device)
+        if config.force_zipf is not None:
+            return draw_zipf(num_tokens, num_experts, config.top_k, config.force_zipf, config.force_zipf_seed, device)
         if self.expert_bias is not None:
             scores = scores + self.expert_bias
-        return scores.topk(self.config.top_k, dim=-1).indices
+        if config.topk_group < config.n_group:
+            scores = self._within_best_groups(scores)
+        return scores.topk(config.top_k, dim=-1).indices
 
-    def _deal_out(self, scores: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Experts in turn, token after token, so that no two experts' counts differ by more than one."""
-        num_tokens, num_experts = scores.shape
-        position = torch.arange(num_tokens, device=scores.device)
-        if padding_mask is not None:
-            position = (~padding_mask).cumsum(0) - 1
-        first = position.clamp_min(0)[:, None] * self.config.top_k
-        return (first + torch.arange(self.config.top_k, device=scores.device)) % num_experts
+    def _within_best_groups(self, scores: Tensor) -> Tensor:
+        """`scores [T, E]` with those outside the best groups at minus infinity: 0 could still win over a negative."""
+        groups = scores.view(len(scores), self.config.n_group, -1)
+        if self.config.group_score == "max":
+            group_scores = groups.amax(dim=-1)
+        else:
+            group_scores = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(dim=-1)
+        best = group_scores.topk(self.config.topk_group, dim=-1).indices
+        loses = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
+        return groups.masked_fill(loses[..., None], -torch.inf).view_as(scores)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         # A cast of the model (`model.bfloat16()`) must leave the bias in fp32: its steps of 1e-3 would be rounded away.

@@ -135,11 +135,11 @@ def train_rank(config: Config, environment: Mapping[str, str]) -> int:
     stop = StopSignal()
     stop.install()
     dims = validate(config, int(environment["WORLD_SIZE"]))
-    if environment["RANK"] == "0":
-        # The package's own notes; not those of the libraries it uses.
-        notes = logging.getLogger("crossdock")
-        notes.setLevel(logging.INFO)
-        notes.addHandler(logging.StreamHandler(sys.stdout))
+    # The package's own notes, once; not those of the libraries it uses.
+    notes = logging.getLogger("crossdock")
+    notes.setLevel(logging.INFO)
+    notes.propagate = False
+    notes.addHandler(logging.StreamHandler(sys.stdout) if environment["RANK"] == "0" else logging.NullHandler())
     first_on_machine = environment["LOCAL_RANK"] == "0"
 
     def train(device: torch.device) -> int:

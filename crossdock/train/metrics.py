@@ -13,7 +13,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["MetricsLog", "ProgressDisplay", "last_logged_step", "memory_use", "say"]
+from crossdock.routing import StepLoad, load_statistics
+
+__all__ = ["MetricsLog", "ProgressDisplay", "last_logged_step", "load_metrics", "memory_use", "say"]
 
 
 def memory_use(device: torch.device) -> tuple[float, float]:
@@ -28,6 +30,21 @@ def memory_use(device: torch.device) -> tuple[float, float]:
         held = int(Path("/proc/self/statm").read_text().split()[1]) * page
         there = os.sysconf("SC_PHYS_PAGES") * page
     return held / 2**30, 100 * held / there
+
+
+def load_metrics(load: StepLoad) -> dict[str, float]:
+    """How even a step's load was, of the layer where it is worst, and how many experts and routes went without."""
+    statistics = load_statistics(load.routes)
+    worst = [statistics.max_mean.max(), statistics.variation.max(), statistics.entropy.min()]
+    totals = [statistics.dead.sum(), load.dropped.sum().double()]
+    max_mean, variation, entropy, dead, dropped = torch.stack([*worst, *totals]).tolist()
+    return {
+        "max_mean_load": max_mean,
+        "load_variation": variation,
+        "load_entropy": entropy,
+        "dead_experts": int(dead),
+        "dropped_routes": int(dropped),
+    }
 
 
 class MetricsLog:

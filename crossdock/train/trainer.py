@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
@@ -24,16 +25,18 @@ from crossdock.data import IGNORED_LABEL, Batch, TokenBatches, evaluation_batche
 from crossdock.models import FAMILIES, batch_loss, count_parameters, export_hf, left_out
 from crossdock.moe import finish_step, moe_layers, set_batch_totals
 from crossdock.parallel import ParallelDims, clip_grad_norm_
-from crossdock.routing import max_mean_load
+from crossdock.routing import CollapseMonitor
 from crossdock.tools.evaluate import evaluate
 from crossdock.train.flops import Speed
-from crossdock.train.metrics import memory_use, say
+from crossdock.train.metrics import load_metrics, memory_use, say
 from crossdock.train.optimizer import build_optimizer, learning_rate_factor
 from crossdock.train.preparing import build_training_model, prepare_run_tokens, write_settings
 from crossdock.train.record import RunRecord, lock_folder
 from crossdock.train.together import TrainingStopped, first_named, from_first_rank, together
 
 __all__ = ["StopSignal", "Trainer", "TrainingStopped"]
+
+logger = logging.getLogger(__name__)
 
 EXPORT_FOLDER = "hf"
 
@@ -92,6 +95,7 @@ class Trainer:
             f"(ep {dims.ep}, ep_shard {dims.ep_shard}), {config.training.dtype}; run folder {self.folder}"
         )
         self.layers = list(moe_layers(self.model).values())
+        self._collapse = CollapseMonitor(list(moe_layers(self.model)), self.layers[0].router.config.top_k)
         self.speed = Speed.of(self.model, config.training.seq_len, device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         materialise_optimizer_state(self.optimizer)
@@ -184,7 +188,7 @@ class Trainer:
             The step's metrics and its routes per layer and logical expert `[L, E]`, the same on all ranks.
         """
         config = self.config.training
-        set_batch_totals(self.model, self.batches.global_batch_size, tokens)
+        set_batch_totals(self.model, self.batches.global_batch_size, tokens, dist.group.WORLD)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
             share = batch_loss(self.model, **batch.inputs(self.device)) / max(targets, 1)
@@ -201,7 +205,9 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
-        counts = finish_step(self.model, dist.group.WORLD, update_bias=finite)
+        load = finish_step(self.model, dist.group.WORLD, update_bias=finite)
+        for message in self._collapse.update(load.routes.cpu()) if self.rank == 0 else ():
+            logger.warning(f"step {self.step}: {message}")
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.skipped_steps += not finite
         self.optimizer.zero_grad()
@@ -211,10 +217,10 @@ class Trainer:
             "grad_norm": norm if math.isfinite(norm) else None,
             "lr": rate,
             **memory,
-            "max_mean_load": max_mean_load(counts).max().item(),
+            **load_metrics(load),
             "tokens": tokens,
             "skipped_steps": self.skipped_steps,
-        }, counts
+        }, load.routes
 
     def _batch_totals(self, batches: list[Batch]) -> tuple[int, int, bool]:
         """Targets and tokens of the global batch, and whether any rank was asked to stop. The step's agreement."""

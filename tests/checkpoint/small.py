@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from crossdock.checkpoint import Checkpointer
 from crossdock.moe import MoE, MoEConfig, moe_layers
 from crossdock.parallel import ParallelDims, clip_grad_norm_, parallelize, plain_name
-from crossdock.routing import RouterConfig, reduce_counts, update_expert_bias
+from crossdock.routing import RouterConfig, reduce_load, update_expert_bias
 
 __all__ = ["Contents", "Run", "Small", "fill_experts"]
 
@@ -116,7 +116,7 @@ class Run:
         loss.backward()
         norm = clip_grad_norm_(self.model.parameters(), 1.0).item()
         layers = list(moe_layers(self.model).values())
-        counts = reduce_counts([layer.load for layer in layers], dist.group.WORLD)
+        counts = reduce_load([layer.load for layer in layers], dist.group.WORLD).routes
         self.optimizer.step()
         self.optimizer.zero_grad()
         update_expert_bias([layer.router for layer in layers], counts, 1e-2)

@@ -8,7 +8,7 @@ import numpy as np
 
 __all__ = ["NumpyRouting", "dense_weights", "route", "route_gradients", "sequence_losses", "z_losses"]
 
-ScoreFunction = Literal["softmax", "sigmoid"]
+ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
 
 
 class NumpyRouting(NamedTuple):
@@ -35,8 +35,10 @@ def route(
     if score_function == "softmax":
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         scores = exponentials / exponentials.sum(axis=1, keepdims=True)
-    else:
+    elif score_function == "sigmoid":
         scores = 1 / (1 + np.exp(-logits))
+    else:
+        scores = np.sqrt(np.log1p(np.exp(logits)))
     selection = scores if bias is None else scores + bias
     expert_ids = np.argsort(-selection, axis=1, kind="stable")[:, :top_k]
     weights = np.take_along_axis(scores, expert_ids, axis=1)
@@ -61,7 +63,7 @@ def route_gradients(
     """Gradients of `x` and of the router's `weight` from the gradient of the routing weights `[T, K]`.
 
     With `w_k = f s_k / S`, `S = sum_j s_j`: `dL/ds_k = f (g_k - sum_j g_j s_j / S) / S`.
-    Softmax: `dL/dz = p (g - g.p)`; sigmoid: `dL/dz = g s (1 - s)`.
+    Softmax: `dL/dz = p (g - g.p)`; sigmoid: `dL/dz = g s (1 - s)`; `sqrt(softplus)`: `dL/dz = g sigmoid(z) / (2 s)`.
     """
     real = routing.expert_ids >= 0
     ids = np.where(real, routing.expert_ids, 0)
@@ -75,8 +77,10 @@ def route_gradients(
     np.add.at(grad_scores, (rows, ids[rows, columns]), grad_chosen[rows, columns])
     if score_function == "softmax":
         grad_logits = routing.scores * (grad_scores - (grad_scores * routing.scores).sum(axis=1, keepdims=True))
-    else:
+    elif score_function == "sigmoid":
         grad_logits = grad_scores * routing.scores * (1 - routing.scores)
+    else:
+        grad_logits = grad_scores / (1 + np.exp(-routing.logits)) / (2 * routing.scores)
     return grad_logits @ weight, grad_logits.T @ x
 
 

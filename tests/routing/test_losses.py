@@ -17,11 +17,12 @@ from crossdock.routing import (
     BatchTotals,
     LoadCounter,
     LossCoefficients,
+    Observed,
     Router,
     Routing,
     count_experts,
-    max_mean_load,
-    reduce_counts,
+    load_statistics,
+    reduce_load,
     router_losses,
     switch_loss,
     update_expert_bias,
@@ -83,7 +84,7 @@ def _random_routing(score_function: ScoreFunction, seed: int = 0) -> tuple[Routi
 # Values
 
 
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrt_softplus"])
 def test_values_equal_the_definitions(score_function: ScoreFunction) -> None:
     """Padding counts nowhere: neither in `T` nor in `n_e`; sigmoid scores are normalised first."""
     routing, padding_mask = _random_routing(score_function)
@@ -91,7 +92,7 @@ def test_values_equal_the_definitions(score_function: ScoreFunction) -> None:
     scores = routing.scores.detach().numpy()
     mask = padding_mask.numpy()
     coefficients = LossCoefficients(sequence_aux=0.3, batch_aux=0.2, z=0.1)
-    losses = router_losses(routing, coefficients, (B, S), padding_mask.view(-1), None)
+    losses = router_losses(routing, coefficients, (B, S), padding_mask.view(-1), None, LoadCounter(E))
 
     per_sequence = sequence_losses(scores.reshape(B, S, E), ids.reshape(B, S, K), mask)
     whole_batch = sequence_losses(scores[None], ids[None], mask.reshape(1, -1))
@@ -101,12 +102,12 @@ def test_values_equal_the_definitions(score_function: ScoreFunction) -> None:
     np.testing.assert_allclose(losses["z_loss"].item(), unpadded_z.mean(), rtol=1e-12)
 
     totals = BatchTotals(sequences=32, tokens=300)
-    shares = router_losses(routing, coefficients, (B, S), padding_mask.view(-1), totals)
+    shares = router_losses(routing, coefficients, (B, S), padding_mask.view(-1), totals, LoadCounter(E))
     np.testing.assert_allclose(shares["sequence_aux_loss"].item(), per_sequence.sum() / 32, rtol=1e-12)
     np.testing.assert_allclose(shares["batch_aux_loss"].item(), whole_batch[0] * len(unpadded_z) / 300, rtol=1e-12)
     np.testing.assert_allclose(shares["z_loss"].item(), unpadded_z.sum() / 300, rtol=1e-12)
 
-    assert router_losses(routing, LossCoefficients(), (B, S), padding_mask.view(-1), None) == {}
+    assert router_losses(routing, LossCoefficients(), (B, S), padding_mask.view(-1), None, LoadCounter(E)) == {}
 
 
 def test_switch_loss_of_groups_equals_the_definition() -> None:
@@ -127,7 +128,7 @@ def test_switch_loss_of_groups_equals_the_definition() -> None:
     assert losses[2] == 0, "a group without tokens"
 
 
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrt_softplus"])
 def test_switch_loss_is_one_under_perfect_balance(score_function: ScoreFunction) -> None:
     router = Router(H, RouterConfig(E, K, score_function, force_load_balance=True)).double()
     with torch.no_grad():
@@ -135,7 +136,7 @@ def test_switch_loss_is_one_under_perfect_balance(score_function: ScoreFunction)
     num_tokens = E * B
     routing = router(torch.randn(num_tokens, H, dtype=torch.float64))
     coefficients = LossCoefficients(sequence_aux=1.0, batch_aux=1.0)
-    losses = router_losses(routing, coefficients, (B, E), None, None)
+    losses = router_losses(routing, coefficients, (B, E), None, None, LoadCounter(E))
     for loss in losses.values():
         np.testing.assert_allclose(loss.item(), 1.0, rtol=1e-14)
 
@@ -154,7 +155,7 @@ def test_z_loss_sums_over_the_tokens_that_count() -> None:
 # Gradients, through the layer
 
 
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrt_softplus"])
 @pytest.mark.parametrize("coefficient", LEVELS)
 def test_gradient_equals_that_of_the_explicit_objective(score_function: ScoreFunction, coefficient: str) -> None:
     """The node adds the gradient of `coeff * aux` to the router, and leaves the output as it is, bit by bit."""
@@ -233,6 +234,43 @@ def test_batch_level_depends_on_the_micro_batches_by_definition() -> None:
     whole = _accumulated(_layer(batch_aux_loss_coeff=COEFFICIENT), [slice(0, B)])
     split = _accumulated(_layer(batch_aux_loss_coeff=COEFFICIENT), [slice(b, b + 1) for b in range(B)])
     assert (whole["router.weight"] - split["router.weight"]).norm() > 1e-3 * whole["router.weight"].norm()
+
+
+def test_global_level_of_one_micro_batch_is_the_batch_level() -> None:
+    values = []
+    for name in ("batch_aux_loss", "global_aux_loss"):
+        settings: dict[str, Any] = {f"{name}_coeff": COEFFICIENT}
+        layer = _layer(**settings)
+        gradients = _accumulated(layer, [slice(0, B)])
+        values.append((gradients, layer.load.losses[name]))
+    (batch, batch_value), (whole, whole_value) = values
+    torch.testing.assert_close(whole_value, batch_value, rtol=1e-12, atol=0)
+    for name, grad in batch.items():
+        torch.testing.assert_close(whole[name], grad, rtol=1e-11, atol=1e-13, msg=name)
+
+
+def test_global_level_counts_up_over_the_micro_batches_of_a_step() -> None:
+    """`E sum_e f_e P_e` with the frequencies of all tokens until now, token by token."""
+    layer = _layer(global_aux_loss_coeff=COEFFICIENT)
+    x, padding_mask, _ = _batch()
+    micro_batches = [slice(0, 1), slice(1, B)]
+    _accumulated(layer, micro_batches)
+    with torch.no_grad():
+        routing = layer.router(x.reshape(-1, H), padding_mask=padding_mask.reshape(-1))
+    real, total = ~padding_mask, int((~padding_mask).sum())
+    expected, seen, tokens = 0.0, torch.zeros(E, dtype=torch.float64), 0
+    for rows in micro_batches:
+        inside = torch.zeros_like(real)
+        inside[rows] = real[rows]
+        inside = inside.reshape(-1)
+        seen += count_experts(routing.expert_ids[inside], E)
+        tokens += int(inside.sum())
+        probabilities = routing.scores[inside].sum(dim=0) / total
+        expected += float(E * (seen / (tokens * K) * probabilities).sum())
+    torch.testing.assert_close(layer.load.losses["global_aux_loss"].item(), expected, rtol=1e-12, atol=0)
+    assert int(layer.load.tokens) == total
+    layer.load.reset()
+    assert int(layer.load.tokens) == 0
 
 
 def test_no_tokens_give_no_loss_and_zero_gradients() -> None:
@@ -317,7 +355,7 @@ def test_counting_leaves_dropped_routes_out_and_is_exact() -> None:
     assert count_experts(torch.full((3, K), -1), E).tolist() == [0] * E
     assert count_experts(expert_ids[:0], E).tolist() == [0] * E
     loads = torch.tensor([[3, 3, 3], [9, 0, 0], [0, 0, 0]])
-    assert max_mean_load(loads).tolist() == [1.0, 3.0, 0.0]
+    assert load_statistics(loads).max_mean.tolist() == [1.0, 3.0, 0.0]
 
 
 # Expert bias
@@ -355,8 +393,8 @@ def test_expert_bias_levels_the_load() -> None:
     for _ in range(40):
         layer.load.reset()
         layer(x).sum().backward()
-        counts = reduce_counts([layer.load], None)
-        ratios.append(max_mean_load(counts).item())
+        counts = reduce_load([layer.load], None).routes
+        ratios.append(load_statistics(counts).max_mean.item())
         starved = int(counts[0].argmin()) if starved is None else starved
         update_expert_bias([layer.router], counts, rate=0.02)
         if len(ratios) == 1:
@@ -370,8 +408,10 @@ def _reduced_counts_and_bias() -> tuple[np.ndarray, np.ndarray]:
     rank = dist.get_rank()
     counters = [LoadCounter(4) for _ in range(2)]
     for layer, counter in enumerate(counters):
-        counter.record(torch.tensor([rank, 2 * rank, 5, 100 * layer]), {})
-    counts = reduce_counts(counters, dist.group.WORLD)
+        counter.record(
+            Observed(torch.tensor([rank, 2 * rank, 5, 100 * layer]), torch.tensor(3), torch.tensor(rank)), {}
+        )
+    counts = reduce_load(counters, dist.group.WORLD).routes
     routers = [Router(H, RouterConfig(4, 2, expert_bias=True)) for _ in range(2)]
     update_expert_bias(routers, counts, rate=1e-3)
     return counts.numpy(), torch.stack([_bias(router) for router in routers]).numpy()
