@@ -33,8 +33,11 @@ __all__ = ["MoE", "MoEConfig", "finish_step", "moe_layers", "set_batch_totals"]
 class MoEConfig:
     """Settings of the MoE layers that a user chooses; what a model family fixes is in `RouterConfig`."""
 
-    dispatcher: Literal["alltoall", "deepep"] = "alltoall"
-    """How tokens travel between expert-parallel ranks. `deepep` is not built yet."""
+    dispatcher: Literal["allgather", "alltoall", "hierarchical", "deepep"] = "alltoall"
+    """How tokens travel between expert-parallel ranks: all of them to all ranks (`allgather`), each once to every rank
+    that it needs (`alltoall`), or once to every node and on from there (`hierarchical`). `deepep` is not built yet."""
+    ranks_per_node: int = 0
+    """Expert-parallel ranks that make a node, for `hierarchical`; 0: the GPUs of a machine, or all ranks."""
     experts: Literal["auto", "cpu", "eager", "grouped_mm"] = "auto"
     """How experts are computed. `auto`: `cpu` on a CPU, `grouped_mm` on a GPU, and `eager`, a plain loop, where that
     cannot."""

@@ -7,7 +7,9 @@ from crossdock.comm.collectives import (
     attach_exchange,
     exchange,
     exchange_counts,
+    gather_rows,
     raise_together,
+    scatter_sum,
     sum_over_ranks,
 )
 
@@ -18,6 +20,8 @@ __all__ = [
     "attach_exchange",
     "exchange",
     "exchange_counts",
+    "gather_rows",
     "raise_together",
+    "scatter_sum",
     "sum_over_ranks",
 ]

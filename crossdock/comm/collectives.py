@@ -22,7 +22,9 @@ __all__ = [
     "attach_exchange",
     "exchange",
     "exchange_counts",
+    "gather_rows",
     "raise_together",
+    "scatter_sum",
     "sum_over_ranks",
 ]
 
@@ -32,9 +34,10 @@ _all_to_all = torch.ops._c10d_functional.all_to_all_single.default
 _wait = torch.ops._c10d_functional.wait_tensor.default
 
 _all_reduce = torch.ops._c10d_functional.all_reduce.default
+_all_gather = torch.ops._c10d_functional.all_gather_into_tensor.default
 
 # What selective recompute must save, so that it never repeats an exchange.
-EXCHANGE_OPS = (_all_to_all, _all_reduce, _wait)
+EXCHANGE_OPS = (_all_to_all, _all_reduce, _all_gather, _wait)
 
 
 class Pending(Generic[T]):
@@ -120,6 +123,67 @@ class _Finish(Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         # What is returned is still on its way; nothing but `_AwaitGradient` lies between.
         return _start(grads[0], ctx.splits.reversed, ctx.group_name), None, None, None
+
+
+def gather_rows(rows: Tensor, counts: list[int], group_name: str) -> Pending[Tensor]:
+    """All ranks' `rows` `[counts[own rank], ...]` in rank order, `[sum(counts), ...]`, on every rank.
+
+    Differentiable: the gradients of this rank's rows on all ranks are summed, as `scatter_sum` does.
+    """
+    travelling = _start_gather(rows.detach(), counts, group_name)
+    return Pending(lambda: _FinishGather.apply(rows, travelling, counts, group_name))  # type: ignore[arg-type]
+
+
+def scatter_sum(rows: Tensor, counts: list[int], group_name: str) -> Pending[Tensor]:
+    """The sum over the ranks of their `rows` `[sum(counts), ...]` that are this rank's, `[counts[own rank], ...]`.
+
+    In rank order and in fp32 (float64 stays), rounded once. Differentiable: gradients are gathered.
+    """
+    travelling = _start_scatter(rows.detach(), counts, group_name)
+    return Pending(lambda: _FinishScatter.apply(rows, travelling, counts, group_name))  # type: ignore[arg-type]
+
+
+def _start_gather(rows: Tensor, counts: list[int], group_name: str) -> Tensor:
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    return _all_gather(padded, len(counts), group_name)
+
+
+def _finish_gather(travelling: Tensor, counts: list[int]) -> Tensor:
+    per_rank = _wait(travelling).view(len(counts), max(counts), *travelling.shape[1:])
+    return torch.cat([rows[:count] for rows, count in zip(per_rank, counts, strict=True)])
+
+
+def _start_scatter(rows: Tensor, counts: list[int], group_name: str) -> Tensor:
+    group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
+    return _all_to_all(rows.contiguous(), [counts[group.rank()]] * len(counts), counts, group_name)
+
+
+def _finish_scatter(travelling: Tensor, counts: list[int]) -> Tensor:
+    per_rank = _wait(travelling).view(len(counts), -1, *travelling.shape[1:])
+    return per_rank.sum(dim=0, dtype=torch.promote_types(travelling.dtype, torch.float32)).to(travelling.dtype)
+
+
+class _FinishGather(Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, travelling: Tensor, counts: list[int], group_name: str) -> Tensor:
+        ctx.counts, ctx.group_name = counts, group_name
+        return _finish_gather(travelling, counts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _finish_scatter(_start_scatter(grads[0], ctx.counts, ctx.group_name), ctx.counts), None, None, None
+
+
+class _FinishScatter(Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, travelling: Tensor, counts: list[int], group_name: str) -> Tensor:
+        ctx.counts, ctx.group_name = counts, group_name
+        return _finish_scatter(travelling, counts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _finish_gather(_start_gather(grads[0], ctx.counts, ctx.group_name), ctx.counts), None, None, None
 
 
 def sum_over_ranks(values: Tensor, group_name: str) -> Tensor:

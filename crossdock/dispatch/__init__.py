@@ -3,28 +3,64 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+import torch
 import torch.distributed as dist
 
+from crossdock.dispatch.allgather import AllGatherDispatcher
 from crossdock.dispatch.alltoall import AllToAllDispatcher
 from crossdock.dispatch.dispatcher import Dispatched, Dispatcher
+from crossdock.dispatch.hierarchical import HierarchicalDispatcher
 from crossdock.dispatch.local import LocalDispatcher
+from crossdock.dispatch.traffic import Traffic, least_traffic
 
-__all__ = ["DISPATCHERS", "AllToAllDispatcher", "Dispatched", "Dispatcher", "LocalDispatcher", "build_dispatcher"]
+__all__ = [
+    "DISPATCHERS",
+    "AllGatherDispatcher",
+    "AllToAllDispatcher",
+    "Dispatched",
+    "Dispatcher",
+    "HierarchicalDispatcher",
+    "LocalDispatcher",
+    "Traffic",
+    "build_dispatcher",
+    "least_traffic",
+]
 
-# Name -> builder(process group of the expert-parallel ranks, slots per rank).
-DISPATCHERS: Mapping[str, Callable[[dist.ProcessGroup, int], Dispatcher]] = MappingProxyType(
-    {"alltoall": AllToAllDispatcher}
+
+def _hierarchical(group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int) -> Dispatcher:
+    if group.size() % ranks_per_node:
+        raise ValueError(
+            f"ranks_per_node = {ranks_per_node} must divide the {group.size()} ranks that hold the experts, for "
+            "dispatcher 'hierarchical'; use 'alltoall'"
+        )
+    if ranks_per_node in (1, group.size()):
+        return AllToAllDispatcher(group, slots_per_rank, ranks_per_node)
+    return HierarchicalDispatcher(group, slots_per_rank, ranks_per_node)
+
+
+# Name -> builder(process group of the expert-parallel ranks, slots per rank, ranks per node).
+DISPATCHERS: Mapping[str, Callable[[dist.ProcessGroup, int, int], Dispatcher]] = MappingProxyType(
+    {"allgather": AllGatherDispatcher, "alltoall": AllToAllDispatcher, "hierarchical": _hierarchical}
 )
 
 
-def build_dispatcher(name: str, group: dist.ProcessGroup, slots_per_rank: int) -> Dispatcher:
+def build_dispatcher(name: str, group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int = 0) -> Dispatcher:
     """The dispatcher `name` for the ranks of `group`; with one rank it is `local`, whatever the name.
 
+    Args:
+        name: of `DISPATCHERS`.
+        group: the expert-parallel ranks.
+        slots_per_rank: `P/R`.
+        ranks_per_node: consecutive ranks of the group that make a node; 0: one per GPU of this machine, all of them
+            where there is none. More than the group has: all of them.
+
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or where nodes that do not divide the group matter.
     """
     if name not in DISPATCHERS:
         raise ValueError(f"dispatcher {name!r} is unknown; valid: {', '.join(sorted(DISPATCHERS))}")
-    if group.size() == 1:
+    size = group.size()
+    if size == 1:
         return LocalDispatcher()
-    return DISPATCHERS[name](group, slots_per_rank)
+    node = min(ranks_per_node or torch.cuda.device_count() or size, size)
+    return DISPATCHERS[name](group, slots_per_rank, node)

@@ -11,6 +11,7 @@ from torch.autograd import Function
 
 from crossdock.comm import Pending, Splits, attach_exchange, exchange, exchange_counts
 from crossdock.dispatch.dispatcher import Dispatched
+from crossdock.dispatch.traffic import Traffic
 
 __all__ = ["AllToAllDispatcher", "AllToAllHandle"]
 
@@ -28,13 +29,19 @@ class AllToAllDispatcher:
 
     Ids and weights travel bit by bit in one byte buffer: int16 where `slots_per_rank` allows, else int32, and the
     weights' own dtype.
+
+    Args:
+        group: the expert-parallel ranks.
+        slots_per_rank: `P/R`.
+        ranks_per_node: consecutive ranks that make a node, for `traffic`; all of them if `None`.
     """
 
     ordered = True
 
-    def __init__(self, group: dist.ProcessGroup, slots_per_rank: int) -> None:
-        self.group_name = group.group_name
-        self.num_ranks = group.size()
+    def __init__(self, group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int | None = None) -> None:
+        self.group_name, self.num_ranks, self.rank = group.group_name, group.size(), group.rank()
+        self.ranks_per_node = ranks_per_node or self.num_ranks
+        self.traffic = Traffic()
         self.slots_per_rank = slots_per_rank
         self.id_dtype = torch.int16 if slots_per_rank <= torch.iinfo(torch.int16).max else torch.int32
 
@@ -47,7 +54,10 @@ class AllToAllDispatcher:
         own = (row_ids >= 0) & (row_ids < self.slots_per_rank)
         row_ids = row_ids.masked_fill(~own, -1).to(self.id_dtype)
         row_weights = weights[token].masked_fill(~own, 0)
-        routes = exchange(_pack(row_ids, row_weights.detach()), splits, self.group_name)
+        packed = _pack(row_ids, row_weights.detach())
+        self.traffic.rows(splits.send, x.shape[1] * x.dtype.itemsize, self.rank, self.ranks_per_node)
+        self.traffic.about_routes(splits.send, packed.shape[1], self.rank)
+        routes = exchange(packed, splits, self.group_name)
         tokens = exchange(_Spread.apply(x, token, splits.send), splits, self.group_name)  # type: ignore[arg-type]
 
         def finish() -> Dispatched:
@@ -59,6 +69,7 @@ class AllToAllDispatcher:
 
     def combine(self, y: Tensor, handle: AllToAllHandle) -> Pending[Tensor]:
         token, splits, num_tokens = handle
+        self.traffic.rows(splits.recv, y.shape[1] * y.dtype.itemsize, self.rank, self.ranks_per_node)
         rows = exchange(y, splits.reversed, self.group_name)
         return Pending(lambda: _Gather.apply(rows.wait(), token, splits.send, num_tokens))  # type: ignore[arg-type]
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from crossdock.comm import Pending
+from crossdock.dispatch.traffic import Traffic
 
 __all__ = ["Dispatched", "Dispatcher"]
 
@@ -39,6 +40,11 @@ class Dispatcher(Protocol):
     """Moves tokens to the ranks that own their slots, and results back. Knows nothing of what experts compute."""
 
     ordered: bool
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank has sent since the dispatcher was made."""
+        ...
 
     def dispatch(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
         """Send `x` `[T, H]` to the ranks of its `slot_ids` `[T, K]` (global, `-1` is no route) with `weights` `[T, K]`.

@@ -21,11 +21,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossdock import MoE, MoEConfig, RouterConfig, apply_ep
-from crossdock.dispatch import DISPATCHERS, Dispatcher, LocalDispatcher, build_dispatcher
+from crossdock.dispatch import DISPATCHERS, Dispatcher, LocalDispatcher, build_dispatcher, least_traffic
 from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activation_checkpoint
 from tests.ranks import RankPool
 
 H = 6
+RANKS_PER_NODE = 2
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -167,7 +168,9 @@ def _round_trip(dispatcher: Dispatcher, inputs: Inputs, first_slot: int) -> dict
         mark()
         global_slots = torch.where(arrived.slot_ids < 0, -1, arrived.slot_ids + first_slot)
         factors = (arrived.weights * _scales(global_slots, arrived.weights.dtype)).sum(dim=1, keepdim=True)
-        y = (arrived.tokens.to(factors.dtype).square() * factors).to(x.dtype)
+        # As experts do: a row without routes is not looked at, whatever is in it.
+        routed = (arrived.slot_ids >= 0).any(dim=1, keepdim=True)
+        y = (arrived.tokens.masked_fill(~routed, 0).to(factors.dtype).square() * factors).to(x.dtype)
         if not inputs.x.is_contiguous():
             y = y.t().contiguous().t()
         returning = dispatcher.combine(y, arrived.handle)
@@ -198,7 +201,7 @@ def _all_cases(dispatcher_name: str) -> list[dict[str, Any]]:
     results = []
     for name, case in CASES.items():
         slots_per_rank = case.slots_per_rank(world_size)
-        dispatcher = build_dispatcher(dispatcher_name, dist.group.WORLD, slots_per_rank)
+        dispatcher = build_dispatcher(dispatcher_name, dist.group.WORLD, slots_per_rank, RANKS_PER_NODE)
         for dtype in DTYPES:
             inputs = _inputs(name, dtype, world_size, rank)
             first, second = (_round_trip(dispatcher, inputs, rank * slots_per_rank) for _ in range(2))
@@ -206,7 +209,8 @@ def _all_cases(dispatcher_name: str) -> list[dict[str, Any]]:
             ones = torch.ones_like(inputs.x)
             ones[:, ::2] = 0.25
             arrived = dispatcher.dispatch(ones, inputs.slot_ids, inputs.weights).wait()
-            identity = dispatcher.combine(arrived.tokens, arrived.handle).wait()
+            routed = (arrived.slot_ids >= 0).any(dim=1, keepdim=True)
+            identity = dispatcher.combine(arrived.tokens * routed, arrived.handle).wait()
             results.append(first | {"case": name, "dtype": dtype, "unequal": unequal, "identity": _array(identity)})
     return results
 
@@ -217,30 +221,36 @@ def _same(first: Any, second: Any) -> bool:
     return first == second
 
 
-Results = tuple[int, list[list[dict[str, Any]]]]
+Results = tuple[int, list[list[dict[str, Any]]], str]
 
 
 @pytest.fixture(
     scope="module",
-    params=[(name, world_size) for name in sorted(DISPATCHERS) for world_size in (2, 3, 4)],
+    # On a single node `hierarchical` is `alltoall`.
+    params=[(name, size) for name in sorted(DISPATCHERS) for size in (2, 3, 4) if name != "hierarchical" or size == 4],
     ids=lambda param: f"{param[0]}-{param[1]}-ranks",
 )
 def results(request: pytest.FixtureRequest, ranks: RankPool) -> Results:
-    """World size, and the results of each rank."""
+    """World size, the results of each rank, and the dispatcher's name."""
     dispatcher_name, world_size = request.param
-    return world_size, ranks.run(world_size, _all_cases, dispatcher_name)
+    return world_size, ranks.run(world_size, _all_cases, dispatcher_name), dispatcher_name
 
 
 def test_what_arrives_is_exact_in_order_and_once_per_rank(results: Results) -> None:
-    """Rows in (source rank, position) order, bit by bit; the rank's own ids; foreign ones -1 with weight 0."""
-    world_size, by_rank = results
+    """Rows bit by bit in (source rank, position) order (`hierarchical`: the source's place first, then its node); the
+    rank's own ids, foreign ones -1 with weight 0. `allgather` brings rows without a route as well."""
+    world_size, by_rank, dispatcher_name = results
+    source_ranks = list(range(world_size))
+    if dispatcher_name == "hierarchical":
+        source_ranks.sort(key=lambda source: divmod(source, RANKS_PER_NODE)[::-1])
     for rank, rank_results in enumerate(by_rank):
         for result in rank_results:
             slots_per_rank = CASES[result["case"]].slots_per_rank(world_size)
-            sources = [_inputs(result["case"], result["dtype"], world_size, source) for source in range(world_size)]
+            sources = [_inputs(result["case"], result["dtype"], world_size, source) for source in source_ranks]
             tokens, ids, weights = [], [], []
             for source in sources:
-                needed = [rank in ranks for ranks in _destinations(source.slot_ids, slots_per_rank)]
+                destinations = _destinations(source.slot_ids, slots_per_rank)
+                needed = [dispatcher_name == "allgather" or rank in ranks for ranks in destinations]
                 local = source.slot_ids[needed] - rank * slots_per_rank
                 own = (source.slot_ids[needed] >= 0) & (local >= 0) & (local < slots_per_rank)
                 tokens.append(source.x[needed])
@@ -256,7 +266,7 @@ def test_what_arrives_is_exact_in_order_and_once_per_rank(results: Results) -> N
 
 
 def test_identity_experts_return_x_times_its_destinations(results: Results) -> None:
-    world_size, by_rank = results
+    world_size, by_rank, _ = results
     for rank, rank_results in enumerate(by_rank):
         for result in rank_results:
             slot_ids = _inputs(result["case"], result["dtype"], world_size, rank).slot_ids
@@ -267,7 +277,7 @@ def test_identity_experts_return_x_times_its_destinations(results: Results) -> N
 
 
 def test_output_and_gradients_equal_a_single_process(results: Results) -> None:
-    world_size, by_rank = results
+    world_size, by_rank, _ = results
     tolerances = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1.5e-2}
     for rank, rank_results in enumerate(by_rank):
         for result in rank_results:
@@ -292,18 +302,20 @@ def test_output_and_gradients_equal_a_single_process(results: Results) -> None:
 
 def test_number_of_collectives_does_not_depend_on_the_routing(results: Results) -> None:
     """The same on every rank, in every case, and nothing is exchanged about the routes on the way back."""
-    _, by_rank = results
+    _, by_rank, dispatcher_name = results
     all_results = [result for rank_results in by_rank for result in rank_results]
     counts = Counter(tuple(len(names) for names in result["collectives"]) for result in all_results)
-    assert list(counts) == [(3, 0, 1, 0, 3)], "dispatch, its wait, combine, its wait, backward"
+    expected = {"allgather": (4, 0, 1, 0, 3), "alltoall": (3, 0, 1, 0, 3), "hierarchical": (3, 3, 2, 0, 6)}
+    assert list(counts) == [expected[dispatcher_name]], "dispatch, its wait, combine, its wait, backward"
     for result in all_results:
         *_, backward = result["collectives"]
-        assert not any("int" in name for name in backward), backward
-        assert all(name.startswith("all_to_all_single") for names in result["collectives"] for name in names)
+        assert all("torch.float" in name or "torch.bfloat" in name for name in backward), backward
+        kinds = ("all_to_all_single", "all_gather_into_tensor")
+        assert all(name.startswith(kinds) for names in result["collectives"] for name in names)
 
 
 def test_two_runs_are_bit_equal(results: Results) -> None:
-    _, by_rank = results
+    _, by_rank, _ = results
     assert [result["unequal"] for rank_results in by_rank for result in rank_results if result["unequal"]] == []
 
 
@@ -430,3 +442,52 @@ def test_one_rank_needs_no_exchange(ranks: RankPool) -> None:
 def test_unknown_dispatcher_is_refused_with_the_valid_names() -> None:
     with pytest.raises(ValueError, match=r"'carrier-pigeon'.*alltoall"):
         build_dispatcher("carrier-pigeon", cast(Any, None), 1)
+
+
+def _traffic() -> list[Any]:
+    """Of 8 ranks on 4 nodes: what `alltoall` and `hierarchical` sent, the least, and what it says of a wrong node."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    group = dist.group.WORLD
+    assert group is not None
+    torch.manual_seed(rank)
+    slots_per_rank, top_k, width = 16, 8, 1024
+    scores = torch.rand(96 + rank, world_size * slots_per_rank)
+    slot_ids = scores.topk(top_k, dim=1).indices
+    slot_ids[::7, 3:] = -1
+    x, weights = torch.randn(len(slot_ids), width).bfloat16(), torch.rand(slot_ids.shape)
+    results: list[Any] = [slot_ids]
+    for name in ("alltoall", "hierarchical"):
+        dispatcher = build_dispatcher(name, group, slots_per_rank, RANKS_PER_NODE)
+        arrived = dispatcher.dispatch(x, slot_ids, weights).wait()
+        dispatcher.combine(arrived.tokens, arrived.handle).wait()
+        results.append(dispatcher.traffic)
+    results.append(least_traffic(slot_ids, slots_per_rank, 2 * width, rank, RANKS_PER_NODE))
+    with pytest.raises(ValueError, match=r"ranks_per_node = 3.*8 ranks.*alltoall"):
+        build_dispatcher("hierarchical", group, slots_per_rank, 3)
+    return results
+
+
+def test_bytes_sent_are_the_least(ranks: RankPool) -> None:
+    """Counted from the routes: a row per (token, other rank) there and back; ids and weights are at most 3 % of it."""
+    world_size, slots_per_rank, row_bytes = 8, 16, 2 * 1024
+    by_rank = ranks.run(world_size, _traffic)
+    rows, pairs, entering, within, between = 0, 0, 0, 0, 0
+    for rank, (slot_ids, plain, hierarchical, least) in enumerate(by_rank):
+        destinations = _destinations(slot_ids, slots_per_rank)
+        rows += sum(slot // slots_per_rank != rank for slots in slot_ids.tolist() for slot in slots if slot >= 0)
+        others = sum(len(ranks - {rank}) for ranks in destinations)
+        nodes = [{other // RANKS_PER_NODE for other in ranks} - {rank // RANKS_PER_NODE} for ranks in destinations]
+        pairs += others
+        entering += sum(map(len, nodes))
+        # Arrived rows go back to where they came from: what a rank sends back is what it received.
+        assert hierarchical.between < plain.between
+        assert plain.metadata <= 0.03 * (plain.within + plain.between)
+        assert least.between == 2 * row_bytes * sum(map(len, nodes))
+        within += hierarchical.within
+        between += hierarchical.between
+    sent = sum(plain.within + plain.between for _, plain, _, _ in by_rank)
+    assert sent == 2 * row_bytes * pairs, "the minimum: unique pairs of token and rank"
+    assert sent < 0.70 * 2 * row_bytes * rows, "a third less than a copy per route"
+    assert between == 2 * row_bytes * entering
+    assert sum(least.between for *_, least in by_rank) == between
+    assert within >= sum(least.within for *_, least in by_rank)

@@ -1,0 +1,68 @@
+"""All tokens to all ranks: no routing of rows at all. Right for few experts, or tiny batches."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from crossdock.comm import Pending, exchange_counts, gather_rows, scatter_sum
+from crossdock.dispatch.dispatcher import Dispatched
+from crossdock.dispatch.traffic import Traffic
+
+__all__ = ["AllGatherDispatcher", "AllGatherHandle"]
+
+
+class AllGatherHandle(NamedTuple):
+    """Tokens of each rank."""
+
+    counts: list[int]
+
+
+class AllGatherDispatcher:
+    """Every rank gets every token, with or without a route to it, and computes its own slots' part of each result.
+
+    Four collectives to dispatch (counts, tokens, ids, weights), one to combine; rows are padded to the largest rank's
+    while they travel. The partial results travel back to their ranks and are summed there in rank order, in fp32.
+
+    Args:
+        group: the expert-parallel ranks.
+        slots_per_rank: `P/R`.
+        ranks_per_node: consecutive ranks that make a node, for `traffic`; all of them if `None`.
+    """
+
+    ordered = True
+
+    def __init__(self, group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int | None = None) -> None:
+        self.group_name, self.num_ranks, self.rank = group.group_name, group.size(), group.rank()
+        self.slots_per_rank = slots_per_rank
+        self.ranks_per_node = ranks_per_node or self.num_ranks
+        self.traffic = Traffic()
+
+    def dispatch(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
+        own_count = torch.full((self.num_ranks,), len(x), dtype=torch.int64, device=x.device)
+        counts = exchange_counts(own_count, self.group_name).recv
+        self._count(x, max(counts))
+        self.traffic.about_routes([max(counts)] * self.num_ranks, 12 * slot_ids.shape[1], self.rank)
+        ids = gather_rows(slot_ids, counts, self.group_name)
+        all_weights = gather_rows(weights, counts, self.group_name)
+        tokens = gather_rows(x, counts, self.group_name)
+
+        def finish() -> Dispatched:
+            own_ids = ids.wait() - self.rank * self.slots_per_rank
+            foreign = (own_ids < 0) | (own_ids >= self.slots_per_rank)
+            own_weights = all_weights.wait().masked_fill(foreign, 0)
+            return Dispatched(tokens.wait(), own_ids.masked_fill(foreign, -1), own_weights, AllGatherHandle(counts))
+
+        return Pending(finish)
+
+    def combine(self, y: Tensor, handle: Any) -> Pending[Tensor]:
+        rows = handle.counts
+        self.traffic.rows(rows, y.shape[1] * y.dtype.itemsize, self.rank, self.ranks_per_node)
+        return scatter_sum(y, rows, self.group_name)
+
+    def _count(self, x: Tensor, rows: int) -> None:
+        row_bytes = x.shape[1] * x.dtype.itemsize
+        self.traffic.rows([rows] * self.num_ranks, row_bytes, self.rank, self.ranks_per_node)

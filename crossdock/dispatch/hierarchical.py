@@ -1,0 +1,81 @@
+"""Two hops: between nodes first, once per token and node, then within the node."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+
+from crossdock.comm import Pending
+from crossdock.dispatch.alltoall import AllToAllDispatcher, AllToAllHandle
+from crossdock.dispatch.dispatcher import Dispatched
+from crossdock.dispatch.traffic import Traffic
+
+__all__ = ["HierarchicalDispatcher", "HierarchicalHandle"]
+
+
+class HierarchicalHandle(NamedTuple):
+    """Of the hop between nodes, and of the hop within the node."""
+
+    between: AllToAllHandle
+    within: AllToAllHandle
+
+
+class HierarchicalDispatcher:
+    """A token travels to the rank of its own place in each node that holds any of its slots, and on from there.
+
+    Each hop is a plain all-to-all, over the ranks of one place in all nodes and over those of a node. Results come back
+    the same way: what a node computed for a token is summed before it leaves, in fp32, and rounded to the activations'
+    dtype, so a result is rounded once per hop. The hop between nodes overlaps with other work, the hop within does not.
+    Rows are in (place of the source rank, its node, position) order.
+
+    Args:
+        group: the expert-parallel ranks; node `n` has the places `n * ranks_per_node` and on.
+        slots_per_rank: `P/R`.
+        ranks_per_node: a proper divisor of the group's size.
+    """
+
+    ordered = False
+
+    def __init__(self, group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int) -> None:
+        between, within = _groups(group, ranks_per_node)
+        self.between = AllToAllDispatcher(between, slots_per_rank * ranks_per_node, ranks_per_node=1)
+        self.within = AllToAllDispatcher(within, slots_per_rank)
+
+    @property
+    def traffic(self) -> Traffic:
+        """Of both hops since they were made."""
+        return self.between.traffic + self.within.traffic
+
+    def dispatch(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
+        arriving = self.between.dispatch(x, slot_ids, weights)
+
+        def finish() -> Dispatched:
+            entered = arriving.wait()
+            arrived = self.within.dispatch(entered.tokens, entered.slot_ids, entered.weights).wait()
+            handle = HierarchicalHandle(entered.handle, arrived.handle)
+            return Dispatched(arrived.tokens, arrived.slot_ids, arrived.weights, handle)
+
+        return Pending(finish)
+
+    def combine(self, y: Tensor, handle: Any) -> Pending[Tensor]:
+        return self.between.combine(self.within.combine(y, handle.within).wait(), handle.between)
+
+
+@cache
+def _groups(group: dist.ProcessGroup, ranks_per_node: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """The ranks of this rank's place in all nodes, and those of its node; one pair for all layers."""
+    ranks, own = dist.get_process_group_ranks(group), group.rank()
+    node, place = divmod(own, ranks_per_node)
+    # Theirs would be torch's default, whatever the group's is.
+    device = next(iter(group._device_types))
+    timeout = group._get_backend(device).options._timeout
+
+    def make(members: list[int]) -> dist.ProcessGroup:
+        made = dist.new_group(members, timeout=timeout, use_local_synchronization=True)
+        assert isinstance(made, dist.ProcessGroup)
+        return made
+
+    return make(ranks[place::ranks_per_node]), make(ranks[node * ranks_per_node : (node + 1) * ranks_per_node])

@@ -1,0 +1,71 @@
+"""What a dispatcher sends, and the least that any could."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+__all__ = ["Traffic", "least_traffic"]
+
+
+@dataclass
+class Traffic:
+    """Bytes that this rank sent to other ranks, forward passes only; to itself nothing counts.
+
+    A backward pass sends the tokens' bytes once more in each direction, and the weights' gradients, no ids.
+
+    Attributes:
+        within: rows of tokens and results to ranks of the same node.
+        between: the same to ranks of other nodes.
+        metadata: ids and weights of routes, and counts, to all other ranks.
+    """
+
+    within: int = 0
+    between: int = 0
+    metadata: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def rows(self, per_rank: list[int], row_bytes: int, rank: int, ranks_per_node: int) -> None:
+        """Count rows of `row_bytes` sent to each rank of the group; `rank` is this one's place in it."""
+        for other, count in enumerate(per_rank):
+            if other // ranks_per_node != rank // ranks_per_node:
+                self.between += count * row_bytes
+            elif other != rank:
+                self.within += count * row_bytes
+
+    def about_routes(self, per_rank: list[int], row_bytes: int, rank: int) -> None:
+        """Count `row_bytes` of metadata for each row sent, and 8 bytes of its count for each rank."""
+        self.metadata += (sum(per_rank) - per_rank[rank]) * row_bytes + 8 * (len(per_rank) - 1)
+
+
+def least_traffic(slot_ids: Tensor, slots_per_rank: int, row_bytes: int, rank: int, ranks_per_node: int) -> Traffic:
+    """What these tokens' rows cost at least, there and back, without metadata.
+
+    A token must cross to every other node that holds one of its slots once; within nodes, to every rank once: to the
+    other ranks of this node here, and from the rank where it enters another node to the others there. `within` counts
+    both, though other ranks send the latter.
+
+    Args:
+        slot_ids: `[T, K]` global slots of this rank's tokens, `-1` is no route.
+        slots_per_rank: `P/R`.
+        row_bytes: of a token's row.
+        rank: this rank's place in the group.
+        ranks_per_node: consecutive ranks that make a node.
+    """
+    ranks = slot_ids.clamp_min(0) // slots_per_rank
+    routed = slot_ids >= 0
+
+    def distinct(places: Tensor, own: int) -> Tensor:
+        """Of each token, how many distinct places other than `own`."""
+        places = torch.where(routed, places, own)
+        places = torch.cat([places, places.new_full((len(places), 1), own)], dim=1).sort(dim=1).values
+        return (places[:, 1:] != places[:, :-1]).sum()
+
+    other_nodes = distinct(ranks // ranks_per_node, rank // ranks_per_node)
+    other_ranks = distinct(ranks, rank)
+    within = (other_ranks - other_nodes).clamp_min(0)
+    return Traffic(2 * row_bytes * int(within), 2 * row_bytes * int(other_nodes))
