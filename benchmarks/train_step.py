@@ -5,8 +5,9 @@
 Each variant has two gloo processes of one thread of its own. They take turns, so that one variant runs at a time and
 all see the same noise; a ratio is taken within a round. All start from one checkpoint and see the same batches with the
 same optimizer (fused AdamW; no clipping, since torch's does not take transformers' mix of meshes). Their losses must
-agree. Peak memory is the resident set's, from the first step on. Ours has the environment that `crossdock train` gives
-its ranks (`MEMORY_SETTINGS`: huge pages, freed memory kept); the others run as a user's own script would.
+agree. Peak memory is the resident set's, from the first step on. All run in the environment of a user's own script;
+`crossdock train` is ours again, in the environment that this command gives its ranks (`memory_settings`: huge pages,
+freed memory kept).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 from transformers.distributed import DistributedConfig
 
 from benchmarks.results_file import spread, write_results
-from crossdock.train.launch import MEMORY_SETTINGS
+from crossdock.train.launch import memory_settings
 
 WORLD_SIZE = 2
 BATCH, SEQ_LEN, VOCAB = 4, 512, 8192
@@ -40,7 +41,8 @@ SHAPES: dict[int, dict[str, int]] = {
     1: {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 256},
     2: {"num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 128},
 }
-VARIANTS = ("crossdock", "transformers", "plug-in")
+TUNED = "crossdock train"
+VARIANTS = ("crossdock", TUNED, "transformers", "plug-in")
 # Relative, of the loss after some steps: what another order of summation may do.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 
@@ -95,7 +97,9 @@ def report(
         rate = tokens / statistics.median(taken)
         row: dict[str, Any] = {"case": case, "variant": variant, "figure": round(rate, 1), "unit": "tokens/s per rank"}
         row["peak_memory_gib"] = round(memory[variant], 3)
-        line = f"{variant:>13}: {rate:8,.0f} tok/s/rank  {memory[variant]:.2f} GiB  last loss {losses[variant][-1]:.5f}"
+        row["seconds_per_step"] = [round(seconds, 3) for seconds in taken]
+        row["losses"] = [round(loss, 6) for loss in losses[variant]]
+        line = f"{variant:>15}: {rate:8,.0f} tok/s/rank  {memory[variant]:.2f} GiB  last loss {losses[variant][-1]:.5f}"
         if variant != "transformers" and "transformers" in seconds:
             peer = seconds["transformers"]
             ratios = spread([theirs / ours for theirs, ours in zip(peer, taken, strict=True)])
@@ -143,7 +147,7 @@ class Team:
         for rank in range(WORLD_SIZE):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(variant, rank, folder, dtype, theirs), daemon=True)
-            with environment(MEMORY_SETTINGS if variant == "crossdock" else {}):
+            with environment(memory_settings() if variant == TUNED else {}):
                 process.start()
             theirs.close()
             self._processes.append(process)
@@ -189,7 +193,7 @@ def _serve(variant: str, rank: int, folder: Path, dtype: str, pipe: Connection) 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE)}
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/{variant}", rank=rank, world_size=WORLD_SIZE)
-    build = _crossdock_step if variant == "crossdock" else _transformers_step
+    build = _transformers_step if variant in ("transformers", "plug-in") else _crossdock_step
     step = build(folder / "model", dtype, variant)
     generator = torch.Generator().manual_seed(rank)
     pipe.send(None)

@@ -140,7 +140,7 @@ def _forward(
     route, counts = sort_routes(slot_ids, len(down_projs))
     row, weight = route // slot_ids.shape[1], weights.flatten()[route][:, None]
     per_slot = counts.tolist()
-    work = _Workspace(tokens.dtype, max(per_slot))
+    work = _Workspace(tokens.dtype, max(per_slot, default=0))
     wide = torch.promote_types(tokens.dtype, torch.float32)
     pre_activations = tokens.new_empty(len(route), formula.width(intermediate_size))
     y = torch.zeros(tokens.shape, dtype=wide)
@@ -198,7 +198,7 @@ def _backward(
     intermediate_size, hidden_size = down_projs.shape[1:]
     per_slot = counts.tolist()
     row, weight = route // weights.shape[1], weights.flatten()[route][:, None]
-    work = _Workspace(tokens.dtype, max(per_slot))
+    work = _Workspace(tokens.dtype, max(per_slot, default=0))
     wide = torch.promote_types(tokens.dtype, torch.float32)
     params = [p for p in (gate_and_up_projs, down_projs, gate_and_up_bias, down_bias) if p is not None]
     grads = [torch.empty_like(p) for p in params] if needs_params else []
@@ -211,7 +211,9 @@ def _backward(
     grad_tokens = torch.zeros(tokens.shape if needs_tokens else (0,), dtype=wide)
     grad_weight = torch.empty(len(route), dtype=wide)
     needs_input = needs_tokens or weight_on == "input"
-    slopes = torch.empty(3, min(_block_rows(intermediate_size), max(per_slot)), intermediate_size, dtype=wide)
+    slopes = torch.empty(
+        3, min(_block_rows(intermediate_size), max(per_slot, default=0)), intermediate_size, dtype=wide
+    )
     of_slots = zip(*(tensor.split(per_slot) for tensor in (row, weight, grad_weight, pre_activations)), strict=True)
     for slot, (own_row, own_weight, own_grad_weight, pre) in enumerate(of_slots):
         if not (count := per_slot[slot]):

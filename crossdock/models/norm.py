@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from crossdock.models.family import Kernels
 
@@ -49,7 +50,8 @@ class _RMSNorm(Function):
         return normalised.mul_(weight) if weight.dtype == x.dtype else normalised * weight
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, scale = ctx.saved_tensors
         size = x.shape[-1]
         wide = torch.promote_types(x.dtype, torch.float32)

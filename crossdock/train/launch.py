@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import sys
@@ -19,17 +20,10 @@ from crossdock.checkpoint import CheckpointError
 from crossdock.config import Config, ConfigError, validate
 from crossdock.train.trainer import StopSignal, Trainer, TrainingStopped
 
-__all__ = ["ENDED_FOLDER", "MEMORY_SETTINGS", "Machines", "default_nproc", "run_rank", "start_ranks", "train_rank"]
+__all__ = ["ENDED_FOLDER", "Machines", "default_nproc", "memory_settings", "run_rank", "start_ranks", "train_rank"]
 
 # A stopped run writes a checkpoint first; only after this is it killed.
 _SHUTDOWN_SECONDS = 600
-# For tensors in the machine's memory: huge pages, and freed memory that stays the process's own. Without them, a step
-# on CPU spends a tenth of its time and more in page faults.
-MEMORY_SETTINGS = {
-    "THP_MEM_ALLOC_ENABLE": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-}
 # Names the folder where each rank leaves a file when it has ended well; the launcher sets it.
 ENDED_FOLDER = "CROSSDOCK_ENDED_FOLDER"
 
@@ -72,6 +66,23 @@ class Machines:
         return self.nproc * self.nnodes
 
 
+def memory_settings() -> dict[str, str]:
+    """Environment variables for ranks on CPUs: huge pages for large tensors, and freed memory that a process keeps.
+
+    Without them, a step spends a part of its time in page faults. Empty where there is a GPU; huge pages alone where
+    the C library has no such thresholds, or takes none this high.
+    """
+    if torch.cuda.is_available():
+        return {}
+    settings = {"THP_MEM_ALLOC_ENABLE": "1"}
+    mmap_threshold, mmap_parameter = 2**30, -3
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # An older glibc refuses more than 32 MiB, and keeps its smallest threshold once the other one is set.
+    if mallopt is not None and mallopt(mmap_parameter, mmap_threshold) == 1:
+        settings |= {"MALLOC_MMAP_THRESHOLD_": str(mmap_threshold), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+    return settings
+
+
 def default_nproc() -> int:
     """One rank per GPU; two on a machine without."""
     return torch.cuda.device_count() or 2
@@ -91,7 +102,7 @@ def start_ranks(arguments: list[str], machines: Machines) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // machines.nproc)))
-    for name, value in MEMORY_SETTINGS.items():
+    for name, value in memory_settings().items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_SECONDS))
     alone = machines.nnodes == 1
