@@ -18,7 +18,7 @@ from crossdock.checkpoint import CheckpointError, HFCheckpoint, find_checkpoint
 from crossdock.config.reading import RUN_CONFIG_FILE, absolute, read_toml
 from crossdock.config.settings import Config, ConfigError, setting_types
 from crossdock.data import DataError, check_source, mixture_quotas, open_tokenizer, vocabulary_size
-from crossdock.dispatch import DISPATCHERS
+from crossdock.dispatch import DISPATCHERS, node_size
 from crossdock.models import FAMILIES, ModelError, build_model, resolve_hf_config
 from crossdock.models.family import DEEPEP_SUFFIX
 from crossdock.moe import moe_layers
@@ -43,6 +43,9 @@ def validate(config: Config, world_size: int) -> ParallelDims:
     except LayoutError as error:
         raise ConfigError(f"parallelism.{error.field}", error.value, error.valid) from None
     ep, most = "parallelism.expert_parallel_degree", model.num_experts
+    if config.moe.dispatcher == "hierarchical" and dims.ep > 1:
+        node = node_size(dims.ep, config.moe.ranks_per_node)
+        _require(config, "moe.ranks_per_node", dims.ep % node == 0, f"{node} must divide {ep} = {dims.ep}")
     _require(config, ep, dims.ep <= most, f"at most {most}, the model's experts")
     sizes = (model.hidden_size, model.moe_intermediate_size)
     working = expert_parallel_degrees(model, world_size)
@@ -108,6 +111,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value >= 0,
         "optimizer.lr optimizer.weight_decay lr_scheduler.warmup_steps moe.sequence_aux_loss_coeff "
         "moe.batch_aux_loss_coeff moe.global_aux_loss_coeff moe.z_loss_coeff moe.expert_bias_rate moe.capacity_factor "
+        "moe.ranks_per_node "
         "checkpoint.interval checkpoint.keep_latest_k metrics.load_interval validation.interval validation.max_samples",
     ),
     "at least 0 and below 1": (

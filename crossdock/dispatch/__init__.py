@@ -24,6 +24,7 @@ __all__ = [
     "Traffic",
     "build_dispatcher",
     "least_traffic",
+    "node_size",
 ]
 
 
@@ -59,8 +60,11 @@ def build_dispatcher(name: str, group: dist.ProcessGroup, slots_per_rank: int, r
     """
     if name not in DISPATCHERS:
         raise ValueError(f"dispatcher {name!r} is unknown; valid: {', '.join(sorted(DISPATCHERS))}")
-    size = group.size()
-    if size == 1:
+    if group.size() == 1:
         return LocalDispatcher()
-    node = min(ranks_per_node or torch.cuda.device_count() or size, size)
-    return DISPATCHERS[name](group, slots_per_rank, node)
+    return DISPATCHERS[name](group, slots_per_rank, node_size(group.size(), ranks_per_node))
+
+
+def node_size(num_ranks: int, ranks_per_node: int) -> int:
+    """Of `num_ranks` expert-parallel ranks, how many make a node (`build_dispatcher`)."""
+    return min(ranks_per_node or torch.cuda.device_count() or num_ranks, num_ranks)
