@@ -99,12 +99,7 @@ MISTAKES = [
     (
         "train --nproc 4 --parallelism.expert-parallel-degree 4 --moe.dispatcher hierarchical --moe.ranks-per-node 3",
         "moe.ranks_per_node",
-        (
-            "train --moe.debug-force-zipf 1 --training.debug-moe-force-load-balance",
-            "moe.debug_force_zipf",
-            "1.0",
-            "not",
-        ),
+        "3",
         "must divide",
     ),
     ("train --moe.ranks-per-node -1", "moe.ranks_per_node", "-1", "0 or more"),
