@@ -13,7 +13,7 @@ from tests.ranks import RankPool
 from tests.tiny import run_trainer, write_assets
 
 DOC = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
-LOSSES = {"sequence_aux_loss", "batch_aux_loss", "z_loss"}
+LOSSES = {"sequence_aux_loss", "batch_aux_loss", "global_aux_loss", "z_loss"}
 
 
 def documented() -> list[str]:
