@@ -16,7 +16,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +25,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from benchmarks.results_file import spread, write_results
 from crossdock.experts import EXPERTS_BACKENDS, ExpertParams
+from crossdock.experts.cpu import product_dtype
 from crossdock.routing import draw_zipf
 from crossdock.train.launch import memory_settings
 
@@ -118,7 +118,7 @@ def make_runs(
 
 def bound(ids: Tensor, gate_and_up: Tensor, down: Tensor) -> Run:
     """Per-expert products alone, into buffers."""
-    dtype = import_module("crossdock.experts.cpu")._product_dtype(down.dtype)
+    dtype = product_dtype(down.dtype)
     counts = torch.bincount(ids.flatten(), minlength=len(down)).tolist()
     inner, hidden = down.shape[1:]
     up_weights, down_weights = gate_and_up.detach().to(dtype), down.detach().to(dtype)

@@ -18,7 +18,7 @@ from crossdock.experts.experts import ExpertParams
 from crossdock.experts.formula import SWIGLU, ExpertsFormula
 from crossdock.experts.routes import sort_routes
 
-__all__ = ["CPU_EXPERTS_OP", "cpu", "cpu_problem"]
+__all__ = ["CPU_EXPERTS_OP", "cpu", "cpu_problem", "product_dtype"]
 
 # Values that elementwise work takes at once: a few buffers of this many fit a core's cache, and a call costs little
 # beside them.
@@ -56,7 +56,7 @@ def cpu_problem(tokens: Tensor, params: ExpertParams) -> str | None:
 
 
 @cache
-def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """What products of `dtype` are computed in: itself where the processor has instructions for it, else fp32."""
     # Not in every torch that is supported.
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -69,7 +69,7 @@ class _Workspace:
     """Buffers for one expert's rows at a time, in the dtype of products, reused from expert to expert."""
 
     def __init__(self, dtype: torch.dtype, max_rows: int) -> None:
-        self.dtype = _product_dtype(dtype)
+        self.dtype = product_dtype(dtype)
         self._max_rows = max_rows
         self._buffers: dict[str, Tensor] = {}
 

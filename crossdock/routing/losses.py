@@ -192,7 +192,7 @@ def attach_losses(
     weights = coefficients.active()
     total = sum((weights[name] * loss for name, loss in losses.items()), start=routing.logits.new_zeros(()))
     routes = count_experts(routing.expert_ids, routing.logits.shape[-1])
-    tokens = routes.new_tensor(len(routing.logits)) if padding_mask is None else (~padding_mask).sum()
+    tokens = routes.new_full((), len(routing.logits)) if padding_mask is None else (~padding_mask).sum()
     observed = Observed(routes, tokens, routes.new_zeros(()) if routing.dropped is None else routing.dropped)
     values = {name: loss.detach() for name, loss in losses.items()}
     return _AttachLosses.apply(output, total, observed, values, load)  # type: ignore[return-value]

@@ -66,6 +66,13 @@ def _hidden(formula: ExpertsFormula, pre: np.ndarray) -> tuple[np.ndarray, np.nd
     return value * up, np.stack([slope * inside * up, value * up_inside])
 
 
+def _first_product(
+    x: np.ndarray, slot: int, gate_and_up_projs: np.ndarray, gate_and_up_bias: np.ndarray | None
+) -> np.ndarray:
+    pre = x @ gate_and_up_projs[slot]
+    return pre if gate_and_up_bias is None else pre + gate_and_up_bias[slot]
+
+
 def experts_forward(
     tokens: np.ndarray,
     slot_ids: np.ndarray,
@@ -81,9 +88,7 @@ def experts_forward(
     for u, k in zip(*np.nonzero(slot_ids >= 0), strict=True):
         slot, weight = slot_ids[u, k], weights[u, k]
         before, after = (weight, 1.0) if formula.weight_on == "input" else (1.0, weight)
-        pre = before * tokens[u] @ gate_and_up_projs[slot]
-        if gate_and_up_bias is not None:
-            pre = pre + gate_and_up_bias[slot]
+        pre = _first_product(before * tokens[u], slot, gate_and_up_projs, gate_and_up_bias)
         out = _hidden(formula, pre)[0] @ down_projs[slot]
         y[u] += after * (out if down_bias is None else out + down_bias[slot])
     return y
@@ -106,9 +111,7 @@ def experts_gradients(
     for u, k in zip(*np.nonzero(slot_ids >= 0), strict=True):
         slot, weight = slot_ids[u, k], weights[u, k]
         before, after = (weight, 1.0) if formula.weight_on == "input" else (1.0, weight)
-        pre = before * tokens[u] @ gate_and_up_projs[slot]
-        if gate_and_up_bias is not None:
-            pre = pre + gate_and_up_bias[slot]
+        pre = _first_product(before * tokens[u], slot, gate_and_up_projs, gate_and_up_bias)
         hidden, slope = _hidden(formula, pre)
         out = hidden @ down_projs[slot] + (0 if down_bias is None else down_bias[slot])
         grad_out = after * grad_y[u]

@@ -192,7 +192,7 @@ def test_backends_equal_the_oracle_in_fp32(case: str) -> None:
 def test_cpu_products_in_fp32_or_in_the_tokens_dtype(case: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever this processor can: both ways of computing half precision are near the oracle."""
     module = importlib.import_module("crossdock.experts.cpu")
-    monkeypatch.setattr(module, "_product_dtype", lambda dtype: dtype if native else torch.float32)
+    monkeypatch.setattr(module, "product_dtype", lambda dtype: dtype if native else torch.float32)
     monkeypatch.setattr(module, "_BLOCK_VALUES", 64)
     inputs = _inputs(case, torch.bfloat16, bias=True)
     _assert_close(_evaluate(cpu, *inputs), _oracle(*inputs), 2e-2)
