@@ -4,18 +4,28 @@ from crossdock.experts.choice import AUTO, EXPERTS_BACKENDS, choose_backend
 from crossdock.experts.cpu import CPU_EXPERTS_OP, cpu
 from crossdock.experts.eager import eager
 from crossdock.experts.experts import ExpertParams, ExpertsBackend
-from crossdock.experts.formula import GPT_OSS, SWIGLU, ExpertsFormula
+from crossdock.experts.formula import (
+    ACTIVATIONS,
+    GPT_OSS,
+    QUICK_GELU_ALPHA,
+    SWIGLU,
+    ActivationName,
+    ExpertsFormula,
+)
 from crossdock.experts.grouped_mm import grouped_mm
 from crossdock.experts.module import GroupedExperts
 from crossdock.experts.scaling import load_factors
 from crossdock.experts.shared import SharedExperts
 
 __all__ = [
+    "ACTIVATIONS",
     "AUTO",
     "CPU_EXPERTS_OP",
     "EXPERTS_BACKENDS",
     "GPT_OSS",
+    "QUICK_GELU_ALPHA",
     "SWIGLU",
+    "ActivationName",
     "ExpertParams",
     "ExpertsBackend",
     "ExpertsFormula",

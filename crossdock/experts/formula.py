@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "GPT_OSS", "SWIGLU", "ActivationName", "ExpertsFormula"]
+__all__ = ["ACTIVATIONS", "GPT_OSS", "QUICK_GELU_ALPHA", "SWIGLU", "ActivationName", "ExpertsFormula"]
 
 _aten = torch.ops.aten
-_QUICK = 1.702
+QUICK_GELU_ALPHA = 1.702
 
 ActivationName = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared"]
 
@@ -54,8 +54,8 @@ ACTIVATIONS = MappingProxyType(
             lambda gate, value, slope: _gelu_slope(gate, "tanh", value, slope),
         ),
         "quick_gelu": (
-            lambda gate: gate * torch.sigmoid(_QUICK * gate),
-            lambda gate, value, slope: _sigmoid_slope(gate, _QUICK, value, slope),
+            lambda gate: gate * torch.sigmoid(QUICK_GELU_ALPHA * gate),
+            lambda gate, value, slope: _sigmoid_slope(gate, QUICK_GELU_ALPHA, value, slope),
         ),
         "relu": (F.relu, _relu_slope),
         "relu_squared": (lambda gate: F.relu(gate).square(), _relu_squared_slope),

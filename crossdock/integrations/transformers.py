@@ -24,7 +24,10 @@ Gradients follow transformers' conventions, not this library's (which only sums,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,14 +46,34 @@ except ImportError as error:
     ) from error
 
 from crossdock.dispatch import Dispatched, build_dispatcher
-from crossdock.experts import ExpertParams, choose_backend
+from crossdock.experts import (
+    ACTIVATIONS,
+    GPT_OSS,
+    QUICK_GELU_ALPHA,
+    ActivationName,
+    ExpertParams,
+    ExpertsFormula,
+    choose_backend,
+)
 from crossdock.integrations.options import current_options
 
 __all__ = ["NAME", "CrossdockEP", "crossdock_experts_forward"]
 
 NAME = "crossdock"
 
-_SILU = tuple({type(ACT2FN["silu"]), type(ACT2FN["swish"]), nn.SiLU})
+# transformers' modules to the names of ours.
+_ACTIVATIONS: Mapping[type, ActivationName] = MappingProxyType(
+    {
+        nn.SiLU: "silu",
+        nn.ReLU: "relu",
+        type(ACT2FN["silu"]): "silu",
+        type(ACT2FN["gelu"]): "gelu",
+        type(ACT2FN["gelu_new"]): "gelu_tanh",
+        type(ACT2FN["gelu_pytorch_tanh"]): "gelu_tanh",
+        type(ACT2FN["quick_gelu"]): "quick_gelu",
+        type(ACT2FN["relu2"]): "relu_squared",
+    }
+)
 
 
 class CrossdockEP(EPImplementation):
@@ -73,7 +96,7 @@ class CrossdockEP(EPImplementation):
         super().__init__(experts, ep_mesh, tp_mesh)
         self._config: Any = experts.config
         if self._runs_our_experts():
-            _check_experts(experts)
+            _formula(experts)  # refuses early
         self.dispatcher = build_dispatcher(current_options().dispatcher, ep_mesh.get_group(), self.num_local_experts)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -141,7 +164,8 @@ def crossdock_experts_forward(
     """`experts_implementation="crossdock"`: the weighted sum over each token's experts, by one of our backends.
 
     Args:
-        experts: transformers' module: `gate_up_proj [E, 2I, H]`, `down_proj [E, H, I]` (or both transposed).
+        experts: transformers' module: `gate_up_proj [E, 2I, H]` (`up_proj [E, I, H]` without a gate), `down_proj
+            [E, H, I]` (or both transposed), and their biases if it has any.
         hidden_states: `[U, H]`.
         top_k_index: `[U, K]` ids of the module's experts; `E` (transformers' way) or `-1` (ours) is no route.
         top_k_weights: `[U, K]`.
@@ -150,45 +174,70 @@ def crossdock_experts_forward(
         `[U, H]` in the dtype of `hidden_states`.
 
     Raises:
-        ValueError: if these are no gated SiLU experts without biases,
+        ValueError: if these are experts that ours would compute wrongly.
     """
-    _check_experts(experts)
-    module: Any = experts
-    gate_up, down = module.gate_up_proj, module.down_proj
-    # Views: the products take either order in memory, and the gradients come back in the parameters' own.
-    params = ExpertParams(gate_up, down) if module.is_transposed else ExpertParams(gate_up.mT, down.mT)
+    formula, params = _formula(experts), _params(experts)
     device = hidden_states.device.type
-    dtype = gate_up.dtype
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         # Autocast does not know every backend's products.
-        dtype = torch.get_autocast_dtype(device)
-        params = params.to(dtype)
-    tokens = hidden_states.to(dtype)
-    slot_ids = top_k_index.masked_fill(top_k_index >= len(gate_up), -1)
+        params = params.to(torch.get_autocast_dtype(device))
+    tokens = hidden_states.to(params.down_projs.dtype)
+    slot_ids = top_k_index.masked_fill(top_k_index >= len(params.down_projs), -1)
     backend = choose_backend(current_options().experts, tokens, params)
-    return backend(tokens, slot_ids, top_k_weights, params).to(hidden_states.dtype)
+    return backend(tokens, slot_ids, top_k_weights, params, formula).to(hidden_states.dtype)
 
 
-def _check_experts(experts: nn.Module) -> None:
-    """Refuse what our backends would compute wrongly."""
+def _params(experts: nn.Module) -> ExpertParams:
+    """The module's parameters as ours: views, but for interleaved ones, whose two halves are copied apart."""
     module: Any = experts
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    gate_up, down = getattr(module, first), module.down_proj
+    if not module.is_transposed:
+        # The products take either order in memory, and the gradients come back in the parameters' own.
+        gate_up, down = gate_up.mT, down.mT
+    biases = [getattr(module, f"{name}_bias") if module.has_bias else None for name in (first, "down_proj")]
+    if not module.is_concatenated:
+        gate_up = _halves_apart(gate_up)
+        biases[0] = None if biases[0] is None else _halves_apart(biases[0])
+    return ExpertParams(gate_up, down, *biases)
+
+
+def _halves_apart(interleaved: Tensor) -> Tensor:
+    """`[..., 2I]` with gate and up in turn to gate first, up after."""
+    return torch.cat([interleaved[..., ::2], interleaved[..., 1::2]], dim=-1)
+
+
+def _formula(experts: nn.Module) -> ExpertsFormula:
+    """What these experts compute; refuses what our backends would compute wrongly."""
+    module: Any = experts
+    own_gate = module.has_gate and type(module)._apply_gate is not _default_apply_gate
+    if own_gate and _is_gpt_oss(module):
+        formula, activation, own_gate = replace(GPT_OSS, limit=module.limit), "quick_gelu", False
+    else:
+        activation = _ACTIVATIONS.get(type(getattr(module, "act_fn", None)))
+        formula = ExpertsFormula(activation or "silu", gated=module.has_gate)
     what = [
-        (not module.has_gate, "no gate"),
-        (module.has_bias, "biases"),
         (module.has_post_expert_norm, "a norm after each expert"),
-        (not module.is_concatenated, "gate and up interleaved"),
-        (module.has_gate and type(module)._apply_gate is not _default_apply_gate, "a gating function of its own"),
-        (not isinstance(getattr(module, "act_fn", None), _SILU), "no SiLU activation"),
+        (own_gate, "a gating function of its own"),
+        (activation is None and not own_gate, f"the activation {type(getattr(module, 'act_fn', None)).__name__}"),
     ]
     reasons = [reason for applies, reason in what if applies]
     if reasons:
         # FSDP renames the class of what it wraps.
         name = type(module).__name__.removeprefix("FSDP")
         raise ValueError(
-            f"experts_implementation={NAME!r} computes gated SiLU experts without biases, but {name} has "
-            f"{', '.join(reasons)}. Choose one of transformers' own, such as experts_implementation='grouped_mm'; "
-            f"ep_implementation={NAME!r} works with all of them"
+            f"experts_implementation={NAME!r} computes experts of two products with {', '.join(sorted(ACTIVATIONS))} "
+            f"between, but {name} has {', '.join(reasons)}. Choose one of transformers' own, such as "
+            f"experts_implementation='grouped_mm'; ep_implementation={NAME!r} works with all of them"
         )
+    return formula
+
+
+def _is_gpt_oss(experts: Any) -> bool:
+    """Whether these are gpt-oss's experts, whose clamped gate `GPT_OSS` computes."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts  # a model's module, slow to import
+
+    return type(experts)._apply_gate is GptOssExperts._apply_gate and experts.alpha == QUICK_GELU_ALPHA
 
 
 EPImplementationInterface.register(NAME, CrossdockEP)

@@ -67,7 +67,7 @@ def _hidden(formula: ExpertsFormula, pre: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _first_product(
-    x: np.ndarray, slot: int, gate_and_up_projs: np.ndarray, gate_and_up_bias: np.ndarray | None
+    x: np.ndarray, slot: np.ndarray, gate_and_up_projs: np.ndarray, gate_and_up_bias: np.ndarray | None
 ) -> np.ndarray:
     pre = x @ gate_and_up_projs[slot]
     return pre if gate_and_up_bias is None else pre + gate_and_up_bias[slot]

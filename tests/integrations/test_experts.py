@@ -119,8 +119,11 @@ def test_autocast_computes_in_its_dtype_like_transformers_eager() -> None:
     assert 1e-4 < distance < 2e-2
 
 
-def test_model_on_one_rank_equals_transformers_own(tmp_path: Path) -> None:
-    folder = write_model(tmp_path, "qwen3_moe")
+@pytest.mark.parametrize(
+    ("family", "overrides"), [("qwen3_moe", {}), ("qwen3_moe", {"hidden_act": "gelu_pytorch_tanh"}), ("gpt_oss", {})]
+)
+def test_model_on_one_rank_equals_transformers_own(tmp_path: Path, family: str, overrides: dict[str, Any]) -> None:
+    folder = write_model(tmp_path, family, **overrides)
     ids = token_ids(0)
     loss, gradients = loss_and_gradients(load(folder, experts="eager"), ids)
     our_loss, our_gradients = loss_and_gradients(load(folder, experts="crossdock"), ids)
@@ -130,26 +133,42 @@ def test_model_on_one_rank_equals_transformers_own(tmp_path: Path) -> None:
         assert np.linalg.norm(our_gradients[name] - gradient) <= 1e-5 * np.linalg.norm(gradient), name
 
 
-@pytest.mark.parametrize(
-    ("family", "overrides", "reason"),
-    [
-        ("gpt_oss", {}, "GptOssExperts has biases, gate and up interleaved, a gating function of its own"),
-        ("qwen3_moe", {"hidden_act": "gelu"}, "Qwen3MoeExperts has no SiLU activation"),
-    ],
-)
-def test_experts_that_ours_cannot_compute_are_refused(
-    tmp_path: Path, family: str, overrides: dict[str, Any], reason: str
-) -> None:
-    model = load(write_model(tmp_path, family, **overrides), experts="crossdock")
+def test_experts_that_ours_cannot_compute_are_refused(tmp_path: Path) -> None:
+    model = load(write_model(tmp_path, "qwen3_moe", hidden_act="mish"), experts="crossdock")
+    reason = "Qwen3MoeExperts has the activation Mish"
     with pytest.raises(ValueError, match=f"{reason}.*experts_implementation='grouped_mm'"):
         model(input_ids=token_ids(0))
 
 
-def test_experts_without_gate_are_refused() -> None:
+@pytest.mark.parametrize("what", ["a norm after each expert", "a gating function of its own"])
+def test_what_experts_have_beside_their_products_is_refused(what: str) -> None:
     experts = _experts(torch.float32, transposed=False)
-    experts.has_gate = False
-    with pytest.raises(ValueError, match="no gate"):
+    if "norm" in what:
+        experts.has_post_expert_norm = True
+    else:
+        type(experts)._apply_gate = lambda self, gate_up: gate_up[..., :I]
+    with pytest.raises(ValueError, match=what):
         crossdock_experts_forward(experts, torch.randn(1, H), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+
+
+def test_experts_without_a_gate_equal_transformers_own() -> None:
+    class Experts(_Experts):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config, torch.float32, transposed=False)
+            self.up_proj = nn.Parameter(self.gate_up_proj.detach()[:, :I].contiguous())
+            del self.gate_up_proj
+            self.act_fn = ACT2FN["relu2"]
+
+    config = SimpleNamespace(_experts_implementation="grouped_mm")
+    experts = use_experts_implementation(Experts, has_gate=False)(config)  # type: ignore[call-arg]
+    tokens, ids, weights = torch.randn(9, H), torch.randint(0, E, (9, 2)), torch.rand(9, 2)
+    results = []
+    for name in ("grouped_mm", "crossdock"):
+        config._experts_implementation = name
+        y = experts(tokens, ids, weights)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(experts.parameters()))])
+    for theirs, ours in zip(*results, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 def test_configured_backend_is_used(caplog: pytest.LogCaptureFixture) -> None:
