@@ -85,7 +85,8 @@ def tiny_run(folder: Path) -> list[str]:
     write_assets(folder / "assets")
     (folder / "CONFIG.toml").write_text("[training]\nsteps = 3\nseq_len = 32\nlocal_batch_size = 2\n")
     return [
-        *("--model.hf-assets-path", str(folder / "assets"), "--data.cache-folder", str(folder / "cache")),
+        *("--model.hf-assets-path", str(folder / "assets")),
+        *("--data.source", str(folder / "speeches"), "--data.cache-folder", str(folder / "cache")),
         *("--parallelism.expert-parallel-degree", "2"),
     ]
 
@@ -116,6 +117,7 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_the_documents_torchrun_command_trains_on_two_machines(tmp_path: Path) -> None:
     (command,) = doc_commands("torchrun ")
     port = free_port()

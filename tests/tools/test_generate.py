@@ -270,6 +270,7 @@ def test_the_command_line_writes_prompt_and_text(ranks: RankPool, folder: Path) 
     assert ended.stderr == ""
 
 
+@pytest.mark.slow
 def test_the_command_line_exports(folder: Path, tmp_path: Path) -> None:
     ended = _crossdock("export", str(folder / "run"), "hf", "--dtype", "bfloat16", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr

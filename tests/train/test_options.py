@@ -23,7 +23,7 @@ from crossdock.config import ConfigError, load_config, validate
 from crossdock.train.trainer import StopSignal, Trainer
 from tests.checkpoint.hf_folders import differences, mixed, read_tensors, snapshot, write_shards
 from tests.ranks import RankPool
-from tests.tiny import run_trainer, write_hf_model
+from tests.tiny import run_trainer, speeches, write_hf_model
 
 EP2 = "--parallelism.expert-parallel-degree=2"
 FROM_HF = "--checkpoint.initial-load-in-hf"
@@ -60,7 +60,8 @@ def plain(ranks: RankPool, folder: Path) -> list[float]:
 
 
 def _build(assets: str, run_folder: str, cache: str, overrides: list[str]) -> Trainer:
-    settings = ["--model.hf-assets-path", assets, "--job.dump-folder", run_folder, "--data.cache-folder", cache]
+    settings = ["--model.hf-assets-path", assets, "--job.dump-folder", run_folder]
+    settings += ["--data.source", str(speeches(assets)), "--data.cache-folder", cache]
     config = load_config(None, [*settings, "--training.seq-len", "32", *overrides])
     dims = validate(config, dist.get_world_size())
     return Trainer(config, dims, torch.device("cpu"), dist.get_rank() == 0, StopSignal())

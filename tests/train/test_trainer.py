@@ -22,7 +22,7 @@ from crossdock.tools.report import read_load
 from crossdock.train.optimizer import learning_rate_factor
 from crossdock.train.trainer import StopSignal, Trainer, TrainingStopped
 from tests.ranks import RankPool
-from tests.tiny import run_trainer, write_assets
+from tests.tiny import run_trainer, speeches, write_assets
 
 TEN_STEPS = ["--training.steps", "10", "--training.global-batch-size", "8", "--moe.expert-bias"]
 
@@ -127,7 +127,8 @@ def _stop_in_step(assets: str, run_folder: str, cache: str, stop_rank: int, stop
 
 
 def _config(assets: str, run_folder: str, cache: str, *overrides: str) -> Any:
-    settings = ["--model.hf-assets-path", assets, "--job.dump-folder", run_folder, "--data.cache-folder", cache]
+    settings = ["--model.hf-assets-path", assets, "--job.dump-folder", run_folder]
+    settings += ["--data.source", str(speeches(assets)), "--data.cache-folder", cache]
     return load_config(
         None, [*settings, "--training.seq-len", "32", *TEN_STEPS, "--training.local-batch-size", "4", *overrides]
     )
@@ -223,7 +224,8 @@ def test_learning_rate_warms_up_stays_and_decays() -> None:
 
 
 def test_a_run_resumes_when_the_folder_it_started_from_is_gone(ranks: RankPool, folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder / "assets", tmp_path / "assets")
+    for name in ("assets", "speeches"):
+        shutil.copytree(folder / name, tmp_path / name)
     arguments = (str(tmp_path / "assets"), str(tmp_path / "run"), str(folder / "cache"))
     ranks.run(1, run_trainer, *arguments, ["--training.steps", "1"])
     shutil.rmtree(tmp_path / "assets")
