@@ -1,0 +1,33 @@
+"""Triton kernels, each beside its plain-torch reference, which runs where Triton or a GPU is missing."""
+
+from crossdock.kernels.activations import (
+    FusedActivation,
+    fused_quick_geglu_prob,
+    fused_silu_gate_prob,
+    get_fused_activation_fn,
+    quick_geglu_prob_reference,
+    silu_gate_prob_reference,
+)
+from crossdock.kernels.permute import permute, permute_reference, unpermute, unpermute_reference
+from crossdock.kernels.quantize import FP8_GROUP, dequantize_fp8, quantize_fp8, quantize_fp8_reference
+from crossdock.kernels.sort import RouteOrder, counting_sort, counting_sort_reference
+
+__all__ = [
+    "FP8_GROUP",
+    "FusedActivation",
+    "RouteOrder",
+    "counting_sort",
+    "counting_sort_reference",
+    "dequantize_fp8",
+    "fused_quick_geglu_prob",
+    "fused_silu_gate_prob",
+    "get_fused_activation_fn",
+    "permute",
+    "permute_reference",
+    "quantize_fp8",
+    "quantize_fp8_reference",
+    "quick_geglu_prob_reference",
+    "silu_gate_prob_reference",
+    "unpermute",
+    "unpermute_reference",
+]

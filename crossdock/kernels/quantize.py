@@ -1,0 +1,110 @@
+"""FP8: e4m3 with one fp32 scale per 128 values of the last dimension, as DeepEP sends tokens.
+
+Conversion to e4m3 is done on the bits: it needs no FP8 unit, and Triton's interpreter rounds such casts wrongly. e4m3 has
+a sign, 4 bits of exponent (bias 7) and 3 of mantissa: normal from 2^-6 to 448, below that multiples of 2^-9; 0x7f is NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crossdock.kernels.runtime import cdiv, device_of, jit, runs, tl
+
+__all__ = ["FP8_GROUP", "dequantize_fp8", "quantize_fp8", "quantize_fp8_reference"]
+
+FP8_GROUP = 128
+_LARGEST = 448.0
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+_BLOCK_ROWS, _NUM_WARPS = 16, 4
+
+
+@torch.no_grad()
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x [..., D]` to `(values [..., D] float8_e4m3fn, scales [..., ceil(D / 128)] fp32)`, `x ~ values * scale`.
+
+    A group's scale is its largest magnitude over 448 (at least the smallest normal fp32 number, so a group of zeros has
+    one too); values are rounded to nearest even. NaN stays in its place and counts for no scale; an infinity makes its
+    group NaN. No gradient passes.
+    """
+    if not runs(x):
+        return quantize_fp8_reference(x)
+    width = x.shape[-1]
+    rows = x.reshape(-1, width) if x.numel() else x.new_empty(0, width)
+    num_groups = cdiv(width, FP8_GROUP)
+    values = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(*x.shape[:-1], num_groups, device=x.device)
+    if len(rows):
+        with device_of(x):
+            _quantize_kernel[(cdiv(len(rows), _BLOCK_ROWS), num_groups)](
+                *(rows, values, scales),
+                *(len(rows), width, num_groups, rows.stride(0), rows.stride(1)),
+                GROUP=FP8_GROUP,
+                LARGEST=_LARGEST,
+                SMALLEST_SCALE=_SMALLEST_SCALE,
+                BLOCK_ROWS=_BLOCK_ROWS,
+                num_warps=_NUM_WARPS,
+            )
+    return values.view(torch.float8_e4m3fn), scales
+
+
+@torch.no_grad()
+def quantize_fp8_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What `quantize_fp8` computes, by torch's own conversion."""
+    width = x.shape[-1]
+    num_groups = cdiv(width, FP8_GROUP)
+    wide = x.to(torch.float32)
+    padded = torch.nn.functional.pad(wide, (0, num_groups * FP8_GROUP - width)).unflatten(-1, (num_groups, FP8_GROUP))
+    largest = torch.where(padded.isnan(), 0, padded.abs()).amax(-1)
+    scales = (largest / _LARGEST).clamp(min=_SMALLEST_SCALE)
+    values = (padded / scales[..., None]).flatten(-2)[..., :width]
+    return values.to(torch.float8_e4m3fn), scales
+
+
+def dequantize_fp8(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product of `values [..., D]` and their groups' `scales [..., ceil(D / 128)]`, in fp32, rounded to `dtype`."""
+    per_value = scales.repeat_interleave(FP8_GROUP, dim=-1)[..., : values.shape[-1]]
+    return (values.to(torch.float32) * per_value).to(dtype)
+
+
+@jit
+def _e4m3_bits(x):
+    """fp32 of magnitude 448 at most, or NaN, to the nearest e4m3 number's byte, ties to even."""
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    sign = (bits >> 24) & 0x80
+    # Round off 20 of 23 bits of mantissa (a carry goes to the exponent, as it should), then change the bias 127 to 7.
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+    # In 2^14 .. 2^15 fp32 numbers are 2^-9 apart: adding 2^14 rounds to a multiple of it and leaves which in the bits.
+    subnormal = (tl.abs(x) + 16384.0).to(tl.uint32, bitcast=True) & 0xFF
+    number = tl.where(magnitude < (121 << 23), subnormal, normal)
+    return (tl.where(magnitude > 0x7F800000, 0x7F, number) | sign).to(tl.uint8)
+
+
+@jit
+def _quantize_kernel(
+    x_ptr,  # [num_rows, width]
+    values_ptr,  # [num_rows, width] bytes, contiguous
+    scales_ptr,  # [num_rows, num_groups] fp32
+    num_rows,
+    width,
+    num_groups,
+    row_stride,
+    column_stride,
+    GROUP: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SMALLEST_SCALE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    group = tl.program_id(1)
+    column = (group * GROUP + tl.arange(0, GROUP))[None, :]
+    mask = (row < num_rows)[:, None] & (column < width)
+    x = tl.load(x_ptr + row[:, None] * row_stride + column * column_stride, mask=mask, other=0).to(tl.float32)
+    largest = tl.max(tl.where(x == x, tl.abs(x), 0), axis=1)
+    # A plain division is a few units in the last place off, and its flushing of small numbers would make NaN.
+    scale = tl.div_rn(largest, tl.full([BLOCK_ROWS], LARGEST, tl.float32))
+    scale = tl.maximum(scale, SMALLEST_SCALE)
+    quotient = tl.div_rn(x, tl.broadcast_to(scale[:, None], [BLOCK_ROWS, GROUP]))
+    tl.store(values_ptr + row[:, None] * width + column, _e4m3_bits(quotient), mask=mask)
+    tl.store(scales_ptr + row * num_groups + group, scale, mask=row < num_rows)

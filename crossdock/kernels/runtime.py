@@ -1,0 +1,65 @@
+"""Triton, where it is installed, and where its kernels can run: compiled on a GPU, interpreted anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import triton
+    import triton.language as tl
+else:
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        triton = tl = None
+
+__all__ = ["INTERPRETED", "buffer_dtype", "cdiv", "device_of", "jit", "runs", "tl"]
+
+# Triton decides when a kernel is decorated, that is when its module is imported.
+INTERPRETED: bool = triton is not None and triton.knobs.runtime.interpret
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit`; without Triton the function as it is, never to be called.
+
+    Kernels' modules need `from __future__ import annotations`: without Triton there is no `tl.constexpr`.
+    """
+    return function if triton is None else triton.jit(function)
+
+
+def runs(*tensors: Tensor | None) -> bool:
+    """Whether kernels can take these tensors.
+
+    Not without Triton, not on a CPU unless interpreted, not in float64 (kernels compute in fp32), and no tensor
+    subclass: a FakeTensor has no memory, a DTensor's is a part of it.
+    """
+    if triton is None:
+        return False
+    return all(
+        type(tensor) in (Tensor, nn.Parameter) and (tensor.is_cuda or INTERPRETED) and tensor.dtype != torch.float64
+        for tensor in tensors
+        if tensor is not None
+    )
+
+
+def buffer_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a kernel writes fp32 results to that are wanted in `dtype`; the caller converts the buffer.
+
+    Compiled kernels round to nearest where they store. The interpreter truncates to bfloat16: there they store fp32.
+    """
+    return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Kernels start on the current device: this makes it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
