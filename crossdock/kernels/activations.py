@@ -66,12 +66,12 @@ _QUICK_GEGLU = _Form(1.702, 7.0, 1.0)
 
 
 def fused_silu_gate_prob(gate: Tensor, up: Tensor | None = None, prob: Tensor | None = None) -> Tensor:
-    """`silu(gate) * up * prob` by a kernel, its gradients too; shapes: `FusedActivation`."""
+    """`silu(gate) * up * prob`; shapes: `FusedActivation`."""
     return _fused(_SILU, gate, up, prob)
 
 
 def fused_quick_geglu_prob(gate: Tensor, up: Tensor | None = None, prob: Tensor | None = None) -> Tensor:
-    """gpt-oss's `(up + 1) * gate * sigmoid(1.702 gate) * prob`, clamped at 7, by a kernel; shapes: `FusedActivation`."""
+    """gpt-oss's `(up + 1) * gate * sigmoid(1.702 gate) * prob`, clamped at 7; shapes: `FusedActivation`."""
     return _fused(_QUICK_GEGLU, gate, up, prob)
 
 
@@ -85,9 +85,7 @@ def quick_geglu_prob_reference(gate: Tensor, up: Tensor | None = None, prob: Ten
     return _reference(_QUICK_GEGLU, gate, up, prob)
 
 
-def get_fused_activation_fn(
-    use_triton: bool, activation: Literal["silu", "quick_geglu"] = "silu"
-) -> FusedActivation:
+def get_fused_activation_fn(use_triton: bool, activation: Literal["silu", "quick_geglu"] = "silu") -> FusedActivation:
     """The fused function, or the reference; the fused one takes the reference itself where kernels cannot run."""
     fused, reference = {
         "silu": (fused_silu_gate_prob, silu_gate_prob_reference),
@@ -119,7 +117,7 @@ class _Fused(torch.autograd.Function):
     def forward(ctx, form: _Form, gate: Tensor, up: Tensor | None, prob: Tensor | None) -> Tensor:
         ctx.form = form
         ctx.save_for_backward(gate, up, prob)
-        return _launch_forward(form, *map(_rows, _halves(gate, up)), prob)
+        return _launch_forward(form, *_halves(gate, up), prob)
 
     @staticmethod
     @once_differentiable
@@ -129,8 +127,7 @@ class _Fused(torch.autograd.Function):
         gate_grad = torch.empty(gate.shape, dtype=dtype, device=gate.device)
         up_grad = None if up is None else torch.empty(up.shape, dtype=dtype, device=up.device)
         prob_grad = torch.zeros(len(gate), device=gate.device) if ctx.needs_input_grad[3] else None
-        halves, grads = map(_rows, _halves(gate, up)), _halves(gate_grad, up_grad)
-        _launch_backward(ctx.form, _rows(grad), *halves, prob, *grads, prob_grad)
+        _launch_backward(ctx.form, grad, *_halves(gate, up), prob, *_halves(gate_grad, up_grad), prob_grad)
         return (
             None,
             gate_grad.to(gate.dtype),
@@ -140,6 +137,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _launch_forward(form: _Form, gate: Tensor, up: Tensor, prob: Tensor | None) -> Tensor:
+    gate, up = _rows(gate), _rows(up)
     num_rows, width = gate.shape
     out = torch.empty(num_rows, width, dtype=buffer_dtype(gate.dtype), device=gate.device)
     if out.numel():
@@ -168,6 +166,7 @@ def _launch_backward(
     up_grad: Tensor,
     prob_grad: Tensor | None,
 ) -> None:
+    grad, gate, up = _rows(grad), _rows(gate), _rows(up)
     num_rows, width = gate.shape
     if not gate.numel():
         return
@@ -247,8 +246,9 @@ def _backward_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = row < num_rows
     prob_grad = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
+    prob = tl.full([BLOCK_ROWS], 1.0, dtype=tl.float32)
     if prob_ptr is not None:
-        prob = tl.load(prob_ptr + row, mask=row_mask, other=0).to(tl.float32)[:, None]
+        prob = tl.load(prob_ptr + row, mask=row_mask, other=0).to(tl.float32)
     for first in range(0, width, BLOCK_COLUMNS):
         column = first + tl.arange(0, BLOCK_COLUMNS)[None, :]
         mask = row_mask[:, None] & (column < width)
@@ -261,8 +261,7 @@ def _backward_kernel(
         activated = gate * sigmoid
         if prob_grad_ptr is not None:
             prob_grad += tl.sum(grad * activated * up, axis=1)
-        if prob_ptr is not None:
-            grad *= prob
+        grad *= prob[:, None]
         up_grad = grad * activated
         gate_grad = grad * up * (sigmoid + ALPHA * activated * (1 - sigmoid))
         if LIMIT is not None:

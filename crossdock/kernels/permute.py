@@ -1,9 +1,9 @@
 """Tokens to one row per route, and back: the backward pass of either is the other.
 
-`order [M]` has the flat index `u * K + k` of each row's route, `-1` for a row without one; `row_of_route [U, K]` has the
-row of each route, `-1` for none (`counting_sort` makes both; a caller that knows the number of real routes cuts `order`
-there, one that aligns groups puts `-1` between). Both directions only read by index: no atomics, and each sum has one
-order.
+`order [M]` has the flat index `u * K + k` of each row's route, `-1` for a row without one; `row_of_route [U, K]` has
+the row of each route, `-1` for none (`counting_sort` makes both; a caller that knows the number of real routes cuts
+`order` there, one that aligns groups puts `-1` between). Both directions only read by index: no atomics, and each sum
+has one order.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ def _sum_kernel(
         row = tl.load(row_of_route_ptr + token * TOP_K + k, mask=token < num_tokens, other=-1)
         mask = (row >= 0)[:, None] & (column < hidden)
         total += tl.load(rows_ptr + row[:, None] * hidden + column, mask=mask, other=0).to(tl.float32)
-    tl.store(tokens_ptr + token[:, None] * hidden + column, total, mask=(token < num_tokens)[:, None] & (column < hidden))
+    mask = (token < num_tokens)[:, None] & (column < hidden)
+    tl.store(tokens_ptr + token[:, None] * hidden + column, total, mask=mask)
 
 
 def _check(values: Tensor, length: int, name: str, order: Tensor, row_of_route: Tensor) -> None:

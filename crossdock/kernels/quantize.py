@@ -1,7 +1,8 @@
 """FP8: e4m3 with one fp32 scale per 128 values of the last dimension, as DeepEP sends tokens.
 
-Conversion to e4m3 is done on the bits: it needs no FP8 unit, and Triton's interpreter rounds such casts wrongly. e4m3 has
-a sign, 4 bits of exponent (bias 7) and 3 of mantissa: normal from 2^-6 to 448, below that multiples of 2^-9; 0x7f is NaN.
+Conversion to e4m3 is done on the bits: it needs no FP8 unit, and Triton's interpreter rounds such casts wrongly. e4m3
+has a sign, 4 bits of exponent (bias 7) and 3 of mantissa: normal from 2^-6 to 448, multiples of 2^-9 below that; 0x7f
+is NaN.
 """
 
 from __future__ import annotations

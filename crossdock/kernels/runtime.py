@@ -10,19 +10,21 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    import triton
-    import triton.language as tl
+    import triton  # pyright: ignore[reportMissingImports]
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
+    from triton import knobs  # pyright: ignore[reportMissingImports]
 else:
     try:
         import triton
         import triton.language as tl
+        from triton import knobs
     except ImportError:
-        triton = tl = None
+        triton = tl = knobs = None
 
 __all__ = ["INTERPRETED", "buffer_dtype", "cdiv", "device_of", "jit", "runs", "tl"]
 
 # Triton decides when a kernel is decorated, that is when its module is imported.
-INTERPRETED: bool = triton is not None and triton.knobs.runtime.interpret
+INTERPRETED: bool = triton is not None and knobs.runtime.interpret
 
 
 def jit(function: Callable[..., Any]) -> Any:

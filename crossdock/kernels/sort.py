@@ -1,8 +1,9 @@
 """Routes sorted by slot: a stable counting sort in three passes.
 
-Blocks of routes are counted (`histogram [S, B]`, slots times blocks), a running sum over it, slot by slot and within one
-block by block, tells where each block's routes of each slot begin, and a second pass over the routes puts them there. A
-route's rank among the equal ones of its block comes from comparing them all: no atomics, so the order is always the same.
+Blocks of routes are counted (`histogram [S, B]`, slots times blocks). A running sum over it, slot by slot and within one
+block by block, tells where each block's routes of each slot begin; a second pass over the routes puts them there. A
+route's rank among the equal ones of its block comes from comparing them all: no atomics, so the order is the same in
+every run.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def counting_sort_reference(slot_ids: Tensor, num_slots: int) -> RouteOrder:
 
 @jit
 def _load_block(slots_ptr, num_routes, num_slots, BLOCK: tl.constexpr):
-    """The block's flat indices and slots (-1: none), and for every two of its routes: are they equal, is one earlier."""
+    """The block's flat indices and slots (-1: none); for every two of its routes: are they equal, is one earlier."""
     place = tl.arange(0, BLOCK)
     index = tl.program_id(0).to(tl.int64) * BLOCK + place
     slot = tl.load(slots_ptr + index, mask=index < num_routes, other=-1)
