@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from crossdock.dispatch import Dispatched, Dispatcher, LocalDispatcher
+from crossdock.dispatch import DeepEPOptions, Dispatched, Dispatcher, LocalDispatcher
 from crossdock.experts import SWIGLU, ExpertsFormula, GroupedExperts, SharedExperts, load_factors
 from crossdock.placement import EMPTY, Placement
 from crossdock.routing import (
@@ -35,9 +35,20 @@ class MoEConfig:
 
     dispatcher: Literal["allgather", "alltoall", "hierarchical", "deepep"] = "alltoall"
     """How tokens travel between expert-parallel ranks: all of them to all ranks (`allgather`), each once to every rank
-    that it needs (`alltoall`), or once to every node and on from there (`hierarchical`). `deepep` is not built yet."""
+    that it needs (`alltoall`), or once to every node and on from there (`hierarchical`). `deepep` is as `alltoall`, by the library
+    deep_ep on GPUs."""
     ranks_per_node: int = 0
     """Expert-parallel ranks that make a node, for `hierarchical`; 0: the GPUs of a machine, or all ranks."""
+    deepep_api: Literal["auto", "elastic", "buffer"] = "auto"
+    """Of deep_ep: `ElasticBuffer`, the older `Buffer`, or the first of them that there is."""
+    deepep_num_sms: int = 0
+    """SMs that an exchange of deep_ep may take, even; 0: its choice."""
+    deepep_fp8_dispatch: bool = False
+    """Let deep_ep send tokens in FP8; results and gradients stay in bfloat16."""
+    deepep_expand: bool = False
+    """Let tokens arrive once per route, sorted by expert. Needs `ElasticBuffer`."""
+    deepep_max_tokens_per_rank: int = 0
+    """Tokens per rank that deep_ep's buffer has room for from the start; it grows where that is too few."""
     experts: Literal["auto", "cpu", "eager", "grouped_mm"] = "auto"
     """How experts are computed. `auto`: `cpu` on a CPU, `grouped_mm` on a GPU, and `eager`, a plain loop, where that
     cannot."""
@@ -70,6 +81,16 @@ class MoEConfig:
     """Draw experts by a Zipf law of this exponent (0: uniform), whatever the router says; -1: off. For experiments."""
     debug_force_zipf_seed: int = -1
     """Shuffles which experts are popular; -1: the lower the index, the more popular."""
+
+    def deepep_options(self) -> DeepEPOptions:
+        """The options of dispatcher `deepep`. Raises ValueError for ones that do not go together."""
+        return DeepEPOptions(
+            self.deepep_api,
+            self.deepep_num_sms,
+            self.deepep_fp8_dispatch,
+            self.deepep_expand,
+            self.deepep_max_tokens_per_rank,
+        )
 
     def router_config(self, family: RouterConfig) -> RouterConfig:
         """The router that a model's `family` fixes, with what the user chose."""

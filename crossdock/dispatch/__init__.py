@@ -8,22 +8,29 @@ import torch.distributed as dist
 
 from crossdock.dispatch.allgather import AllGatherDispatcher
 from crossdock.dispatch.alltoall import AllToAllDispatcher
+from crossdock.dispatch.deepep import DEEPEP_OPS, DeepEPDispatcher
+from crossdock.dispatch.deepep_buffers import DeepEPOptions, free_deepep_buffers, load_deepep
 from crossdock.dispatch.dispatcher import Dispatched, Dispatcher
 from crossdock.dispatch.hierarchical import HierarchicalDispatcher
 from crossdock.dispatch.local import LocalDispatcher
 from crossdock.dispatch.traffic import Traffic, least_traffic
 
 __all__ = [
+    "DEEPEP_OPS",
     "DISPATCHERS",
     "AllGatherDispatcher",
     "AllToAllDispatcher",
+    "DeepEPDispatcher",
+    "DeepEPOptions",
     "Dispatched",
     "Dispatcher",
     "HierarchicalDispatcher",
     "LocalDispatcher",
     "Traffic",
     "build_dispatcher",
+    "free_deepep_buffers",
     "least_traffic",
+    "load_deepep",
     "node_size",
 ]
 
@@ -41,11 +48,22 @@ def _hierarchical(group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node:
 
 # Name -> builder(process group of the expert-parallel ranks, slots per rank, ranks per node).
 DISPATCHERS: Mapping[str, Callable[[dist.ProcessGroup, int, int], Dispatcher]] = MappingProxyType(
-    {"allgather": AllGatherDispatcher, "alltoall": AllToAllDispatcher, "hierarchical": _hierarchical}
+    {
+        "allgather": AllGatherDispatcher,
+        "alltoall": AllToAllDispatcher,
+        "deepep": DeepEPDispatcher,
+        "hierarchical": _hierarchical,
+    }
 )
 
 
-def build_dispatcher(name: str, group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int = 0) -> Dispatcher:
+def build_dispatcher(
+    name: str,
+    group: dist.ProcessGroup,
+    slots_per_rank: int,
+    ranks_per_node: int = 0,
+    deepep: DeepEPOptions | None = None,
+) -> Dispatcher:
     """The dispatcher `name` for the ranks of `group`; with one rank it is `local`, whatever the name.
 
     Args:
@@ -54,14 +72,18 @@ def build_dispatcher(name: str, group: dist.ProcessGroup, slots_per_rank: int, r
         slots_per_rank: `P/R`.
         ranks_per_node: consecutive ranks of the group that make a node; 0: one per GPU of this machine, all of them
             where there is none. More than the group has: all of them.
+        deepep: options of `deepep`.
 
     Raises:
-        ValueError: for an unknown name, or where nodes that do not divide the group matter.
+        ValueError: for an unknown name, where nodes that do not divide the group matter, or where `deepep` lacks its
+            library.
     """
     if name not in DISPATCHERS:
         raise ValueError(f"dispatcher {name!r} is unknown; valid: {', '.join(sorted(DISPATCHERS))}")
     if group.size() == 1:
         return LocalDispatcher()
+    if name == "deepep" and deepep is not None:
+        return DeepEPDispatcher(group, slots_per_rank, node_size(group.size(), ranks_per_node), deepep)
     return DISPATCHERS[name](group, slots_per_rank, node_size(group.size(), ranks_per_node))
 
 
