@@ -35,8 +35,8 @@ class MoEConfig:
 
     dispatcher: Literal["allgather", "alltoall", "hierarchical", "deepep"] = "alltoall"
     """How tokens travel between expert-parallel ranks: all of them to all ranks (`allgather`), each once to every rank
-    that it needs (`alltoall`), or once to every node and on from there (`hierarchical`). `deepep` is as `alltoall`, by the library
-    deep_ep on GPUs."""
+    that it needs (`alltoall`), or once to every node and on from there (`hierarchical`). `deepep` is as
+    `alltoall`, by the library deep_ep on GPUs."""
     ranks_per_node: int = 0
     """Expert-parallel ranks that make a node, for `hierarchical`; 0: the GPUs of a machine, or all ranks."""
     deepep_api: Literal["auto", "elastic", "buffer"] = "auto"

@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import re
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import SimpleNamespace
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 
 from crossdock.config import Config, ConfigError, check_settings, load_config, to_toml, validate
 from tests.tiny import write_assets
@@ -225,12 +230,32 @@ def test_an_error_in_a_file_names_the_file(tmp_path: Path) -> None:
         load_config(path)
 
 
-def test_the_suffix_deepep_chooses_that_dispatcher_and_says_which_one_there_is() -> None:
+def test_the_suffix_deepep_chooses_that_dispatcher_and_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(None, ["--model.flavor", "30B-A3B-deepep"])
     assert config.moe.dispatcher == "deepep"
+    monkeypatch.setitem(sys.modules, "deep_ep", None)
     error = refusal(config)
     assert (error.field, error.value) == ("model.flavor", "30B-A3B-deepep")
-    assert "alltoall" in error.valid
+    assert re.search(r"needs the package deep_ep .*model\.flavor = 30B-A3B and moe\.dispatcher = alltoall", error.valid)
+    assert "\n" not in str(error)
+    monkeypatch.setitem(sys.modules, "deep_ep", cast(Any, SimpleNamespace(__version__="1.0", Buffer=object)))
+    assert "deep_ep 1.0 has neither" in refusal(config).valid
+
+
+def test_deepep_with_its_library_needs_a_gpu_and_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deep_ep", cast(Any, SimpleNamespace(ElasticBuffer=object)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = load_config(None, ["--moe.dispatcher", "deepep", "--model.flavor", "10B-A1B"])
+    error = refusal(config)
+    assert error.field == "moe.dispatcher"
+    assert "needs a GPU; use moe.dispatcher = alltoall" in error.valid
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert refusal(replace(config, training=replace(config.training, dtype="float32"))).field == "training.dtype"
+    in_bf16 = replace(config, training=replace(config.training, dtype="bfloat16"))
+    check_settings(in_bf16)
+    assert "256, not 240" in refusal(replace(in_bf16, model=replace(config.model, flavor="debug"))).valid
+    without = replace(in_bf16, moe=replace(config.moe, deepep_api="buffer"))
+    assert "it has the API 'elastic' alone" in refusal(without).valid
 
 
 def test_paths_of_the_run_do_not_depend_on_where_it_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

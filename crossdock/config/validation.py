@@ -18,7 +18,7 @@ from crossdock.checkpoint import CheckpointError, HFCheckpoint, find_checkpoint
 from crossdock.config.reading import RUN_CONFIG_FILE, absolute, read_toml
 from crossdock.config.settings import Config, ConfigError, setting_types
 from crossdock.data import DataError, check_source, mixture_quotas, open_tokenizer, vocabulary_size
-from crossdock.dispatch import DISPATCHERS, node_size
+from crossdock.dispatch import choose_deepep_api, load_deepep, node_size
 from crossdock.models import FAMILIES, ModelError, build_model, resolve_hf_config
 from crossdock.models.family import DEEPEP_SUFFIX
 from crossdock.moe import moe_layers
@@ -88,6 +88,9 @@ def check_settings(config: Config) -> PreTrainedConfig:
     _check_trackers(config)
     _check_attention(config)
     model = _check_model(config)
+    if config.moe.dispatcher == "deepep":
+        valid = f"dispatcher 'deepep' needs a hidden size that is a multiple of 256, not {model.hidden_size}"
+        _require(config, "model.flavor", model.hidden_size % 256 == 0, f"{valid}; use alltoall")
     _check_run_folder(config)
     _check_initial_weights(config, model)
     _check_data(config)
@@ -111,13 +114,14 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value >= 0,
         "optimizer.lr optimizer.weight_decay lr_scheduler.warmup_steps moe.sequence_aux_loss_coeff "
         "moe.batch_aux_loss_coeff moe.global_aux_loss_coeff moe.z_loss_coeff moe.expert_bias_rate moe.capacity_factor "
-        "moe.ranks_per_node "
+        "moe.ranks_per_node moe.deepep_max_tokens_per_rank "
         "checkpoint.interval checkpoint.keep_latest_k metrics.load_interval validation.interval validation.max_samples",
     ),
     "at least 0 and below 1": (
         lambda value: 0 <= value < 1,
         "optimizer.beta1 optimizer.beta2 data.held_out moe.input_jitter",
     ),
+    "0, or an even number above": (lambda value: value >= 0 and value % 2 == 0, "moe.deepep_num_sms"),
     "0 or more, or -1": (lambda value: value >= 0 or value == -1, "moe.debug_force_zipf moe.debug_force_zipf_seed"),
     "0 to 1": (lambda value: 0 <= value <= 1, "lr_scheduler.min_lr_factor lr_scheduler.decay_ratio"),
     "0 to 2^63 - 1": (lambda value: 0 <= value < 2**63, "training.seed"),
@@ -126,15 +130,21 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _check_dispatcher(config: Config) -> None:
-    size = config.model.flavor.removesuffix(DEEPEP_SUFFIX)
-    use = f"not available yet; use moe.dispatcher = {' or '.join(DISPATCHERS)}"
     forced = config.training.debug_moe_force_load_balance and config.moe.debug_force_zipf >= 0
     _require(config, "moe.debug_force_zipf", not forced, "does not go with training.debug_moe_force_load_balance")
-    available = config.moe.dispatcher in DISPATCHERS
-    _require(
-        config, "model.flavor", available or size == config.model.flavor, f"deepep is {use}, model.flavor = {size}"
-    )
-    _require(config, "moe.dispatcher", available, use)
+    if config.moe.dispatcher != "deepep":
+        return
+    size = config.model.flavor.removesuffix(DEEPEP_SUFFIX)
+    field, instead = "moe.dispatcher", "moe.dispatcher = alltoall"
+    if size != config.model.flavor:
+        field, instead = "model.flavor", f"model.flavor = {size} and moe.dispatcher = alltoall"
+    try:
+        choose_deepep_api(load_deepep(), config.moe.deepep_options())
+    except ValueError as error:
+        raise ConfigError(field, attrgetter(field)(config), f"{error}; that is {instead}") from None
+    _require(config, field, torch.cuda.is_available(), f"dispatcher 'deepep' needs a GPU; use {instead}")
+    in_bf16 = config.training.dtype == "bfloat16"
+    _require(config, "training.dtype", in_bf16, f"dispatcher 'deepep' needs bfloat16; or use {instead}")
 
 
 def _check_trackers(config: Config) -> None:

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from crossdock.dispatch.allgather import AllGatherDispatcher
 from crossdock.dispatch.alltoall import AllToAllDispatcher
 from crossdock.dispatch.deepep import DEEPEP_OPS, DeepEPDispatcher
-from crossdock.dispatch.deepep_buffers import DeepEPOptions, free_deepep_buffers, load_deepep
+from crossdock.dispatch.deepep_api import DeepEPOptions
+from crossdock.dispatch.deepep_buffers import choose_deepep_api, free_deepep_buffers, load_deepep
 from crossdock.dispatch.dispatcher import Dispatched, Dispatcher
 from crossdock.dispatch.hierarchical import HierarchicalDispatcher
 from crossdock.dispatch.local import LocalDispatcher
@@ -28,6 +29,7 @@ __all__ = [
     "LocalDispatcher",
     "Traffic",
     "build_dispatcher",
+    "choose_deepep_api",
     "free_deepep_buffers",
     "least_traffic",
     "load_deepep",

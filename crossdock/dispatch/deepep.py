@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from crossdock.comm import Pending, Splits, exchange
-from crossdock.dispatch.deepep_buffers import Buffers, DeepEPOptions, Template, load_deepep, shared_buffers
+from crossdock.dispatch.deepep_api import Buffers, DeepEPOptions, Template
+from crossdock.dispatch.deepep_buffers import load_deepep, shared_buffers
 from crossdock.dispatch.dispatcher import Dispatched
 from crossdock.dispatch.fp8 import dequantise
 from crossdock.dispatch.traffic import Traffic

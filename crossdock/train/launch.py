@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from crossdock.checkpoint import CheckpointError
 from crossdock.config import Config, ConfigError, validate
+from crossdock.dispatch import free_deepep_buffers
 from crossdock.train.trainer import StopSignal, Trainer, TrainingStopped
 
 __all__ = ["ENDED_FOLDER", "Machines", "default_nproc", "memory_settings", "run_rank", "start_ranks", "train_rank"]
@@ -186,7 +187,11 @@ def run_rank(action: Callable[[torch.device], int], environment: Mapping[str, st
     if exit_code == 0:
         # A process that leaves while another still talks to it can make that one abort.
         dist.barrier()
+        free_deepep_buffers()
         dist.destroy_process_group()
         if ENDED_FOLDER in environment:
             Path(environment[ENDED_FOLDER], str(local_rank)).touch()
+    else:
+        # At exit, to free them would wait for ranks that are gone.
+        free_deepep_buffers(destroy=False)
     return exit_code

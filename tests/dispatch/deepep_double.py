@@ -61,6 +61,8 @@ class Config:
 class EPHandle:
     """`ElasticBuffer`'s handle: attributes, tensors among them."""
 
+    topk_idx: Tensor
+
     def __init__(self, **attributes: Any) -> None:
         vars(self).update(attributes)
 
@@ -162,7 +164,7 @@ class _Base:
         _check(num_experts % self.num_ranks == 0 and num_experts <= 2048, "experts divide over the ranks, 2048 at most")
         _check(num_experts // self.num_ranks <= 256, "256 experts per rank at most")
         if topk_idx.numel():
-            _check(-1 <= int(topk_idx.min()) and int(topk_idx.max()) < num_experts, "ids are -1 or of an expert")
+            _check(int(topk_idx.min()) >= -1 and int(topk_idx.max()) < num_experts, "ids are -1 or of an expert")
 
     @property
     def weight_dtypes(self) -> tuple[torch.dtype, ...]:
