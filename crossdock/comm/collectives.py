@@ -130,8 +130,7 @@ def gather_rows(rows: Tensor, counts: list[int], group_name: str) -> Pending[Ten
 
     Differentiable: the gradients of this rank's rows on all ranks are summed, as `scatter_sum` does.
     """
-    travelling = _start_gather(rows.detach(), counts, group_name)
-    return Pending(lambda: _FinishGather.apply(rows, travelling, counts, group_name))  # type: ignore[arg-type]
+    return _transfer(rows, _GATHER, _SCATTER, counts, group_name)
 
 
 def scatter_sum(rows: Tensor, counts: list[int], group_name: str) -> Pending[Tensor]:
@@ -139,8 +138,14 @@ def scatter_sum(rows: Tensor, counts: list[int], group_name: str) -> Pending[Ten
 
     In rank order and in fp32 (float64 stays), rounded once. Differentiable: gradients are gathered.
     """
-    travelling = _start_scatter(rows.detach(), counts, group_name)
-    return Pending(lambda: _FinishScatter.apply(rows, travelling, counts, group_name))  # type: ignore[arg-type]
+    return _transfer(rows, _SCATTER, _GATHER, counts, group_name)
+
+
+class _Transfer(NamedTuple):
+    """Rows to all ranks, or back from them: `start(rows, counts, group name)`, then `finish(travelling, counts)`."""
+
+    start: Callable[[Tensor, list[int], str], Tensor]
+    finish: Callable[[Tensor, list[int]], Tensor]
 
 
 def _start_gather(rows: Tensor, counts: list[int], group_name: str) -> Tensor:
@@ -164,26 +169,39 @@ def _finish_scatter(travelling: Tensor, counts: list[int]) -> Tensor:
     return per_rank.sum(dim=0, dtype=torch.promote_types(travelling.dtype, torch.float32)).to(travelling.dtype)
 
 
-class _FinishGather(Function):
+_GATHER = _Transfer(_start_gather, _finish_gather)
+_SCATTER = _Transfer(_start_scatter, _finish_scatter)
+
+
+def _transfer(
+    rows: Tensor, transfer: _Transfer, reverse: _Transfer, counts: list[int], group_name: str
+) -> Pending[Tensor]:
+    travelling = transfer.start(rows.detach(), counts, group_name)
+    return Pending(
+        lambda: _FinishTransfer.apply(rows, travelling, transfer, reverse, counts, group_name)  # type: ignore[arg-type]
+    )
+
+
+class _FinishTransfer(Function):
+    """Waits in the forward pass; its backward sends gradients by the reverse transfer."""
+
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, travelling: Tensor, counts: list[int], group_name: str) -> Tensor:
-        ctx.counts, ctx.group_name = counts, group_name
-        return _finish_gather(travelling, counts)
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        travelling: Tensor,
+        transfer: _Transfer,
+        reverse: _Transfer,
+        counts: list[int],
+        group_name: str,
+    ) -> Tensor:
+        ctx.reverse, ctx.counts, ctx.group_name = reverse, counts, group_name
+        return transfer.finish(travelling, counts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _finish_scatter(_start_scatter(grads[0], ctx.counts, ctx.group_name), ctx.counts), None, None, None
-
-
-class _FinishScatter(Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, travelling: Tensor, counts: list[int], group_name: str) -> Tensor:
-        ctx.counts, ctx.group_name = counts, group_name
-        return _finish_scatter(travelling, counts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _finish_gather(_start_gather(grads[0], ctx.counts, ctx.group_name), ctx.counts), None, None, None
+        travelling = ctx.reverse.start(grads[0], ctx.counts, ctx.group_name)
+        return ctx.reverse.finish(travelling, ctx.counts), None, None, None, None, None
 
 
 def sum_over_ranks(values: Tensor, group_name: str) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crossdock.comm import Pending, exchange_counts, gather_rows, scatter_sum
 from crossdock.dispatch.dispatcher import Dispatched
-from crossdock.dispatch.traffic import Traffic
+from crossdock.dispatch.traffic import Traffic, TrafficMeter
 
 __all__ = ["AllGatherDispatcher", "AllGatherHandle"]
 
@@ -38,14 +38,18 @@ class AllGatherDispatcher:
     def __init__(self, group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int | None = None) -> None:
         self.group_name, self.num_ranks, self.rank = group.group_name, group.size(), group.rank()
         self.slots_per_rank = slots_per_rank
-        self.ranks_per_node = ranks_per_node or self.num_ranks
-        self.traffic = Traffic()
+        self.meter = TrafficMeter(group, ranks_per_node)
+
+    @property
+    def traffic(self) -> Traffic:
+        return self.meter.sent
 
     def dispatch(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
         own_count = torch.full((self.num_ranks,), len(x), dtype=torch.int64, device=x.device)
         counts = exchange_counts(own_count, self.group_name).recv
-        self._count(x, max(counts))
-        self.traffic.about_routes([max(counts)] * self.num_ranks, 12 * slot_ids.shape[1], self.rank)
+        padded = [max(counts)] * self.num_ranks
+        self.meter.rows(padded, x.shape[1] * x.dtype.itemsize)
+        self.meter.about_routes(padded, slot_ids.shape[1] * (slot_ids.dtype.itemsize + weights.dtype.itemsize))
         ids = gather_rows(slot_ids, counts, self.group_name)
         all_weights = gather_rows(weights, counts, self.group_name)
         tokens = gather_rows(x, counts, self.group_name)
@@ -59,10 +63,5 @@ class AllGatherDispatcher:
         return Pending(finish)
 
     def combine(self, y: Tensor, handle: Any) -> Pending[Tensor]:
-        rows = handle.counts
-        self.traffic.rows(rows, y.shape[1] * y.dtype.itemsize, self.rank, self.ranks_per_node)
-        return scatter_sum(y, rows, self.group_name)
-
-    def _count(self, x: Tensor, rows: int) -> None:
-        row_bytes = x.shape[1] * x.dtype.itemsize
-        self.traffic.rows([rows] * self.num_ranks, row_bytes, self.rank, self.ranks_per_node)
+        self.meter.rows(handle.counts, y.shape[1] * y.dtype.itemsize)
+        return scatter_sum(y, handle.counts, self.group_name)

@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from crossdock.comm import Pending, Splits, attach_exchange, exchange, exchange_counts
 from crossdock.dispatch.dispatcher import Dispatched
-from crossdock.dispatch.traffic import Traffic
+from crossdock.dispatch.traffic import Traffic, TrafficMeter
 
 __all__ = ["AllToAllDispatcher", "AllToAllHandle"]
 
@@ -39,11 +39,14 @@ class AllToAllDispatcher:
     ordered = True
 
     def __init__(self, group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int | None = None) -> None:
-        self.group_name, self.num_ranks, self.rank = group.group_name, group.size(), group.rank()
-        self.ranks_per_node = ranks_per_node or self.num_ranks
-        self.traffic = Traffic()
+        self.group_name, self.num_ranks = group.group_name, group.size()
+        self.meter = TrafficMeter(group, ranks_per_node)
         self.slots_per_rank = slots_per_rank
         self.id_dtype = torch.int16 if slots_per_rank <= torch.iinfo(torch.int16).max else torch.int32
+
+    @property
+    def traffic(self) -> Traffic:
+        return self.meter.sent
 
     def dispatch(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
         destination, token, send_counts = self._rows_by_rank(slot_ids)
@@ -55,8 +58,8 @@ class AllToAllDispatcher:
         row_ids = row_ids.masked_fill(~own, -1).to(self.id_dtype)
         row_weights = weights[token].masked_fill(~own, 0)
         packed = _pack(row_ids, row_weights.detach())
-        self.traffic.rows(splits.send, x.shape[1] * x.dtype.itemsize, self.rank, self.ranks_per_node)
-        self.traffic.about_routes(splits.send, packed.shape[1], self.rank)
+        self.meter.rows(splits.send, x.shape[1] * x.dtype.itemsize)
+        self.meter.about_routes(splits.send, packed.shape[1])
         routes = exchange(packed, splits, self.group_name)
         tokens = exchange(_Spread.apply(x, token, splits.send), splits, self.group_name)  # type: ignore[arg-type]
 
@@ -69,7 +72,7 @@ class AllToAllDispatcher:
 
     def combine(self, y: Tensor, handle: AllToAllHandle) -> Pending[Tensor]:
         token, splits, num_tokens = handle
-        self.traffic.rows(splits.recv, y.shape[1] * y.dtype.itemsize, self.rank, self.ranks_per_node)
+        self.meter.rows(splits.recv, y.shape[1] * y.dtype.itemsize)
         rows = exchange(y, splits.reversed, self.group_name)
         return Pending(lambda: _Gather.apply(rows.wait(), token, splits.send, num_tokens))  # type: ignore[arg-type]
 
