@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from crossdock.comm import Wire, WireDtype
 from crossdock.dispatch import Dispatched, Dispatcher, LocalDispatcher
 from crossdock.experts import SWIGLU, ExpertsFormula, GroupedExperts, SharedExperts, load_factors
 from crossdock.placement import EMPTY, Placement
@@ -38,6 +39,11 @@ class MoEConfig:
     that it needs (`alltoall`), or once to every node and on from there (`hierarchical`). `deepep` is not built yet."""
     ranks_per_node: int = 0
     """Expert-parallel ranks that make a node, for `hierarchical`; 0: the GPUs of a machine, or all ranks."""
+    wire_dtype: WireDtype = "same"
+    """What tokens travel in between ranks: the activations' own dtype (`same`), `bf16`, `fp16`, or `fp8`: e4m3 with a
+    scale for every 128 values. A wire that saves nothing is `same`."""
+    wire_directions: Literal["tokens", "both"] = "tokens"
+    """What `wire_dtype` applies to: tokens in the forward pass alone, or results and gradients as well (`both`)."""
     experts: Literal["auto", "cpu", "eager", "grouped_mm"] = "auto"
     """How experts are computed. `auto`: `cpu` on a CPU, `grouped_mm` on a GPU, and `eager`, a plain loop, where that
     cannot."""
@@ -70,6 +76,11 @@ class MoEConfig:
     """Draw experts by a Zipf law of this exponent (0: uniform), whatever the router says; -1: off. For experiments."""
     debug_force_zipf_seed: int = -1
     """Shuffles which experts are popular; -1: the lower the index, the more popular."""
+
+    @property
+    def wire(self) -> Wire:
+        """What rows look like while they travel."""
+        return Wire(self.wire_dtype, both=self.wire_directions == "both")
 
     def router_config(self, family: RouterConfig) -> RouterConfig:
         """The router that a model's `family` fixes, with what the user chose."""

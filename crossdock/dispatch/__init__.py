@@ -1,11 +1,13 @@
 """Dispatchers: how tokens travel to their experts and back, all to one contract."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
+from crossdock.comm import UNTOUCHED, Wire
 from crossdock.dispatch.allgather import AllGatherDispatcher
 from crossdock.dispatch.alltoall import AllToAllDispatcher
 from crossdock.dispatch.dispatcher import Dispatched, Dispatcher
@@ -19,6 +21,7 @@ __all__ = [
     "AllToAllDispatcher",
     "Dispatched",
     "Dispatcher",
+    "DispatcherBuilder",
     "HierarchicalDispatcher",
     "LocalDispatcher",
     "Traffic",
@@ -28,24 +31,33 @@ __all__ = [
 ]
 
 
-def _hierarchical(group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int) -> Dispatcher:
+class DispatcherBuilder(Protocol):
+    """What `DISPATCHERS` holds."""
+
+    def __call__(
+        self, group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int, *, wire: Wire
+    ) -> Dispatcher: ...
+
+
+def _hierarchical(group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int, *, wire: Wire) -> Dispatcher:
     if group.size() % ranks_per_node:
         raise ValueError(
             f"ranks_per_node = {ranks_per_node} must divide the {group.size()} ranks that hold the experts, for "
             "dispatcher 'hierarchical'; use 'alltoall'"
         )
     if ranks_per_node in (1, group.size()):
-        return AllToAllDispatcher(group, slots_per_rank, ranks_per_node)
-    return HierarchicalDispatcher(group, slots_per_rank, ranks_per_node)
+        return AllToAllDispatcher(group, slots_per_rank, ranks_per_node, wire=wire)
+    return HierarchicalDispatcher(group, slots_per_rank, ranks_per_node, wire=wire)
 
 
-# Name -> builder(process group of the expert-parallel ranks, slots per rank, ranks per node).
-DISPATCHERS: Mapping[str, Callable[[dist.ProcessGroup, int, int], Dispatcher]] = MappingProxyType(
+DISPATCHERS: Mapping[str, DispatcherBuilder] = MappingProxyType(
     {"allgather": AllGatherDispatcher, "alltoall": AllToAllDispatcher, "hierarchical": _hierarchical}
 )
 
 
-def build_dispatcher(name: str, group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int = 0) -> Dispatcher:
+def build_dispatcher(
+    name: str, group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int = 0, *, wire: Wire = UNTOUCHED
+) -> Dispatcher:
     """The dispatcher `name` for the ranks of `group`; with one rank it is `local`, whatever the name.
 
     Args:
@@ -54,6 +66,7 @@ def build_dispatcher(name: str, group: dist.ProcessGroup, slots_per_rank: int, r
         slots_per_rank: `P/R`.
         ranks_per_node: consecutive ranks of the group that make a node; 0: one per GPU of this machine, all of them
             where there is none. More than the group has: all of them.
+        wire: what rows look like while they travel.
 
     Raises:
         ValueError: for an unknown name, or where nodes that do not divide the group matter.
@@ -62,7 +75,7 @@ def build_dispatcher(name: str, group: dist.ProcessGroup, slots_per_rank: int, r
         raise ValueError(f"dispatcher {name!r} is unknown; valid: {', '.join(sorted(DISPATCHERS))}")
     if group.size() == 1:
         return LocalDispatcher()
-    return DISPATCHERS[name](group, slots_per_rank, node_size(group.size(), ranks_per_node))
+    return DISPATCHERS[name](group, slots_per_rank, node_size(group.size(), ranks_per_node), wire=wire)
 
 
 def node_size(num_ranks: int, ranks_per_node: int) -> int:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from crossdock.comm import Pending, exchange_counts, gather_rows, scatter_sum
+from crossdock.comm import UNTOUCHED, Pending, Wire, exchange_counts, gather_rows, scatter_sum
 from crossdock.dispatch.dispatcher import Dispatched
 from crossdock.dispatch.traffic import Traffic, TrafficMeter
 
@@ -31,13 +31,22 @@ class AllGatherDispatcher:
         group: the expert-parallel ranks.
         slots_per_rank: `P/R`.
         ranks_per_node: consecutive ranks that make a node, for `traffic`; all of them if `None`.
+        wire: what rows look like while they travel.
     """
 
     ordered = True
 
-    def __init__(self, group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int | None = None) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        slots_per_rank: int,
+        ranks_per_node: int | None = None,
+        *,
+        wire: Wire = UNTOUCHED,
+    ) -> None:
         self.group_name, self.num_ranks, self.rank = group.group_name, group.size(), group.rank()
         self.slots_per_rank = slots_per_rank
+        self.wire = wire
         self.meter = TrafficMeter(group, ranks_per_node)
 
     @property
@@ -48,11 +57,11 @@ class AllGatherDispatcher:
         own_count = torch.full((self.num_ranks,), len(x), dtype=torch.int64, device=x.device)
         counts = exchange_counts(own_count, self.group_name).recv
         padded = [max(counts)] * self.num_ranks
-        self.meter.rows(padded, x.shape[1] * x.dtype.itemsize)
+        self.meter.rows(padded, self.wire.row_bytes(x.shape[1], x.dtype))
         self.meter.about_routes(padded, slot_ids.shape[1] * (slot_ids.dtype.itemsize + weights.dtype.itemsize))
         ids = gather_rows(slot_ids, counts, self.group_name)
         all_weights = gather_rows(weights, counts, self.group_name)
-        tokens = gather_rows(x, counts, self.group_name)
+        tokens = gather_rows(x, counts, self.group_name, self.wire)
 
         def finish() -> Dispatched:
             own_ids = ids.wait() - self.rank * self.slots_per_rank
@@ -63,5 +72,5 @@ class AllGatherDispatcher:
         return Pending(finish)
 
     def combine(self, y: Tensor, handle: Any) -> Pending[Tensor]:
-        self.meter.rows(handle.counts, y.shape[1] * y.dtype.itemsize)
-        return scatter_sum(y, handle.counts, self.group_name)
+        self.meter.rows(handle.counts, self.wire.back.row_bytes(y.shape[1], y.dtype))
+        return scatter_sum(y, handle.counts, self.group_name, self.wire.back)

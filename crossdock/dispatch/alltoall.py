@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from crossdock.comm import Pending, Splits, attach_exchange, exchange, exchange_counts
+from crossdock.comm import UNTOUCHED, Pending, Splits, Wire, attach_exchange, exchange, exchange_counts
 from crossdock.dispatch.dispatcher import Dispatched
 from crossdock.dispatch.traffic import Traffic, TrafficMeter
 
@@ -34,12 +34,21 @@ class AllToAllDispatcher:
         group: the expert-parallel ranks.
         slots_per_rank: `P/R`.
         ranks_per_node: consecutive ranks that make a node, for `traffic`; all of them if `None`.
+        wire: what rows look like while they travel.
     """
 
     ordered = True
 
-    def __init__(self, group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int | None = None) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        slots_per_rank: int,
+        ranks_per_node: int | None = None,
+        *,
+        wire: Wire = UNTOUCHED,
+    ) -> None:
         self.group_name, self.num_ranks = group.group_name, group.size()
+        self.wire = wire
         self.meter = TrafficMeter(group, ranks_per_node)
         self.slots_per_rank = slots_per_rank
         self.id_dtype = torch.int16 if slots_per_rank <= torch.iinfo(torch.int16).max else torch.int32
@@ -58,10 +67,11 @@ class AllToAllDispatcher:
         row_ids = row_ids.masked_fill(~own, -1).to(self.id_dtype)
         row_weights = weights[token].masked_fill(~own, 0)
         packed = _pack(row_ids, row_weights.detach())
-        self.meter.rows(splits.send, x.shape[1] * x.dtype.itemsize)
+        self.meter.rows(splits.send, self.wire.row_bytes(x.shape[1], x.dtype))
         self.meter.about_routes(splits.send, packed.shape[1])
         routes = exchange(packed, splits, self.group_name)
-        tokens = exchange(_Spread.apply(x, token, splits.send), splits, self.group_name)  # type: ignore[arg-type]
+        rows: Any = _Spread.apply(x, token, splits.send)
+        tokens = exchange(rows, splits, self.group_name, self.wire)
 
         def finish() -> Dispatched:
             ids, received_weights = _unpack(routes.wait(), slot_ids.shape[1], self.id_dtype, weights.dtype)
@@ -72,8 +82,8 @@ class AllToAllDispatcher:
 
     def combine(self, y: Tensor, handle: AllToAllHandle) -> Pending[Tensor]:
         token, splits, num_tokens = handle
-        self.meter.rows(splits.recv, y.shape[1] * y.dtype.itemsize)
-        rows = exchange(y, splits.reversed, self.group_name)
+        self.meter.rows(splits.recv, self.wire.back.row_bytes(y.shape[1], y.dtype))
+        rows = exchange(y, splits.reversed, self.group_name, self.wire.back)
         return Pending(lambda: _Gather.apply(rows.wait(), token, splits.send, num_tokens))  # type: ignore[arg-type]
 
     def _rows_by_rank(self, slot_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

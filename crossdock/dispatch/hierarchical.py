@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from crossdock.comm import Pending
+from crossdock.comm import UNTOUCHED, Pending, Wire
 from crossdock.dispatch.alltoall import AllToAllDispatcher, AllToAllHandle
 from crossdock.dispatch.dispatcher import Dispatched
 from crossdock.dispatch.traffic import Traffic
@@ -28,21 +28,24 @@ class HierarchicalDispatcher:
 
     Each hop is a plain all-to-all, over the ranks of one place in all nodes and over those of a node. Results come back
     the same way: what a node computed for a token is summed before it leaves, in fp32, and rounded to the activations'
-    dtype, so a result is rounded once per hop. The hop between nodes overlaps with other work, the hop within does not.
-    Rows are in (place of the source rank, its node, position) order.
+    dtype or the wire's, so a result is rounded once per hop. The hop between nodes overlaps with other work, the hop
+    within does not. Rows are in (place of the source rank, its node, position) order.
 
     Args:
         group: the expert-parallel ranks; node `n` has the places `n * ranks_per_node` and on.
         slots_per_rank: `P/R`.
         ranks_per_node: a proper divisor of the group's size.
+        wire: what rows look like while they travel, on both hops.
     """
 
     ordered = False
 
-    def __init__(self, group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int, *, wire: Wire = UNTOUCHED
+    ) -> None:
         between, within = _groups(group, ranks_per_node)
-        self.between = AllToAllDispatcher(between, slots_per_rank * ranks_per_node, ranks_per_node=1)
-        self.within = AllToAllDispatcher(within, slots_per_rank)
+        self.between = AllToAllDispatcher(between, slots_per_rank * ranks_per_node, ranks_per_node=1, wire=wire)
+        self.within = AllToAllDispatcher(within, slots_per_rank, wire=wire)
 
     @property
     def traffic(self) -> Traffic:

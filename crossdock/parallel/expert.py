@@ -34,8 +34,9 @@ class ExpertParallel(ParallelStyle):
             raise ValueError("expert parallelism has been applied to this layer already")
         group = device_mesh.get_group()
         placement = Placement.contiguous(module.num_experts, device_mesh.size())
+        config = module.config
         dispatcher = build_dispatcher(
-            module.config.dispatcher, group, placement.slots_per_rank, module.config.ranks_per_node
+            config.dispatcher, group, placement.slots_per_rank, config.ranks_per_node, wire=config.wire
         )
         own = placement.experts_on(device_mesh.get_local_rank())
         for name, parameter in list(module.experts.named_parameters(recurse=False)):
