@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,6 +20,7 @@ from crossdock.routing import (
     LossCoefficients,
     Router,
     RouterConfig,
+    Routing,
     StepLoad,
     attach_losses,
     count_experts,
@@ -72,6 +74,9 @@ class MoEConfig:
     gradient_scale: Literal["off", "output", "gradient"] = "off"
     """In training, multiply an expert's outputs, or its weights' gradients, by the mean number of routes of the rank's
     experts over its own. Depends on the layout and on gradient accumulation by definition."""
+    debug_checks: bool = False
+    """Raise for NaN or infinity in a layer's input or in the router's logits, and for experts that there are none of,
+    on all expert-parallel ranks. Costs a sync of the GPU in every layer."""
     debug_force_zipf: float = -1.0
     """Draw experts by a Zipf law of this exponent (0: uniform), whatever the router says; -1: off. For experiments."""
     debug_force_zipf_seed: int = -1
@@ -198,15 +203,12 @@ class MoE(nn.Module):
             padding_mask: `[..., S]` bool, true where a token is padding: it is routed nowhere and gives 0. `None` takes
                 the attribute of that name.
         """
-        if x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x has {x.shape[-1]} features, this layer's hidden_size is {self.hidden_size}")
-        sequence_shape = tuple(x.shape[:-1])
-        tokens = x.reshape(-1, self.hidden_size)
-        if padding_mask is None:
-            padding_mask = self.padding_mask
-        mask = None if padding_mask is None else padding_mask.reshape(-1)
-
-        routing = self.router(tokens, sequence_shape=sequence_shape, padding_mask=mask)
+        try:
+            tokens, mask, routing = self._route(x, padding_mask)
+        except Exception:
+            # The others wait for this rank's counts of tokens.
+            self.dispatcher.refuse(self._expert_to_slot.device)
+            raise
         arriving = self.dispatcher.dispatch(tokens, self._slots(routing.expert_ids), routing.weights)
         shared = self._shared(tokens, mask)  # while tokens travel
         arrived = arriving.wait()
@@ -217,11 +219,48 @@ class MoE(nn.Module):
             output = output + shared
 
         if self.training and output.requires_grad:
-            losses = router_losses(routing, self.coefficients, sequence_shape, mask, self.batch_totals, self.load)
+            losses = router_losses(routing, self.coefficients, tuple(x.shape[:-1]), mask, self.batch_totals, self.load)
             output = attach_losses(output, routing, losses, self.coefficients, self.load, mask)
         else:
             self.load.record_evaluation(count_experts(routing.expert_ids, self.num_experts))
         return output.view(x.shape)
+
+    def _route(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Routing]:
+        """The tokens `[T, H]` of `x`, their padding mask `[T]`, and where they go. What can be wrong, raises here."""
+        if padding_mask is None:
+            padding_mask = self.padding_mask
+        self._check(x, padding_mask)
+        tokens = x.reshape(-1, self.hidden_size)
+        mask = None if padding_mask is None else padding_mask.reshape(-1)
+        routing = self.router(tokens, sequence_shape=tuple(x.shape[:-1]), padding_mask=mask)
+        if self.config.debug_checks:
+            for name, values in (("x", tokens), ("the router's logits", routing.logits)):
+                bad = ~values.detach().isfinite().all(dim=1)
+                bad = int((bad if mask is None else bad & ~mask).sum())
+                if bad:
+                    raise ValueError(f"{name} of {bad} of {len(tokens)} tokens: NaN or infinity (debug_checks)")
+        return tokens, mask, routing
+
+    def _check(self, x: Tensor, padding_mask: Tensor | None) -> None:
+        if x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x has {x.shape[-1]} features, this layer's hidden_size is {self.hidden_size}")
+        # Router and experts may differ: each may be cast, or not be gathered yet, by FSDP.
+        parameters = (self.router.weight, self.experts.down_projs)
+        dtypes, devices = ({getattr(p, name) for p in parameters} for name in ("dtype", "device"))
+        if x.device not in devices:
+            raise ValueError(f"x is on {x.device}, this layer on {_either(devices)}")
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if x.dtype not in dtypes and not autocast:
+            raise ValueError(f"x is {x.dtype}, this layer {_either(dtypes)}")
+        if padding_mask is None:
+            return
+        tokens = x.numel() // self.hidden_size
+        if padding_mask.numel() != tokens or padding_mask.dtype != torch.bool or padding_mask.device != x.device:
+            raise ValueError(
+                f"padding_mask must be {list(x.shape[:-1])} torch.bool on {x.device}, not {list(padding_mask.shape)} "
+                f"{padding_mask.dtype} on {padding_mask.device}"
+            )
 
     def _shared(self, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
         """What the shared experts give, `[T, H]`; 0 for padding."""
@@ -247,6 +286,10 @@ class MoE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"ep_rank={self.ep_rank}, ep_world_size={self.ep_world_size}, slots={self.placement.slots_per_rank}"
+
+
+def _either(choices: Iterable[object]) -> str:
+    return " or ".join(sorted(map(str, choices)))
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:

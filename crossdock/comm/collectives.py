@@ -66,16 +66,21 @@ class Splits(NamedTuple):
         return Splits(send=self.recv, recv=self.send)
 
 
-def exchange_counts(send_counts: Tensor, group_name: str) -> Splits:
+def exchange_counts(send_counts: Tensor, signature: int, group_name: str) -> tuple[Splits, list[int]]:
     """Tell every rank how many rows to expect. One collective and one device-to-host copy.
 
     Args:
         send_counts: `[R]` int64, rows that this rank sends to each rank.
+        signature: travels along with each of them.
         group_name: name of the process group.
+
+    Returns:
+        The counts, and the signature that came from each rank.
     """
-    recv_counts = _wait(_all_to_all(send_counts, [1] * len(send_counts), [1] * len(send_counts), group_name))
-    send, recv = torch.stack([send_counts, recv_counts]).tolist()
-    return Splits(send, recv)
+    sent = torch.stack([send_counts, torch.full_like(send_counts, signature)], dim=1)
+    received = _wait(_all_to_all(sent, [1] * len(sent), [1] * len(sent), group_name))
+    (send, _), (recv, signatures) = torch.stack([sent, received]).transpose(1, 2).tolist()
+    return Splits(send, recv), signatures
 
 
 def exchange(rows: Tensor, splits: Splits, group_name: str, wire: Wire = UNTOUCHED) -> Pending[Tensor]:

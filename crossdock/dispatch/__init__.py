@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from crossdock.comm import UNTOUCHED, Wire
+from crossdock.dispatch.agreement import RankFailure, RankMismatch
 from crossdock.dispatch.allgather import AllGatherDispatcher
 from crossdock.dispatch.alltoall import AllToAllDispatcher
 from crossdock.dispatch.dispatcher import Dispatched, Dispatcher
@@ -24,6 +25,8 @@ __all__ = [
     "DispatcherBuilder",
     "HierarchicalDispatcher",
     "LocalDispatcher",
+    "RankFailure",
+    "RankMismatch",
     "Traffic",
     "build_dispatcher",
     "least_traffic",
@@ -35,19 +38,21 @@ class DispatcherBuilder(Protocol):
     """What `DISPATCHERS` holds."""
 
     def __call__(
-        self, group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int, *, wire: Wire
+        self, group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int, *, wire: Wire, debug_checks: bool
     ) -> Dispatcher: ...
 
 
-def _hierarchical(group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int, *, wire: Wire) -> Dispatcher:
+def _hierarchical(
+    group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int, *, wire: Wire, debug_checks: bool
+) -> Dispatcher:
     if group.size() % ranks_per_node:
         raise ValueError(
             f"ranks_per_node = {ranks_per_node} must divide the {group.size()} ranks that hold the experts, for "
             "dispatcher 'hierarchical'; use 'alltoall'"
         )
     if ranks_per_node in (1, group.size()):
-        return AllToAllDispatcher(group, slots_per_rank, ranks_per_node, wire=wire)
-    return HierarchicalDispatcher(group, slots_per_rank, ranks_per_node, wire=wire)
+        return AllToAllDispatcher(group, slots_per_rank, ranks_per_node, wire=wire, debug_checks=debug_checks)
+    return HierarchicalDispatcher(group, slots_per_rank, ranks_per_node, wire=wire, debug_checks=debug_checks)
 
 
 DISPATCHERS: Mapping[str, DispatcherBuilder] = MappingProxyType(
@@ -56,7 +61,13 @@ DISPATCHERS: Mapping[str, DispatcherBuilder] = MappingProxyType(
 
 
 def build_dispatcher(
-    name: str, group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int = 0, *, wire: Wire = UNTOUCHED
+    name: str,
+    group: dist.ProcessGroup,
+    slots_per_rank: int,
+    ranks_per_node: int = 0,
+    *,
+    wire: Wire = UNTOUCHED,
+    debug_checks: bool = False,
 ) -> Dispatcher:
     """The dispatcher `name` for the ranks of `group`; with one rank it is `local`, whatever the name.
 
@@ -67,6 +78,7 @@ def build_dispatcher(
         ranks_per_node: consecutive ranks of the group that make a node; 0: one per GPU of this machine, all of them
             where there is none. More than the group has: all of them.
         wire: what rows look like while they travel.
+        debug_checks: look at ids on a GPU too, where it costs a sync.
 
     Raises:
         ValueError: for an unknown name, or where nodes that do not divide the group matter.
@@ -75,7 +87,9 @@ def build_dispatcher(
         raise ValueError(f"dispatcher {name!r} is unknown; valid: {', '.join(sorted(DISPATCHERS))}")
     if group.size() == 1:
         return LocalDispatcher()
-    return DISPATCHERS[name](group, slots_per_rank, node_size(group.size(), ranks_per_node), wire=wire)
+    return DISPATCHERS[name](
+        group, slots_per_rank, node_size(group.size(), ranks_per_node), wire=wire, debug_checks=debug_checks
+    )
 
 
 def node_size(num_ranks: int, ranks_per_node: int) -> int:

@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from crossdock.comm import UNTOUCHED, Pending, Wire, exchange_counts, gather_rows, scatter_sum
+from crossdock.comm import UNTOUCHED, Pending, Wire, gather_rows, scatter_sum
+from crossdock.dispatch.agreement import Agreement
+from crossdock.dispatch.checks import check_results
 from crossdock.dispatch.dispatcher import Dispatched
 from crossdock.dispatch.traffic import Traffic, TrafficMeter
 
@@ -16,9 +18,10 @@ __all__ = ["AllGatherDispatcher", "AllGatherHandle"]
 
 
 class AllGatherHandle(NamedTuple):
-    """Tokens of each rank."""
+    """Tokens of each rank, and `H`."""
 
     counts: list[int]
+    hidden_size: int
 
 
 class AllGatherDispatcher:
@@ -32,6 +35,7 @@ class AllGatherDispatcher:
         slots_per_rank: `P/R`.
         ranks_per_node: consecutive ranks that make a node, for `traffic`; all of them if `None`.
         wire: what rows look like while they travel.
+        debug_checks: look at ids on a GPU too, where it costs a sync.
     """
 
     ordered = True
@@ -43,10 +47,12 @@ class AllGatherDispatcher:
         ranks_per_node: int | None = None,
         *,
         wire: Wire = UNTOUCHED,
+        debug_checks: bool = False,
     ) -> None:
         self.group_name, self.num_ranks, self.rank = group.group_name, group.size(), group.rank()
         self.slots_per_rank = slots_per_rank
         self.wire = wire
+        self.agreement = Agreement(group, slots_per_rank, wire, check_ids=debug_checks)
         self.meter = TrafficMeter(group, ranks_per_node)
 
     @property
@@ -54,8 +60,9 @@ class AllGatherDispatcher:
         return self.meter.sent
 
     def dispatch(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
+        self.agreement.check(x, slot_ids, weights)
         own_count = torch.full((self.num_ranks,), len(x), dtype=torch.int64, device=x.device)
-        counts = exchange_counts(own_count, self.group_name).recv
+        counts = self.agreement.exchange_counts(own_count, x, slot_ids, weights).recv
         padded = [max(counts)] * self.num_ranks
         self.meter.rows(padded, self.wire.row_bytes(x.shape[1], x.dtype))
         self.meter.about_routes(padded, slot_ids.shape[1] * (slot_ids.dtype.itemsize + weights.dtype.itemsize))
@@ -67,10 +74,16 @@ class AllGatherDispatcher:
             own_ids = ids.wait() - self.rank * self.slots_per_rank
             foreign = (own_ids < 0) | (own_ids >= self.slots_per_rank)
             own_weights = all_weights.wait().masked_fill(foreign, 0)
-            return Dispatched(tokens.wait(), own_ids.masked_fill(foreign, -1), own_weights, AllGatherHandle(counts))
+            return Dispatched(
+                tokens.wait(), own_ids.masked_fill(foreign, -1), own_weights, AllGatherHandle(counts, x.shape[1])
+            )
 
         return Pending(finish)
 
+    def refuse(self, device: torch.device) -> None:
+        self.agreement.refuse(device)
+
     def combine(self, y: Tensor, handle: Any) -> Pending[Tensor]:
+        check_results(y, sum(handle.counts), handle.hidden_size)
         self.meter.rows(handle.counts, self.wire.back.row_bytes(y.shape[1], y.dtype))
         return scatter_sum(y, handle.counts, self.group_name, self.wire.back)

@@ -36,7 +36,12 @@ class ExpertParallel(ParallelStyle):
         placement = Placement.contiguous(module.num_experts, device_mesh.size())
         config = module.config
         dispatcher = build_dispatcher(
-            config.dispatcher, group, placement.slots_per_rank, config.ranks_per_node, wire=config.wire
+            config.dispatcher,
+            group,
+            placement.slots_per_rank,
+            config.ranks_per_node,
+            wire=config.wire,
+            debug_checks=config.debug_checks,
         )
         own = placement.experts_on(device_mesh.get_local_rank())
         for name, parameter in list(module.experts.named_parameters(recurse=False)):
