@@ -29,7 +29,10 @@ from crossdock.routing import (
     update_expert_bias,
 )
 
-__all__ = ["MoE", "MoEConfig", "finish_step", "moe_layers", "set_batch_totals"]
+__all__ = ["STATIC_EXPERTS", "MoE", "MoEConfig", "finish_step", "moe_layers", "set_batch_totals"]
+
+STATIC_EXPERTS = ("auto", "grouped_mm")
+"""Values of `experts` that `static_shapes` goes with."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class MoEConfig:
     scale for every 128 values. A wire that saves nothing is `same`."""
     wire_directions: Literal["tokens", "both"] = "tokens"
     """What `wire_dtype` applies to: tokens in the forward pass alone, or results and gradients as well (`both`)."""
+    static_shapes: bool = False
+    """Worst-case buffers and no sync of the GPU in a layer: every rank gets room for the tokens of all ranks, as many
+    as any had in the first step, and every token for all its experts. With `allgather` or `alltoall`, which are the
+    same then, and `grouped_mm`."""
     experts: Literal["auto", "cpu", "eager", "grouped_mm"] = "auto"
     """How experts are computed. `auto`: `cpu` on a CPU, `grouped_mm` on a GPU, and `eager`, a plain loop, where that
     cannot."""
@@ -152,10 +159,13 @@ class MoE(nn.Module):
         self.num_experts = router.num_experts
         if config.gradient_scale == "output" and formula.weight_on == "input":
             raise ValueError("gradient_scale = 'output' needs experts with the weight on the output, not on the input")
+        if config.static_shapes and config.experts not in STATIC_EXPERTS:
+            raise ValueError(f"static_shapes needs experts = {' or '.join(STATIC_EXPERTS)}, not {config.experts}")
         self.router = Router(hidden_size, config.router_config(router))
         self.experts = GroupedExperts(
             router.num_experts, hidden_size, intermediate_size, config.experts, formula, bias=bias
         )
+        self.experts.static_shapes = config.static_shapes
         self.shared_experts = (
             SharedExperts(hidden_size, shared_intermediate_size, gate=shared_gate, formula=formula)
             if shared_intermediate_size

@@ -18,10 +18,10 @@ from crossdock.checkpoint import CheckpointError, HFCheckpoint, find_checkpoint
 from crossdock.config.reading import RUN_CONFIG_FILE, absolute, read_toml
 from crossdock.config.settings import Config, ConfigError, setting_types
 from crossdock.data import DataError, check_source, mixture_quotas, open_tokenizer, vocabulary_size
-from crossdock.dispatch import DISPATCHERS, node_size
+from crossdock.dispatch import DISPATCHERS, STATIC_DISPATCHERS, node_size
 from crossdock.models import FAMILIES, ModelError, build_model, resolve_hf_config
 from crossdock.models.family import DEEPEP_SUFFIX
-from crossdock.moe import moe_layers
+from crossdock.moe import STATIC_EXPERTS, moe_layers
 from crossdock.parallel import LayoutError, ParallelDims
 
 __all__ = ["check_settings", "check_writable", "expert_parallel_degrees", "validate"]
@@ -135,6 +135,14 @@ def _check_dispatcher(config: Config) -> None:
         config, "model.flavor", available or size == config.model.flavor, f"deepep is {use}, model.flavor = {size}"
     )
     _require(config, "moe.dispatcher", available, use)
+    if config.moe.static_shapes:
+        for name, value, valid in (
+            ("moe.dispatcher", config.moe.dispatcher, STATIC_DISPATCHERS),
+            ("moe.experts", config.moe.experts, STATIC_EXPERTS),
+        ):
+            _require(config, "moe.static_shapes", value in valid, f"needs {name} = {' or '.join(valid)}")
+        wide = config.training.dtype == "float64"
+        _require(config, "moe.static_shapes", not wide, "needs another training.dtype than float64")
 
 
 def _check_trackers(config: Config) -> None:

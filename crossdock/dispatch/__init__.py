@@ -14,10 +14,12 @@ from crossdock.dispatch.alltoall import AllToAllDispatcher
 from crossdock.dispatch.dispatcher import Dispatched, Dispatcher
 from crossdock.dispatch.hierarchical import HierarchicalDispatcher
 from crossdock.dispatch.local import LocalDispatcher
+from crossdock.dispatch.static import StaticDispatcher
 from crossdock.dispatch.traffic import Traffic, least_traffic
 
 __all__ = [
     "DISPATCHERS",
+    "STATIC_DISPATCHERS",
     "AllGatherDispatcher",
     "AllToAllDispatcher",
     "Dispatched",
@@ -27,6 +29,7 @@ __all__ = [
     "LocalDispatcher",
     "RankFailure",
     "RankMismatch",
+    "StaticDispatcher",
     "Traffic",
     "build_dispatcher",
     "least_traffic",
@@ -59,6 +62,9 @@ DISPATCHERS: Mapping[str, DispatcherBuilder] = MappingProxyType(
     {"allgather": AllGatherDispatcher, "alltoall": AllToAllDispatcher, "hierarchical": _hierarchical}
 )
 
+STATIC_DISPATCHERS = ("allgather", "alltoall")
+"""Those of `DISPATCHERS` that `static_shapes` goes with; with worst-case buffers they are one."""
+
 
 def build_dispatcher(
     name: str,
@@ -68,6 +74,7 @@ def build_dispatcher(
     *,
     wire: Wire = UNTOUCHED,
     debug_checks: bool = False,
+    static_shapes: bool = False,
 ) -> Dispatcher:
     """The dispatcher `name` for the ranks of `group`; with one rank it is `local`, whatever the name.
 
@@ -79,14 +86,21 @@ def build_dispatcher(
             where there is none. More than the group has: all of them.
         wire: what rows look like while they travel.
         debug_checks: look at ids on a GPU too, where it costs a sync.
+        static_shapes: worst-case buffers and no host sync, for `allgather` and `alltoall` (`StaticDispatcher`).
 
     Raises:
-        ValueError: for an unknown name, or where nodes that do not divide the group matter.
+        ValueError: for an unknown name, for one without static shapes, or where nodes that do not divide the group
+            matter.
     """
     if name not in DISPATCHERS:
         raise ValueError(f"dispatcher {name!r} is unknown; valid: {', '.join(sorted(DISPATCHERS))}")
+    if static_shapes and name not in STATIC_DISPATCHERS:
+        raise ValueError(f"static_shapes needs dispatcher {' or '.join(STATIC_DISPATCHERS)}, not {name}")
     if group.size() == 1:
         return LocalDispatcher()
+    if static_shapes:
+        nodes = node_size(group.size(), ranks_per_node)
+        return StaticDispatcher(group, slots_per_rank, nodes, wire=wire, debug_checks=debug_checks)
     return DISPATCHERS[name](
         group, slots_per_rank, node_size(group.size(), ranks_per_node), wire=wire, debug_checks=debug_checks
     )

@@ -18,9 +18,10 @@ __all__ = ["AllGatherDispatcher", "AllGatherHandle"]
 
 
 class AllGatherHandle(NamedTuple):
-    """Tokens of each rank, and `H`."""
+    """Tokens of each rank, and of this one; `H`."""
 
     counts: list[int]
+    num_tokens: int
     hidden_size: int
 
 
@@ -61,8 +62,14 @@ class AllGatherDispatcher:
 
     def dispatch(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
         self.agreement.check(x, slot_ids, weights)
+        return self._gather(x, slot_ids, weights, self._counts(x, slot_ids, weights))
+
+    def _counts(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> list[int]:
+        """Tokens of each rank."""
         own_count = torch.full((self.num_ranks,), len(x), dtype=torch.int64, device=x.device)
-        counts = self.agreement.exchange_counts(own_count, x, slot_ids, weights).recv
+        return self.agreement.exchange_counts(own_count, x, slot_ids, weights).recv
+
+    def _gather(self, x: Tensor, slot_ids: Tensor, weights: Tensor, counts: list[int]) -> Pending[Dispatched]:
         padded = [max(counts)] * self.num_ranks
         self.meter.rows(padded, self.wire.row_bytes(x.shape[1], x.dtype))
         self.meter.about_routes(padded, slot_ids.shape[1] * (slot_ids.dtype.itemsize + weights.dtype.itemsize))
@@ -75,7 +82,7 @@ class AllGatherDispatcher:
             foreign = (own_ids < 0) | (own_ids >= self.slots_per_rank)
             own_weights = all_weights.wait().masked_fill(foreign, 0)
             return Dispatched(
-                tokens.wait(), own_ids.masked_fill(foreign, -1), own_weights, AllGatherHandle(counts, x.shape[1])
+                tokens.wait(), own_ids.masked_fill(foreign, -1), own_weights, AllGatherHandle(counts, *x.shape)
             )
 
         return Pending(finish)

@@ -42,6 +42,7 @@ class ExpertParallel(ParallelStyle):
             config.ranks_per_node,
             wire=config.wire,
             debug_checks=config.debug_checks,
+            static_shapes=config.static_shapes,
         )
         own = placement.experts_on(device_mesh.get_local_rank())
         for name, parameter in list(module.experts.named_parameters(recurse=False)):
