@@ -63,10 +63,13 @@ class StaticDispatcher(AllGatherDispatcher):
                 "rank in the first call; begin with the largest batch, or set static_shapes = false"
             )
         missing = self.max_tokens - len(x)
-        padded = (
-            F.pad(tensor, (0, 0, 0, missing), value=value) for tensor, value in ((x, 0), (slot_ids, -1), (weights, 0))
+        padding = (0, 0, 0, missing)
+        arriving = self._gather(
+            F.pad(x, padding),
+            F.pad(slot_ids, padding, value=-1),
+            F.pad(weights, padding),
+            [self.max_tokens] * self.num_ranks,
         )
-        arriving = self._gather(*padded, [self.max_tokens] * self.num_ranks)
 
         def finish() -> Dispatched:
             arrived = arriving.wait()

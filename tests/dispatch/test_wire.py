@@ -82,7 +82,8 @@ def _round_trips(dispatcher_name: str) -> dict[tuple[str, bool, torch.dtype], li
     return results
 
 
-Results = tuple[str, list[dict[tuple[WireDtype, bool, torch.dtype], list[dict[str, Any]]]]]
+Key = tuple[WireDtype, bool, torch.dtype]
+Results = tuple[str, list[dict[Key, list[dict[str, Any]]]]]
 
 
 @pytest.fixture(scope="module", params=DISPATCHERS)
@@ -163,7 +164,7 @@ def test_bytes_are_those_of_encoded_rows(results: Results) -> None:
     for rank, of_rank in enumerate(by_rank):
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             width = H * dtype.itemsize
-            keys = (("same", False, dtype), ("fp8", False, dtype), ("fp8", True, dtype))
+            keys: tuple[Key, ...] = (("same", False, dtype), ("fp8", False, dtype), ("fp8", True, dtype))
             plain, tokens, both = (of_rank[key][0]["traffic"] for key in keys)
             assert plain.metadata == tokens.metadata == both.metadata
             rows_there = 0
