@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -9,7 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from crossdock.dispatch import DeepEPOptions, Dispatched, Dispatcher, LocalDispatcher
+from crossdock.comm import Pending, Wire, WireDtype
+from crossdock.dispatch import (
+    LOCAL_PLAN,
+    DeepEPOptions,
+    Dispatched,
+    Dispatcher,
+    DispatchOptions,
+    DispatchPlan,
+    LocalDispatcher,
+)
 from crossdock.experts import SWIGLU, ExpertsFormula, GroupedExperts, SharedExperts, load_factors
 from crossdock.placement import EMPTY, Placement
 from crossdock.routing import (
@@ -18,6 +28,7 @@ from crossdock.routing import (
     LossCoefficients,
     Router,
     RouterConfig,
+    Routing,
     StepLoad,
     attach_losses,
     count_experts,
@@ -26,17 +37,22 @@ from crossdock.routing import (
     update_expert_bias,
 )
 
-__all__ = ["MoE", "MoEConfig", "finish_step", "moe_layers", "set_batch_totals"]
+__all__ = ["STATIC_EXPERTS", "MoE", "MoEConfig", "finish_step", "moe_layers", "set_batch_totals"]
+
+STATIC_EXPERTS = ("auto", "grouped_mm")
+"""Values of `experts` that `static_shapes` goes with."""
 
 
 @dataclass(frozen=True)
 class MoEConfig:
     """Settings of the MoE layers that a user chooses; what a model family fixes is in `RouterConfig`."""
 
-    dispatcher: Literal["allgather", "alltoall", "hierarchical", "deepep"] = "alltoall"
+    dispatcher: Literal["auto", "allgather", "alltoall", "hierarchical", "deepep"] = "auto"
     """How tokens travel between expert-parallel ranks: all of them to all ranks (`allgather`), each once to every rank
-    that it needs (`alltoall`), or once to every node and on from there (`hierarchical`). `deepep` is as
-    `alltoall`, by the library deep_ep on GPUs."""
+    that it needs (`alltoall`), or once to every node and on from there (`hierarchical`). `deepep` is as `alltoall`, by
+    the library deep_ep on GPUs. `auto` picks, and says why."""
+    overlap_chunks: int = 0
+    """Parts of a rank's tokens, one of which travels while experts compute another; 0: picked as `auto` is."""
     ranks_per_node: int = 0
     """Expert-parallel ranks that make a node, for `hierarchical`; 0: the GPUs of a machine, or all ranks."""
     deepep_api: Literal["auto", "elastic", "buffer"] = "auto"
@@ -49,6 +65,15 @@ class MoEConfig:
     """Let tokens arrive once per route, sorted by expert. Needs `ElasticBuffer`."""
     deepep_max_tokens_per_rank: int = 0
     """Tokens per rank that deep_ep's buffer has room for from the start; it grows where that is too few."""
+    wire_dtype: WireDtype = "same"
+    """What tokens travel in between ranks: the activations' own dtype (`same`), `bf16`, `fp16`, or `fp8`: e4m3 with a
+    scale for every 128 values. A wire that saves nothing is `same`."""
+    wire_directions: Literal["tokens", "both"] = "tokens"
+    """What `wire_dtype` applies to: tokens in the forward pass alone, or results and gradients as well (`both`)."""
+    static_shapes: bool = False
+    """Worst-case buffers and no sync of the GPU in a layer: every rank gets room for the tokens of all ranks, as many
+    as any had in the first step, and every token for all its experts. With `allgather` or `alltoall`, which are the
+    same then, and `grouped_mm`."""
     experts: Literal["auto", "cpu", "eager", "grouped_mm"] = "auto"
     """How experts are computed. `auto`: `cpu` on a CPU, `grouped_mm` on a GPU, and `eager`, a plain loop, where that
     cannot."""
@@ -77,19 +102,28 @@ class MoEConfig:
     gradient_scale: Literal["off", "output", "gradient"] = "off"
     """In training, multiply an expert's outputs, or its weights' gradients, by the mean number of routes of the rank's
     experts over its own. Depends on the layout and on gradient accumulation by definition."""
+    debug_checks: bool = False
+    """Raise for NaN or infinity in a layer's input or in the router's logits, and for experts that there are none of,
+    on all expert-parallel ranks. Costs a sync of the GPU in every layer."""
     debug_force_zipf: float = -1.0
     """Draw experts by a Zipf law of this exponent (0: uniform), whatever the router says; -1: off. For experiments."""
     debug_force_zipf_seed: int = -1
     """Shuffles which experts are popular; -1: the lower the index, the more popular."""
 
-    def deepep_options(self) -> DeepEPOptions:
-        """The options of dispatcher `deepep`. Raises ValueError for ones that do not go together."""
-        return DeepEPOptions(
-            self.deepep_api,
-            self.deepep_num_sms,
-            self.deepep_fp8_dispatch,
-            self.deepep_expand,
-            self.deepep_max_tokens_per_rank,
+    def dispatch_options(self) -> DispatchOptions:
+        """How tokens travel. Raises ValueError for options that do not go together."""
+        return DispatchOptions(
+            ranks_per_node=self.ranks_per_node,
+            wire=Wire(self.wire_dtype, both=self.wire_directions == "both"),
+            static_shapes=self.static_shapes,
+            debug_checks=self.debug_checks,
+            deepep=DeepEPOptions(
+                self.deepep_api,
+                self.deepep_num_sms,
+                self.deepep_fp8_dispatch,
+                self.deepep_expand,
+                self.deepep_max_tokens_per_rank,
+            ),
         )
 
     def router_config(self, family: RouterConfig) -> RouterConfig:
@@ -124,6 +158,7 @@ class MoE(nn.Module):
     Attributes:
         placement: which slot on which rank holds which logical expert.
         dispatcher: moves tokens.
+        dispatch_plan: how, and why so.
         ep_group, ep_rank, ep_world_size: the ranks that together hold all experts.
         load: counts of tokens per logical expert.
         batch_totals: size of the global batch that auxiliary losses are a share of (`set_batch_totals`); `None` where
@@ -157,10 +192,13 @@ class MoE(nn.Module):
         self.num_experts = router.num_experts
         if config.gradient_scale == "output" and formula.weight_on == "input":
             raise ValueError("gradient_scale = 'output' needs experts with the weight on the output, not on the input")
+        if config.static_shapes and config.experts not in STATIC_EXPERTS:
+            raise ValueError(f"static_shapes needs experts = {' or '.join(STATIC_EXPERTS)}, not {config.experts}")
         self.router = Router(hidden_size, config.router_config(router))
         self.experts = GroupedExperts(
             router.num_experts, hidden_size, intermediate_size, config.experts, formula, bias=bias
         )
+        self.experts.static_shapes = config.static_shapes
         self.shared_experts = (
             SharedExperts(hidden_size, shared_intermediate_size, gate=shared_gate, formula=formula)
             if shared_intermediate_size
@@ -172,10 +210,16 @@ class MoE(nn.Module):
         self.register_buffer("_expert_to_slot", torch.arange(self.num_experts), persistent=False)
         self.place(Placement.contiguous(self.num_experts, 1), LocalDispatcher(), None)
 
-    def place(self, placement: Placement, dispatcher: Dispatcher, ep_group: dist.ProcessGroup | None) -> None:
+    def place(
+        self,
+        placement: Placement,
+        dispatcher: Dispatcher,
+        ep_group: dist.ProcessGroup | None,
+        plan: DispatchPlan = LOCAL_PLAN,
+    ) -> None:
         """Set where experts live and how tokens get there. The caller has laid out the experts' parameters to match."""
         self.placement = placement
-        self.dispatcher = dispatcher
+        self.dispatcher, self.dispatch_plan = dispatcher, plan
         self.ep_group = ep_group
         self.ep_rank = dist.get_rank(ep_group) if ep_group is not None else 0
         self.ep_world_size = placement.num_ranks
@@ -208,30 +252,88 @@ class MoE(nn.Module):
             padding_mask: `[..., S]` bool, true where a token is padding: it is routed nowhere and gives 0. `None` takes
                 the attribute of that name.
         """
-        if x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x has {x.shape[-1]} features, this layer's hidden_size is {self.hidden_size}")
-        sequence_shape = tuple(x.shape[:-1])
-        tokens = x.reshape(-1, self.hidden_size)
-        if padding_mask is None:
-            padding_mask = self.padding_mask
-        mask = None if padding_mask is None else padding_mask.reshape(-1)
-
-        routing = self.router(tokens, sequence_shape=sequence_shape, padding_mask=mask)
-        arriving = self.dispatcher.dispatch(tokens, self._slots(routing.expert_ids), routing.weights)
+        try:
+            tokens, mask, routing = self._route(x, padding_mask)
+        except Exception:
+            # The others wait for this rank's counts of tokens.
+            self.dispatcher.refuse(self._expert_to_slot.device)
+            raise
+        arriving = self._dispatch(tokens, self._slots(routing.expert_ids), routing.weights)
         shared = self._shared(tokens, mask)  # while tokens travel
-        arrived = arriving.wait()
-        weights, factors = self._scaled(arrived)
-        y = self.experts(arrived.tokens, arrived.slot_ids, weights, factors)
-        output = self.dispatcher.combine(y, arrived.handle).wait()
+        output = self._compute(arriving)
         if shared is not None:
             output = output + shared
 
         if self.training and output.requires_grad:
-            losses = router_losses(routing, self.coefficients, sequence_shape, mask, self.batch_totals, self.load)
+            losses = router_losses(routing, self.coefficients, tuple(x.shape[:-1]), mask, self.batch_totals, self.load)
             output = attach_losses(output, routing, losses, self.coefficients, self.load, mask)
         else:
             self.load.record_evaluation(count_experts(routing.expert_ids, self.num_experts))
         return output.view(x.shape)
+
+    def _route(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Routing]:
+        """The tokens `[T, H]` of `x`, their padding mask `[T]`, and where they go. What can be wrong, raises here."""
+        if padding_mask is None:
+            padding_mask = self.padding_mask
+        self._check(x, padding_mask)
+        tokens = x.reshape(-1, self.hidden_size)
+        mask = None if padding_mask is None else padding_mask.reshape(-1)
+        routing = self.router(tokens, sequence_shape=tuple(x.shape[:-1]), padding_mask=mask)
+        if self.config.debug_checks:
+            for name, values in (("x", tokens), ("the router's logits", routing.logits)):
+                bad = ~values.detach().isfinite().all(dim=1)
+                bad = int((bad if mask is None else bad & ~mask).sum())
+                if bad:
+                    raise ValueError(f"{name} of {bad} of {len(tokens)} tokens: NaN or infinity (debug_checks)")
+        return tokens, mask, routing
+
+    def _check(self, x: Tensor, padding_mask: Tensor | None) -> None:
+        if x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x has {x.shape[-1]} features, this layer's hidden_size is {self.hidden_size}")
+        # Router and experts may differ: each may be cast, or not be gathered yet, by FSDP.
+        parameters = (self.router.weight, self.experts.down_projs)
+        dtypes, devices = ({getattr(p, name) for p in parameters} for name in ("dtype", "device"))
+        if x.device not in devices:
+            raise ValueError(f"x is on {x.device}, this layer on {_either(devices)}")
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if x.dtype not in dtypes and not autocast:
+            raise ValueError(f"x is {x.dtype}, this layer {_either(dtypes)}")
+        if padding_mask is None:
+            return
+        tokens = x.numel() // self.hidden_size
+        if padding_mask.numel() != tokens or padding_mask.dtype != torch.bool or padding_mask.device != x.device:
+            raise ValueError(
+                f"padding_mask must be {list(x.shape[:-1])} torch.bool on {x.device}, not {list(padding_mask.shape)} "
+                f"{padding_mask.dtype} on {padding_mask.device}"
+            )
+
+    def _dispatch(self, *of_tokens: Tensor) -> list[Pending[Dispatched]]:
+        """Send tokens `[T, H]`, slots and weights `[T, K]` off, in chunks of about as many tokens."""
+        chunks = self.dispatch_plan.overlap_chunks
+        if chunks == 1:
+            return [self.dispatcher.dispatch(*of_tokens)]
+        parts = zip(*(tensor.tensor_split(chunks) for tensor in of_tokens), strict=True)
+        return [self.dispatcher.dispatch(*part) for part in parts]
+
+    def _compute(self, arriving: list[Pending[Dispatched]]) -> Tensor:
+        """The experts' sums `[T, H]`: of one chunk while later ones arrive and earlier ones return."""
+        scale = self.config.gradient_scale if self.training else "off"
+        factors = None
+        if scale == "off":
+            arrived = (pending.wait() for pending in arriving)
+        else:
+            arrived = [pending.wait() for pending in arriving]  # they are counted together
+            factors = self._load_factors(arrived)
+        returning = []
+        for chunk in arrived:
+            weights = (
+                chunk.weights * factors[chunk.slot_ids] if factors is not None and scale == "output" else chunk.weights
+            )
+            y = self.experts(chunk.tokens, chunk.slot_ids, weights, factors if scale == "gradient" else None)
+            returning.append(self.dispatcher.combine(y, chunk.handle))
+        outputs = [pending.wait() for pending in returning]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _shared(self, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
         """What the shared experts give, `[T, H]`; 0 for padding."""
@@ -240,16 +342,11 @@ class MoE(nn.Module):
         output = self.shared_experts(tokens)
         return output if mask is None else output.masked_fill(mask[:, None], 0)
 
-    def _scaled(self, arrived: Dispatched) -> tuple[Tensor, Tensor | None]:
-        """The routes' weights, and the factors of the parameters' gradients, under `gradient_scale`."""
-        scale = self.config.gradient_scale
-        if scale == "off" or not self.training:
-            return arrived.weights, None
+    def _load_factors(self, arrived: list[Dispatched]) -> Tensor:
+        """What `gradient_scale` multiplies by, of each slot `[P/R]`."""
         num_experts = sum(expert != EMPTY for expert in self.local_expert_ids)
-        factors = load_factors(arrived.slot_ids, len(self.local_expert_ids), num_experts, arrived.weights.dtype)
-        if scale == "gradient":
-            return arrived.weights, factors
-        return arrived.weights * factors[arrived.slot_ids], None
+        slot_ids = torch.cat([chunk.slot_ids.flatten() for chunk in arrived])
+        return load_factors(slot_ids, len(self.local_expert_ids), num_experts, arrived[0].weights.dtype)
 
     def _slots(self, expert_ids: Tensor) -> Tensor:
         """Logical experts to global slots, `[T, K]`; `-1` stays."""
@@ -257,6 +354,10 @@ class MoE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"ep_rank={self.ep_rank}, ep_world_size={self.ep_world_size}, slots={self.placement.slots_per_rank}"
+
+
+def _either(choices: Iterable[object]) -> str:
+    return " or ".join(sorted(map(str, choices)))
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:

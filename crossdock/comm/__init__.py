@@ -12,11 +12,16 @@ from crossdock.comm.collectives import (
     scatter_sum,
     sum_over_ranks,
 )
+from crossdock.comm.wire import FP8_GROUP, UNTOUCHED, Wire, WireDtype
 
 __all__ = [
     "EXCHANGE_OPS",
+    "FP8_GROUP",
+    "UNTOUCHED",
     "Pending",
     "Splits",
+    "Wire",
+    "WireDtype",
     "attach_exchange",
     "exchange",
     "exchange_counts",

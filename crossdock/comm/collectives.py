@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from crossdock.comm.wire import UNTOUCHED, Wire
+
 __all__ = [
     "EXCHANGE_OPS",
     "Pending",
@@ -64,35 +66,47 @@ class Splits(NamedTuple):
         return Splits(send=self.recv, recv=self.send)
 
 
-def exchange_counts(send_counts: Tensor, group_name: str) -> Splits:
+def exchange_counts(send_counts: Tensor, facts: Sequence[int], group_name: str) -> tuple[Splits, list[list[int]]]:
     """Tell every rank how many rows to expect. One collective and one device-to-host copy.
 
     Args:
         send_counts: `[R]` int64, rows that this rank sends to each rank.
+        facts: travel along with each of them; as many on all ranks.
         group_name: name of the process group.
+
+    Returns:
+        The counts; and each of the facts, as it came from every rank.
     """
-    recv_counts = _wait(_all_to_all(send_counts, [1] * len(send_counts), [1] * len(send_counts), group_name))
-    send, recv = torch.stack([send_counts, recv_counts]).tolist()
-    return Splits(send, recv)
+    sent = torch.stack([send_counts, *(torch.full_like(send_counts, fact) for fact in facts)], dim=1)
+    received = _wait(_all_to_all(sent, [1] * len(sent), [1] * len(sent), group_name))
+    (send, *_), (recv, *theirs) = torch.stack([sent, received]).transpose(1, 2).tolist()
+    return Splits(send, recv), theirs
 
 
-def exchange(rows: Tensor, splits: Splits, group_name: str) -> Pending[Tensor]:
-    """Send `rows` `[sum(splits.send), ...]` to their ranks; the result is `[sum(splits.recv), ...]`, in rank order.
+def exchange(rows: Tensor, splits: Splits, group_name: str, wire: Wire = UNTOUCHED) -> Pending[Tensor]:
+    """Send `rows` `[sum(splits.send), H]` to their ranks; the result is `[sum(splits.recv), H]`, in rank order.
 
     Differentiable in `rows`: the backward pass sends gradients the opposite way, with the same splits. Takes part in
-    the collective whatever the counts, zero included.
+    the collective whatever the counts, zero included. Rows travel as `wire` says, gradients as `wire.back`
+    does; what that rounds off has no part in the gradient.
     """
-    rows = _AwaitGradient.apply(rows)  # type: ignore[assignment]
-    travelling = _start(rows.detach(), splits, group_name)
-    return Pending(lambda: _Finish.apply(rows, travelling, splits, group_name))  # type: ignore[arg-type]
+    hidden_size = rows.shape[-1]
+    placeholder = _AwaitGradient.apply(rows, wire.back)
+    travelling = _start(wire.encode(rows.detach()), splits, group_name)
+
+    def finish() -> Tensor:
+        return _Finish.apply(placeholder, travelling, splits, group_name, wire, hidden_size, rows.dtype)  # type: ignore[return-value]
+
+    return Pending(finish)
 
 
 def attach_exchange(rows: Tensor, received: Tensor, splits: Splits, group_name: str) -> Tensor:
     """Give `received`, which is `rows` after an exchange by other means, the gradient that `exchange` would have.
 
-    For values that travelled packed with others: `rows [sum(splits.send), ...]`, `received [sum(splits.recv), ...]`.
+    For values that travelled packed with others: `rows [sum(splits.send), K]`, `received [sum(splits.recv), K]`.
     """
-    return _Finish.apply(_AwaitGradient.apply(rows), received, splits, group_name)  # type: ignore[return-value]
+    placeholder = _AwaitGradient.apply(rows, UNTOUCHED)
+    return _Finish.apply(placeholder, received, splits, group_name, UNTOUCHED, rows.shape[-1], rows.dtype)  # type: ignore[return-value]
 
 
 def _start(rows: Tensor, splits: Splits, group_name: str) -> Tensor:
@@ -100,47 +114,73 @@ def _start(rows: Tensor, splits: Splits, group_name: str) -> Tensor:
 
 
 class _AwaitGradient(Function):
-    """Identity; its backward waits for the gradient exchange that the later node `_Finish` started."""
+    """A placeholder for rows that travel. Its backward waits for the gradients that the later node `_Finish` sent.
+
+    Between the two nodes gradients are as `wire` encodes them, and still on their way: autograd must find no reason to
+    look at them, hence a placeholder of just that shape and dtype.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        return rows.view_as(rows)
+    def forward(ctx: Any, rows: Tensor, wire: Wire) -> Tensor:
+        ctx.wire, ctx.hidden_size, ctx.dtype = wire, rows.shape[-1], rows.dtype
+        return wire.placeholder(rows)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Tensor:
-        return _wait(grads[0])
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return ctx.wire.decode(_wait(grads[0]), ctx.hidden_size, ctx.dtype), None
 
 
 class _Finish(Function):
     """Waits in the forward pass; its backward starts the reverse exchange, for which `_AwaitGradient` waits."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, travelling: Tensor, splits: Splits, group_name: str) -> Tensor:
-        ctx.splits, ctx.group_name = splits, group_name
-        return _wait(travelling)
+    def forward(
+        ctx: Any,
+        placeholder: Tensor,
+        travelling: Tensor,
+        splits: Splits,
+        group_name: str,
+        wire: Wire,
+        hidden_size: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.splits, ctx.group_name, ctx.wire = splits, group_name, wire.back
+        return wire.decode(_wait(travelling), hidden_size, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        # What is returned is still on its way; nothing but `_AwaitGradient` lies between.
-        return _start(grads[0], ctx.splits.reversed, ctx.group_name), None, None, None
+        travelling = _start(ctx.wire.encode(grads[0]), ctx.splits.reversed, ctx.group_name)
+        return travelling, *(None,) * 6
 
 
-def gather_rows(rows: Tensor, counts: list[int], group_name: str) -> Pending[Tensor]:
-    """All ranks' `rows` `[counts[own rank], ...]` in rank order, `[sum(counts), ...]`, on every rank.
+def gather_rows(rows: Tensor, counts: list[int], group_name: str, wire: Wire = UNTOUCHED) -> Pending[Tensor]:
+    """All ranks' `rows` `[counts[own rank], H]` in rank order, `[sum(counts), H]`, on every rank.
 
-    Differentiable: the gradients of this rank's rows on all ranks are summed, as `scatter_sum` does.
+    Differentiable: the gradients of this rank's rows on all ranks are summed, as `scatter_sum` does. Rows travel as
+    `wire` says, gradients as `wire.back` does.
     """
-    travelling = _start_gather(rows.detach(), counts, group_name)
-    return Pending(lambda: _FinishGather.apply(rows, travelling, counts, group_name))  # type: ignore[arg-type]
+    return _transfer(rows, _GATHER, _SCATTER, counts, group_name, wire)
 
 
-def scatter_sum(rows: Tensor, counts: list[int], group_name: str) -> Pending[Tensor]:
-    """The sum over the ranks of their `rows` `[sum(counts), ...]` that are this rank's, `[counts[own rank], ...]`.
+def scatter_sum(rows: Tensor, counts: list[int], group_name: str, wire: Wire = UNTOUCHED) -> Pending[Tensor]:
+    """The sum over the ranks of their `rows` `[sum(counts), H]` that are this rank's, `[counts[own rank], H]`.
 
-    In rank order and in fp32 (float64 stays), rounded once. Differentiable: gradients are gathered.
+    In rank order and in fp32 (float64 stays), rounded once. Differentiable: gradients are gathered. `wire` as in
+    `gather_rows`.
     """
-    travelling = _start_scatter(rows.detach(), counts, group_name)
-    return Pending(lambda: _FinishScatter.apply(rows, travelling, counts, group_name))  # type: ignore[arg-type]
+    return _transfer(rows, _SCATTER, _GATHER, counts, group_name, wire)
+
+
+class _Transfer(NamedTuple):
+    """Rows to all ranks, or back from them.
+
+    Attributes:
+        start: of encoded rows, counts and the group's name; what it returns travels.
+        finish: of what travelled, decoded, and counts.
+    """
+
+    start: Callable[[Tensor, list[int], str], Tensor]
+    finish: Callable[[Tensor, list[int]], Tensor]
 
 
 def _start_gather(rows: Tensor, counts: list[int], group_name: str) -> Tensor:
@@ -149,8 +189,8 @@ def _start_gather(rows: Tensor, counts: list[int], group_name: str) -> Tensor:
     return _all_gather(padded, len(counts), group_name)
 
 
-def _finish_gather(travelling: Tensor, counts: list[int]) -> Tensor:
-    per_rank = _wait(travelling).view(len(counts), max(counts), *travelling.shape[1:])
+def _finish_gather(rows: Tensor, counts: list[int]) -> Tensor:
+    per_rank = rows.view(len(counts), max(counts), *rows.shape[1:])
     return torch.cat([rows[:count] for rows, count in zip(per_rank, counts, strict=True)])
 
 
@@ -159,31 +199,49 @@ def _start_scatter(rows: Tensor, counts: list[int], group_name: str) -> Tensor:
     return _all_to_all(rows.contiguous(), [counts[group.rank()]] * len(counts), counts, group_name)
 
 
-def _finish_scatter(travelling: Tensor, counts: list[int]) -> Tensor:
-    per_rank = _wait(travelling).view(len(counts), -1, *travelling.shape[1:])
-    return per_rank.sum(dim=0, dtype=torch.promote_types(travelling.dtype, torch.float32)).to(travelling.dtype)
+def _finish_scatter(rows: Tensor, counts: list[int]) -> Tensor:
+    per_rank = rows.view(len(counts), -1, *rows.shape[1:])
+    return per_rank.sum(dim=0, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)
 
 
-class _FinishGather(Function):
+_GATHER = _Transfer(_start_gather, _finish_gather)
+_SCATTER = _Transfer(_start_scatter, _finish_scatter)
+
+
+def _transfer(
+    rows: Tensor, transfer: _Transfer, reverse: _Transfer, counts: list[int], group_name: str, wire: Wire
+) -> Pending[Tensor]:
+    travelling = transfer.start(wire.encode(rows.detach()), counts, group_name)
+
+    def finish() -> Tensor:
+        return _FinishTransfer.apply(rows, travelling, transfer, reverse, counts, group_name, wire)  # type: ignore[return-value]
+
+    return Pending(finish)
+
+
+class _FinishTransfer(Function):
+    """Waits in the forward pass; its backward sends gradients by the reverse transfer."""
+
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, travelling: Tensor, counts: list[int], group_name: str) -> Tensor:
-        ctx.counts, ctx.group_name = counts, group_name
-        return _finish_gather(travelling, counts)
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        travelling: Tensor,
+        transfer: _Transfer,
+        reverse: _Transfer,
+        counts: list[int],
+        group_name: str,
+        wire: Wire,
+    ) -> Tensor:
+        ctx.reverse, ctx.counts, ctx.group_name, ctx.wire = reverse, counts, group_name, wire.back
+        return transfer.finish(wire.decode(_wait(travelling), rows.shape[-1], rows.dtype), counts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _finish_scatter(_start_scatter(grads[0], ctx.counts, ctx.group_name), ctx.counts), None, None, None
-
-
-class _FinishScatter(Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, travelling: Tensor, counts: list[int], group_name: str) -> Tensor:
-        ctx.counts, ctx.group_name = counts, group_name
-        return _finish_scatter(travelling, counts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _finish_gather(_start_gather(grads[0], ctx.counts, ctx.group_name), ctx.counts), None, None, None
+        (grad,) = grads
+        travelling = ctx.reverse.start(ctx.wire.encode(grad), ctx.counts, ctx.group_name)
+        received = ctx.wire.decode(_wait(travelling), grad.shape[-1], grad.dtype)
+        return ctx.reverse.finish(received, ctx.counts), *(None,) * 6
 
 
 def sum_over_ranks(values: Tensor, group_name: str) -> Tensor:

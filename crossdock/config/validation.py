@@ -18,10 +18,10 @@ from crossdock.checkpoint import CheckpointError, HFCheckpoint, find_checkpoint
 from crossdock.config.reading import RUN_CONFIG_FILE, absolute, read_toml
 from crossdock.config.settings import Config, ConfigError, setting_types
 from crossdock.data import DataError, check_source, mixture_quotas, open_tokenizer, vocabulary_size
-from crossdock.dispatch import choose_deepep_api, load_deepep, node_size
+from crossdock.dispatch import AUTO_DISPATCHER, STATIC_DISPATCHERS, choose_deepep_api, load_deepep, node_size
 from crossdock.models import FAMILIES, ModelError, build_model, resolve_hf_config
 from crossdock.models.family import DEEPEP_SUFFIX
-from crossdock.moe import moe_layers
+from crossdock.moe import STATIC_EXPERTS, moe_layers
 from crossdock.parallel import LayoutError, ParallelDims
 
 __all__ = ["check_settings", "check_writable", "expert_parallel_degrees", "validate"]
@@ -114,8 +114,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value >= 0,
         "optimizer.lr optimizer.weight_decay lr_scheduler.warmup_steps moe.sequence_aux_loss_coeff "
         "moe.batch_aux_loss_coeff moe.global_aux_loss_coeff moe.z_loss_coeff moe.expert_bias_rate moe.capacity_factor "
-        "moe.ranks_per_node moe.deepep_max_tokens_per_rank "
-        "checkpoint.interval checkpoint.keep_latest_k metrics.load_interval validation.interval validation.max_samples",
+        "moe.ranks_per_node moe.overlap_chunks moe.deepep_max_tokens_per_rank checkpoint.interval "
+        "checkpoint.keep_latest_k metrics.load_interval validation.interval validation.max_samples",
     ),
     "at least 0 and below 1": (
         lambda value: 0 <= value < 1,
@@ -132,19 +132,32 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 def _check_dispatcher(config: Config) -> None:
     forced = config.training.debug_moe_force_load_balance and config.moe.debug_force_zipf >= 0
     _require(config, "moe.debug_force_zipf", not forced, "does not go with training.debug_moe_force_load_balance")
-    if config.moe.dispatcher != "deepep":
-        return
+    if config.moe.static_shapes:
+        for name, value, valid in (
+            ("moe.dispatcher", config.moe.dispatcher, (AUTO_DISPATCHER, *STATIC_DISPATCHERS)),
+            ("moe.experts", config.moe.experts, STATIC_EXPERTS),
+        ):
+            _require(config, "moe.static_shapes", value in valid, f"needs {name} = {' or '.join(valid)}")
+        wide = config.training.dtype == "float64"
+        _require(config, "moe.static_shapes", not wide, "needs another training.dtype than float64")
+    if config.moe.dispatcher == "deepep":
+        _check_deepep(config)
+
+
+def _check_deepep(config: Config) -> None:
     size = config.model.flavor.removesuffix(DEEPEP_SUFFIX)
     field, instead = "moe.dispatcher", "moe.dispatcher = alltoall"
     if size != config.model.flavor:
         field, instead = "model.flavor", f"model.flavor = {size} and moe.dispatcher = alltoall"
     try:
-        choose_deepep_api(load_deepep(), config.moe.deepep_options())
+        choose_deepep_api(load_deepep(), config.moe.dispatch_options().deepep)
     except ValueError as error:
         raise ConfigError(field, attrgetter(field)(config), f"{error}; that is {instead}") from None
     _require(config, field, torch.cuda.is_available(), f"dispatcher 'deepep' needs a GPU; use {instead}")
     in_bf16 = config.training.dtype == "bfloat16"
     _require(config, "training.dtype", in_bf16, f"dispatcher 'deepep' needs bfloat16; or use {instead}")
+    valid = "same with dispatcher 'deepep', which has moe.deepep_fp8_dispatch"
+    _require(config, "moe.wire_dtype", config.moe.wire_dtype == "same", valid)
 
 
 def _check_trackers(config: Config) -> None:

@@ -8,17 +8,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from crossdock.comm import Pending, exchange_counts, gather_rows, scatter_sum
+from crossdock.comm import UNTOUCHED, Pending, Wire, gather_rows, scatter_sum
+from crossdock.dispatch.agreement import Agreement
+from crossdock.dispatch.checks import check_results
 from crossdock.dispatch.dispatcher import Dispatched
-from crossdock.dispatch.traffic import Traffic
+from crossdock.dispatch.traffic import Traffic, TrafficMeter
 
 __all__ = ["AllGatherDispatcher", "AllGatherHandle"]
 
 
 class AllGatherHandle(NamedTuple):
-    """Tokens of each rank."""
+    """Tokens of each rank, and of this one; `H`."""
 
     counts: list[int]
+    num_tokens: int
+    hidden_size: int
 
 
 class AllGatherDispatcher:
@@ -31,38 +35,63 @@ class AllGatherDispatcher:
         group: the expert-parallel ranks.
         slots_per_rank: `P/R`.
         ranks_per_node: consecutive ranks that make a node, for `traffic`; all of them if `None`.
+        wire: what rows look like while they travel.
+        debug_checks: look at ids on a GPU too, where it costs a sync.
     """
 
     ordered = True
 
-    def __init__(self, group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int | None = None) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        slots_per_rank: int,
+        ranks_per_node: int | None = None,
+        *,
+        wire: Wire = UNTOUCHED,
+        debug_checks: bool = False,
+    ) -> None:
         self.group_name, self.num_ranks, self.rank = group.group_name, group.size(), group.rank()
         self.slots_per_rank = slots_per_rank
-        self.ranks_per_node = ranks_per_node or self.num_ranks
-        self.traffic = Traffic()
+        self.wire = wire
+        self.agreement = Agreement(group, slots_per_rank, wire, check_ids=debug_checks)
+        self.meter = TrafficMeter(group, ranks_per_node)
+
+    @property
+    def traffic(self) -> Traffic:
+        return self.meter.sent
 
     def dispatch(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
-        own_count = torch.full((self.num_ranks,), len(x), dtype=torch.int64, device=x.device)
-        counts = exchange_counts(own_count, self.group_name).recv
-        self._count(x, max(counts))
-        self.traffic.about_routes([max(counts)] * self.num_ranks, 12 * slot_ids.shape[1], self.rank)
+        self.agreement.check(x, slot_ids, weights)
+        return self._gather(x, slot_ids, weights, self._counts(x, slot_ids, weights))
+
+    def _counts(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> list[int]:
+        """Tokens of each rank."""
+        to_all = torch.full((self.num_ranks,), len(x), dtype=torch.int64, device=x.device)
+        _, tokens = self.agreement.exchange_counts(to_all, x, slot_ids, weights)
+        return tokens
+
+    def _gather(self, x: Tensor, slot_ids: Tensor, weights: Tensor, counts: list[int]) -> Pending[Dispatched]:
+        padded = [max(counts)] * self.num_ranks
+        self.meter.rows(padded, self.wire.row_bytes(x.shape[1], x.dtype))
+        self.meter.about_routes(padded, slot_ids.shape[1] * (slot_ids.dtype.itemsize + weights.dtype.itemsize))
         ids = gather_rows(slot_ids, counts, self.group_name)
         all_weights = gather_rows(weights, counts, self.group_name)
-        tokens = gather_rows(x, counts, self.group_name)
+        tokens = gather_rows(x, counts, self.group_name, self.wire)
 
         def finish() -> Dispatched:
             own_ids = ids.wait() - self.rank * self.slots_per_rank
             foreign = (own_ids < 0) | (own_ids >= self.slots_per_rank)
             own_weights = all_weights.wait().masked_fill(foreign, 0)
-            return Dispatched(tokens.wait(), own_ids.masked_fill(foreign, -1), own_weights, AllGatherHandle(counts))
+            return Dispatched(
+                tokens.wait(), own_ids.masked_fill(foreign, -1), own_weights, AllGatherHandle(counts, *x.shape)
+            )
 
         return Pending(finish)
 
-    def combine(self, y: Tensor, handle: Any) -> Pending[Tensor]:
-        rows = handle.counts
-        self.traffic.rows(rows, y.shape[1] * y.dtype.itemsize, self.rank, self.ranks_per_node)
-        return scatter_sum(y, rows, self.group_name)
+    def refuse(self, device: torch.device) -> None:
+        self.agreement.refuse(device)
 
-    def _count(self, x: Tensor, rows: int) -> None:
-        row_bytes = x.shape[1] * x.dtype.itemsize
-        self.traffic.rows([rows] * self.num_ranks, row_bytes, self.rank, self.ranks_per_node)
+    def combine(self, y: Tensor, handle: Any) -> Pending[Tensor]:
+        check_results(y, sum(handle.counts), handle.hidden_size)
+        self.meter.rows(handle.counts, self.wire.back.row_bytes(y.shape[1], y.dtype))
+        return scatter_sum(y, handle.counts, self.group_name, self.wire.back)

@@ -9,19 +9,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from crossdock.comm import Pending, Splits, attach_exchange, exchange, exchange_counts
+from crossdock.comm import UNTOUCHED, Pending, Splits, Wire, attach_exchange, exchange
+from crossdock.dispatch.agreement import Agreement
+from crossdock.dispatch.checks import check_results
 from crossdock.dispatch.dispatcher import Dispatched
-from crossdock.dispatch.traffic import Traffic
+from crossdock.dispatch.traffic import Traffic, TrafficMeter
 
 __all__ = ["AllToAllDispatcher", "AllToAllHandle"]
 
 
 class AllToAllHandle(NamedTuple):
-    """Which token each sent row is, `token [S]` int64, sorted by (destination rank, token); the exchange's splits."""
+    """Which token each sent row is, `token [S]` int64, sorted by (destination rank, token); the exchange's splits; `T`
+    and `H`."""
 
     token: Tensor
     splits: Splits
     num_tokens: int
+    hidden_size: int
 
 
 class AllToAllDispatcher:
@@ -34,31 +38,50 @@ class AllToAllDispatcher:
         group: the expert-parallel ranks.
         slots_per_rank: `P/R`.
         ranks_per_node: consecutive ranks that make a node, for `traffic`; all of them if `None`.
+        wire: what rows look like while they travel.
+        debug_checks: look at ids on a GPU too, where it costs a sync.
+        whole: the ranks that hold the experts, where `group` is one hop between some of them.
     """
 
     ordered = True
 
-    def __init__(self, group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int | None = None) -> None:
-        self.group_name, self.num_ranks, self.rank = group.group_name, group.size(), group.rank()
-        self.ranks_per_node = ranks_per_node or self.num_ranks
-        self.traffic = Traffic()
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        slots_per_rank: int,
+        ranks_per_node: int | None = None,
+        *,
+        wire: Wire = UNTOUCHED,
+        debug_checks: bool = False,
+        whole: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.group_name, self.num_ranks = group.group_name, group.size()
+        self.wire = wire
+        self.agreement = Agreement(group, slots_per_rank, wire, check_ids=debug_checks, whole=whole)
+        self.meter = TrafficMeter(group, ranks_per_node)
         self.slots_per_rank = slots_per_rank
         self.id_dtype = torch.int16 if slots_per_rank <= torch.iinfo(torch.int16).max else torch.int32
 
+    @property
+    def traffic(self) -> Traffic:
+        return self.meter.sent
+
     def dispatch(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
+        self.agreement.check(x, slot_ids, weights)
         destination, token, send_counts = self._rows_by_rank(slot_ids)
-        splits = exchange_counts(send_counts, self.group_name)
-        handle = AllToAllHandle(token, splits, len(x))
+        splits, _ = self.agreement.exchange_counts(send_counts, x, slot_ids, weights)
+        handle = AllToAllHandle(token, splits, *x.shape)
 
         row_ids = slot_ids[token] - (destination * self.slots_per_rank)[:, None]
         own = (row_ids >= 0) & (row_ids < self.slots_per_rank)
         row_ids = row_ids.masked_fill(~own, -1).to(self.id_dtype)
         row_weights = weights[token].masked_fill(~own, 0)
         packed = _pack(row_ids, row_weights.detach())
-        self.traffic.rows(splits.send, x.shape[1] * x.dtype.itemsize, self.rank, self.ranks_per_node)
-        self.traffic.about_routes(splits.send, packed.shape[1], self.rank)
+        self.meter.rows(splits.send, self.wire.row_bytes(x.shape[1], x.dtype))
+        self.meter.about_routes(splits.send, packed.shape[1])
         routes = exchange(packed, splits, self.group_name)
-        tokens = exchange(_Spread.apply(x, token, splits.send), splits, self.group_name)  # type: ignore[arg-type]
+        rows: Any = _Spread.apply(x, token, splits.send)
+        tokens = exchange(rows, splits, self.group_name, self.wire)
 
         def finish() -> Dispatched:
             ids, received_weights = _unpack(routes.wait(), slot_ids.shape[1], self.id_dtype, weights.dtype)
@@ -67,10 +90,14 @@ class AllToAllDispatcher:
 
         return Pending(finish)
 
+    def refuse(self, device: torch.device, cause: BaseException | None = None) -> None:
+        self.agreement.refuse(device, cause=cause)
+
     def combine(self, y: Tensor, handle: AllToAllHandle) -> Pending[Tensor]:
-        token, splits, num_tokens = handle
-        self.traffic.rows(splits.recv, y.shape[1] * y.dtype.itemsize, self.rank, self.ranks_per_node)
-        rows = exchange(y, splits.reversed, self.group_name)
+        token, splits, num_tokens, hidden_size = handle
+        check_results(y, sum(splits.recv), hidden_size)
+        self.meter.rows(splits.recv, self.wire.back.row_bytes(y.shape[1], y.dtype))
+        rows = exchange(y, splits.reversed, self.group_name, self.wire.back)
         return Pending(lambda: _Gather.apply(rows.wait(), token, splits.send, num_tokens))  # type: ignore[arg-type]
 
     def _rows_by_rank(self, slot_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,28 +12,63 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from crossdock.comm import Pending, Splits, exchange
+from crossdock.comm import UNTOUCHED, Pending, Splits
+from crossdock.dispatch.agreement import Agreement
+from crossdock.dispatch.checks import check_results
 from crossdock.dispatch.deepep_api import Buffers, DeepEPOptions, Template
-from crossdock.dispatch.deepep_buffers import load_deepep, shared_buffers
+from crossdock.dispatch.deepep_buffers import choose_deepep_api, load_deepep, shared_buffers
 from crossdock.dispatch.dispatcher import Dispatched
 from crossdock.dispatch.fp8 import dequantise
-from crossdock.dispatch.traffic import Traffic
+from crossdock.dispatch.traffic import Traffic, TrafficMeter
 
-__all__ = ["DEEPEP_OPS", "DeepEPDispatcher", "DeepEPHandle"]
+__all__ = ["DEEPEP_OPS", "DeepEPDispatcher", "DeepEPHandle", "deepep_problem"]
 
 # What the library's kernels are made for.
 _HIDDEN_MULTIPLE, _MOST_TOP_K, _MOST_SLOTS, _MOST_SLOTS_PER_RANK = 256, 32, 2048, 256
 
 
+def deepep_problem(
+    num_slots: int, slots_per_rank: int, hidden_size: int, top_k: int, dtype: torch.dtype, options: DeepEPOptions
+) -> str | None:
+    """Why `deepep` cannot dispatch `[T, hidden_size]` tokens of `dtype` here, or `None` where it can."""
+    try:
+        choose_deepep_api(load_deepep(), options)
+    except ValueError:
+        return "its library is not installed"
+    return _problem_of_slots(num_slots, slots_per_rank) or _problem_of_tokens(
+        hidden_size, top_k, dtype, (torch.bfloat16,)
+    )
+
+
+def _problem_of_slots(num_slots: int, slots_per_rank: int) -> str | None:
+    if slots_per_rank <= _MOST_SLOTS_PER_RANK and num_slots <= _MOST_SLOTS:
+        return None
+    return (
+        f"takes {_MOST_SLOTS} experts and {_MOST_SLOTS_PER_RANK} per rank at most, not {num_slots} and {slots_per_rank}"
+    )
+
+
+def _problem_of_tokens(hidden_size: int, top_k: int, dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> str | None:
+    if dtype not in dtypes:
+        return f"sends bfloat16, not {dtype}"
+    if hidden_size % _HIDDEN_MULTIPLE:
+        return f"needs a hidden size that is a multiple of {_HIDDEN_MULTIPLE}, not {hidden_size}"
+    if top_k > _MOST_TOP_K:
+        return f"takes {_MOST_TOP_K} experts per token at most, not {top_k}"
+    return None
+
+
 class DeepEPHandle(NamedTuple):
     """The library's handle, taken apart: `template` is the rest of it, `None` where recompute needs none.
 
-    `splits`: rows that this rank sent to each and received from each.
+    `splits`: rows that this rank sent to each and received from each. `num_rows`: `U`. `hidden_size`: `H`.
     """
 
     layout: tuple[Tensor, ...]
     template: Template | None
     splits: Splits
+    num_rows: int
+    hidden_size: int
 
 
 class DeepEPDispatcher:
@@ -47,6 +82,7 @@ class DeepEPDispatcher:
         slots_per_rank: `P/R`.
         ranks_per_node: consecutive ranks that make a node, for `traffic`; all of them if `None`.
         options: the same on all ranks.
+        debug_checks: look at ids, which costs a sync.
         library: the module `deep_ep`; imported if `None`.
         dtypes: of tokens that the library takes. Others are refused, not cast: bf16 would silently be the precision
             of a model that asked for more.
@@ -64,30 +100,33 @@ class DeepEPDispatcher:
         ranks_per_node: int | None = None,
         options: DeepEPOptions | None = None,
         *,
+        debug_checks: bool = False,
         library: Any = None,
         dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
     ) -> None:
-        self.group_name, self.num_ranks, self.rank = group.group_name, group.size(), group.rank()
-        self.slots_per_rank = slots_per_rank
-        self.ranks_per_node = ranks_per_node or self.num_ranks
+        self.num_ranks, self.slots_per_rank = group.size(), slots_per_rank
         self.options = options or DeepEPOptions()
         self.dtypes = tuple(dtypes)
-        self.traffic = Traffic()
-        num_slots = self.num_ranks * slots_per_rank
-        if slots_per_rank > _MOST_SLOTS_PER_RANK or num_slots > _MOST_SLOTS:
-            raise ValueError(
-                f"dispatcher 'deepep' takes {_MOST_SLOTS} experts and {_MOST_SLOTS_PER_RANK} per rank at most, not "
-                f"{num_slots} and {slots_per_rank}; use 'alltoall'"
-            )
+        self.agreement = Agreement(group, slots_per_rank, UNTOUCHED, check_ids=debug_checks)
+        self.meter = TrafficMeter(group, ranks_per_node)
+        if problem := _problem_of_slots(self.num_ranks * slots_per_rank, slots_per_rank):
+            raise ValueError(f"dispatcher 'deepep' {problem}; use 'alltoall'")
         self.buffers = shared_buffers(load_deepep() if library is None else library, group, self.options)
 
+    @property
+    def traffic(self) -> Traffic:
+        return self.meter.sent
+
     def dispatch(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
-        self._check(x, slot_ids)
-        splits, most_tokens = self._agree(slot_ids)
+        self.agreement.check(x, slot_ids, weights)
+        if problem := _problem_of_tokens(x.shape[1], slot_ids.shape[1], x.dtype, self.dtypes):
+            self.refuse(x.device)
+            raise ValueError(f"x and slot_ids: dispatcher 'deepep' {problem}; use 'alltoall'")
+        splits, tokens_of_ranks = self.agreement.exchange_counts(self._send_counts(slot_ids), x, slot_ids, weights)
         weights = weights.to(torch.promote_types(x.dtype, torch.float32))
         flight = _Flight()
         x, weights = _Send.apply(flight, slot_ids, x, weights)  # type: ignore[misc]
-        with _calling(self.buffers, slots_per_rank=self.slots_per_rank, most_tokens=most_tokens) as call:
+        with _calling(self.buffers, slots_per_rank=self.slots_per_rank, most_tokens=max(tokens_of_ranks)) as call:
             tokens, scales, ids, row_weights, per_slot, *layout = _dispatch_op(
                 x.detach(), slot_ids, weights.detach(), [], call.number
             )
@@ -96,7 +135,7 @@ class DeepEPDispatcher:
         def finish() -> Dispatched:
             call.land()
             rows = dequantise(tokens, scales, x.dtype) if scales.shape[1] else tokens
-            handle = DeepEPHandle(tuple(layout), call.template, splits)
+            handle = DeepEPHandle(tuple(layout), call.template, splits, len(rows), rows.shape[1])
             own_weights = row_weights.masked_fill(ids < 0, 0)
             arrived: Any = _Receive.apply(flight, self.buffers, handle, ids, x, weights, rows, own_weights)
             return Dispatched(
@@ -105,13 +144,16 @@ class DeepEPDispatcher:
 
         return Pending(finish)
 
+    def refuse(self, device: torch.device) -> None:
+        self.agreement.refuse(device)
+
     def combine(self, y: Tensor, handle: DeepEPHandle) -> Pending[Tensor]:
+        check_results(y, handle.num_rows, handle.hidden_size)
         flight = _Flight()
         y = _SendBack.apply(flight, handle.layout, y)  # type: ignore[assignment]
         with _calling(self.buffers, template=handle.template) as call:
             (out,) = _combine_op(y.detach(), None, handle.layout, call.number)
-        row_bytes = y.shape[1] * y.dtype.itemsize
-        self.traffic.rows(handle.splits.recv, row_bytes, self.rank, self.ranks_per_node)
+        self.meter.rows(handle.splits.recv, y.shape[1] * y.dtype.itemsize)
 
         def finish() -> Tensor:
             call.land()
@@ -119,39 +161,19 @@ class DeepEPDispatcher:
 
         return Pending(finish)
 
-    def _check(self, x: Tensor, slot_ids: Tensor) -> None:
-        if x.dtype not in self.dtypes:
-            raise ValueError(f"dispatcher 'deepep' sends bfloat16, not {x.dtype}: train in bfloat16, or use 'alltoall'")
-        if x.shape[1] % _HIDDEN_MULTIPLE:
-            raise ValueError(
-                f"dispatcher 'deepep' needs a hidden size that is a multiple of {_HIDDEN_MULTIPLE}, not {x.shape[1]}; "
-                "use 'alltoall'"
-            )
-        if slot_ids.shape[1] > _MOST_TOP_K:
-            raise ValueError(
-                f"dispatcher 'deepep' takes {_MOST_TOP_K} experts per token at most, not {slot_ids.shape[1]}; "
-                "use 'alltoall'"
-            )
-
-    def _agree(self, slot_ids: Tensor) -> tuple[Splits, int]:
-        """Rows that this rank sends to and receives from each, and the tokens of the fullest rank: one collective."""
-        num_tokens, no_rank = len(slot_ids), self.num_ranks
+    def _send_counts(self, slot_ids: Tensor) -> Tensor:
+        """Rows that this rank sends to each, `[R]`: its distinct (token, rank) pairs."""
+        no_rank = self.num_ranks
         ranks = torch.where(slot_ids < 0, no_rank, slot_ids // self.slots_per_rank)
-        needed = torch.zeros(num_tokens, no_rank + 1, dtype=torch.int64, device=slot_ids.device).scatter_(1, ranks, 1)
-        send = needed.sum(dim=0)[:no_rank]
-        own = torch.stack([send, torch.full_like(send, num_tokens)], dim=1)
-        ones = [1] * self.num_ranks
-        theirs = exchange(own, Splits(ones, ones), self.group_name).wait()
-        send_counts, recv_counts, tokens = torch.cat([own[:, :1], theirs], dim=1).t().tolist()
-        return Splits(send_counts, recv_counts), max(tokens)
+        needed = torch.zeros(len(slot_ids), no_rank + 1, dtype=torch.int64, device=slot_ids.device)
+        return needed.scatter_(1, ranks, 1).sum(dim=0)[:no_rank]
 
     def _count(self, splits: Splits, x: Tensor, top_k: int) -> None:
         hidden = x.shape[1]
         # FP8: a byte per value, and an fp32 scale for each 128.
         row_bytes = hidden + hidden // 32 if self.options.fp8_dispatch else hidden * x.dtype.itemsize
-        self.traffic.rows(splits.send, row_bytes, self.rank, self.ranks_per_node)
-        self.traffic.about_routes(splits.send, 12 * top_k, self.rank)
-        self.traffic.metadata += 8 * (self.num_ranks - 1)  # each rank's number of tokens
+        self.meter.rows(splits.send, row_bytes)
+        self.meter.about_routes(splits.send, 12 * top_k)
 
 
 class _Flight:

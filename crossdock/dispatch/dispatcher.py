@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from crossdock.comm import Pending
@@ -50,9 +51,27 @@ class Dispatcher(Protocol):
         """Send `x` `[T, H]` to the ranks of its `slot_ids` `[T, K]` (global, `-1` is no route) with `weights` `[T, K]`.
 
         A token crosses to a rank once, however many of its experts live there. Differentiable in `x` and `weights`.
+
+        Raises:
+            ValueError: for a wrong shape, dtype, device or (on a CPU, or with `debug_checks`) id; names the argument.
+            RankFailure: where another rank has raised, or refused; here or when the value is waited for.
+            RankMismatch: a ValueError, where tensors of the ranks do not go together.
+        """
+        ...
+
+    def refuse(self, device: torch.device) -> None:
+        """In place of `dispatch`, tell the other ranks that this one cannot: theirs raises. The caller raises then.
+
+        Args:
+            device: where tokens would have been.
         """
         ...
 
     def combine(self, y: Tensor, handle: Any) -> Pending[Tensor]:
-        """Send `y` `[U, H]` back and sum per token, in rank order and in fp32, rounded once: `[T, H]`."""
+        """Send `y` `[U, H]` back and sum per token, in rank order and in fp32, rounded once: `[T, H]`.
+
+        Raises:
+            ValueError: for a wrong shape or dtype of `y`. The other ranks do not learn of it: they wait until the
+                process group's time-out.
+        """
         ...

@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from crossdock.comm import Pending
+from crossdock.comm import UNTOUCHED, Pending, Wire
+from crossdock.dispatch.agreement import RankFailure
 from crossdock.dispatch.alltoall import AllToAllDispatcher, AllToAllHandle
 from crossdock.dispatch.dispatcher import Dispatched
 from crossdock.dispatch.traffic import Traffic
@@ -28,21 +30,33 @@ class HierarchicalDispatcher:
 
     Each hop is a plain all-to-all, over the ranks of one place in all nodes and over those of a node. Results come back
     the same way: what a node computed for a token is summed before it leaves, in fp32, and rounded to the activations'
-    dtype, so a result is rounded once per hop. The hop between nodes overlaps with other work, the hop within does not.
-    Rows are in (place of the source rank, its node, position) order.
+    dtype or the wire's, so a result is rounded once per hop. The hop between nodes overlaps with other work, the hop
+    within does not. Rows are in (place of the source rank, its node, position) order.
 
     Args:
         group: the expert-parallel ranks; node `n` has the places `n * ranks_per_node` and on.
         slots_per_rank: `P/R`.
         ranks_per_node: a proper divisor of the group's size.
+        wire: what rows look like while they travel, on both hops.
+        debug_checks: look at ids on a GPU too, where it costs a sync.
     """
 
     ordered = False
 
-    def __init__(self, group: dist.ProcessGroup, slots_per_rank: int, ranks_per_node: int) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        slots_per_rank: int,
+        ranks_per_node: int,
+        *,
+        wire: Wire = UNTOUCHED,
+        debug_checks: bool = False,
+    ) -> None:
         between, within = _groups(group, ranks_per_node)
-        self.between = AllToAllDispatcher(between, slots_per_rank * ranks_per_node, ranks_per_node=1)
-        self.within = AllToAllDispatcher(within, slots_per_rank)
+        self.between = AllToAllDispatcher(
+            between, slots_per_rank * ranks_per_node, 1, wire=wire, debug_checks=debug_checks, whole=group
+        )
+        self.within = AllToAllDispatcher(within, slots_per_rank, wire=wire, whole=group)
 
     @property
     def traffic(self) -> Traffic:
@@ -50,7 +64,12 @@ class HierarchicalDispatcher:
         return self.between.traffic + self.within.traffic
 
     def dispatch(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
-        arriving = self.between.dispatch(x, slot_ids, weights)
+        try:
+            arriving = self.between.dispatch(x, slot_ids, weights)
+        except (ValueError, RankFailure) as error:
+            # Those of this node may know of nothing yet: they wait for the second hop.
+            self.within.refuse(slot_ids.device, cause=error)
+            raise
 
         def finish() -> Dispatched:
             entered = arriving.wait()
@@ -59,6 +78,10 @@ class HierarchicalDispatcher:
             return Dispatched(arrived.tokens, arrived.slot_ids, arrived.weights, handle)
 
         return Pending(finish)
+
+    def refuse(self, device: torch.device) -> None:
+        self.between.refuse(device)
+        self.within.refuse(device)
 
     def combine(self, y: Tensor, handle: Any) -> Pending[Tensor]:
         return self.between.combine(self.within.combine(y, handle.within).wait(), handle.between)

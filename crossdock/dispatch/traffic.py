@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Traffic", "least_traffic"]
+__all__ = ["Traffic", "TrafficMeter", "least_traffic"]
 
 
 @dataclass
@@ -29,17 +30,31 @@ class Traffic:
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
-    def rows(self, per_rank: list[int], row_bytes: int, rank: int, ranks_per_node: int) -> None:
-        """Count rows of `row_bytes` sent to each rank of the group; `rank` is this one's place in it."""
-        for other, count in enumerate(per_rank):
-            if other // ranks_per_node != rank // ranks_per_node:
-                self.between += count * row_bytes
-            elif other != rank:
-                self.within += count * row_bytes
 
-    def about_routes(self, per_rank: list[int], row_bytes: int, rank: int) -> None:
-        """Count `row_bytes` of metadata for each row sent, and 8 bytes of its count for each rank."""
-        self.metadata += (sum(per_rank) - per_rank[rank]) * row_bytes + 8 * (len(per_rank) - 1)
+class TrafficMeter:
+    """Counts what one rank sends.
+
+    Args:
+        group: the ranks that it sends to.
+        ranks_per_node: consecutive ranks of the group that make a node; all of them if `None`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, ranks_per_node: int | None = None) -> None:
+        self.rank, self.ranks_per_node = group.rank(), ranks_per_node or group.size()
+        self.sent = Traffic()
+
+    def rows(self, per_rank: list[int], row_bytes: int) -> None:
+        """Count rows of `row_bytes` sent to each rank of the group."""
+        for other, count in enumerate(per_rank):
+            if other // self.ranks_per_node != self.rank // self.ranks_per_node:
+                self.sent.between += count * row_bytes
+            elif other != self.rank:
+                self.sent.within += count * row_bytes
+
+    def about_routes(self, per_rank: list[int], row_bytes: int) -> None:
+        """Count `row_bytes` of metadata for each row sent, and 24 bytes of what ranks agree on for each rank."""
+        others = len(per_rank) - 1
+        self.sent.metadata += (sum(per_rank) - per_rank[self.rank]) * row_bytes + 24 * others
 
 
 def least_traffic(slot_ids: Tensor, slots_per_rank: int, row_bytes: int, rank: int, ranks_per_node: int) -> Traffic:

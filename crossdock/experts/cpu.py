@@ -137,7 +137,7 @@ def _forward(
     """`y [U, H]`; the pre-activation `[N, 2I]` of the `N` sorted routes, those routes `[N]`, and their counts."""
     formula = ExpertsFormula(activation, gated, limit, up_offset, weight_on)  # type: ignore[arg-type]
     intermediate_size, hidden_size = down_projs.shape[1:]
-    route, counts = sort_routes(slot_ids, len(down_projs))
+    route, counts, _ = sort_routes(slot_ids, len(down_projs))
     row, weight = route // slot_ids.shape[1], weights.flatten()[route][:, None]
     per_slot = counts.tolist()
     work = _Workspace(tokens.dtype, max(per_slot, default=0))

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from crossdock.experts.choice import AUTO, EXPERTS_BACKENDS, choose_backend
 from crossdock.experts.experts import ExpertParams
 from crossdock.experts.formula import SWIGLU, ExpertsFormula
+from crossdock.experts.grouped_mm import grouped_mm
 from crossdock.experts.scaling import scale_gradient
 
 __all__ = ["GroupedExperts"]
@@ -27,6 +28,7 @@ class GroupedExperts(nn.Module):
 
     Attributes:
         gate_and_up_projs, down_projs, gate_and_up_bias, down_bias: as in `ExpertParams`; the biases may be `None`.
+        static_shapes: compute by `grouped_mm` with a row for every route that there could be, without a sync.
 
     Raises:
         ValueError: for an unknown backend.
@@ -47,6 +49,7 @@ class GroupedExperts(nn.Module):
             valid = ", ".join((AUTO, *EXPERTS_BACKENDS))
             raise ValueError(f"experts backend {backend!r} is unknown; valid: {valid}")
         self.backend = backend
+        self.static_shapes = False
         self.formula = formula
         width = formula.width(intermediate_size)
         self.gate_and_up_projs = nn.Parameter(torch.empty(num_slots, hidden_size, width))
@@ -84,6 +87,8 @@ class GroupedExperts(nn.Module):
             # Autocast does not know every backend's products.
             dtype = torch.get_autocast_dtype(device)
             tokens, params = tokens.to(dtype), params.to(dtype)
+        if self.static_shapes:
+            return grouped_mm(tokens, slot_ids, weights, params, self.formula, static=True)
         return choose_backend(self.backend, tokens, params)(tokens, slot_ids, weights, params, self.formula)
 
     def extra_repr(self) -> str:

@@ -11,15 +11,33 @@ __all__ = ["SortedRoutes", "sort_routes"]
 
 
 class SortedRoutes(NamedTuple):
-    """Real routes in (slot, token, k) order: `route [N]`, flat index `u * K + k`; `counts [P/R]`, routes per slot."""
+    """Routes in (slot, token, k) order.
+
+    Attributes:
+        route: `[N]`, flat indices `u * K + k`: the real routes, or all `U K` with those that are none at the end.
+        counts: `[P/R]`, real routes per slot.
+        is_none: `[N]` bool, true at the end, where all routes are kept; otherwise `None`.
+    """
 
     route: Tensor
     counts: Tensor
+    is_none: Tensor | None = None
 
 
-def sort_routes(slot_ids: Tensor, num_slots: int) -> SortedRoutes:
-    """Sort the routes of `slot_ids [U, K]` by slot, stably; `-1` is left out. One device-to-host copy."""
+def sort_routes(slot_ids: Tensor, num_slots: int, *, static: bool = False) -> SortedRoutes:
+    """Sort the routes of `slot_ids [U, K]` by slot, stably; `-1` is no route.
+
+    Args:
+        static: keep all routes, so that no shape depends on the ids, without a sync. Otherwise what is no route is left
+            out, which takes one device-to-host copy.
+    """
     slots = slot_ids.flatten()
+    if static:
+        slots = torch.where(slots < 0, num_slots, slots)
+        route = slots.argsort(stable=True)
+        counts = torch.zeros(num_slots + 1, dtype=torch.int64, device=slots.device)
+        counts = counts.scatter_add_(0, slots, torch.ones_like(slots))[:num_slots]
+        return SortedRoutes(route, counts, slots[route] == num_slots)
     route = (slots >= 0).nonzero().squeeze(1)
     route = route[slots[route].argsort(stable=True)]
     counts = torch.zeros(num_slots, dtype=torch.int64, device=slots.device)

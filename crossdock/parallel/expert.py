@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from crossdock.dispatch import build_dispatcher
+from crossdock.dispatch import DispatchSituation, build_dispatcher, plan_dispatch
 from crossdock.moe import MoE, moe_layers
 from crossdock.placement import EMPTY, Placement
 
@@ -25,7 +25,15 @@ class ExpertParallel(ParallelStyle):
 
     For `parallelize_module(model, mesh["ep"], {"layers.*.moe": ExpertParallel()})`; `apply_ep` finds the layers itself.
     Each rank keeps its own rows of the values it has; an initialised model must hold the same values on all ranks.
+
+    Args:
+        tokens_per_rank: of a forward pass, where it is known; for `dispatcher = "auto"`.
+        dtype: of activations; the parameters' unless told. Likewise.
     """
+
+    def __init__(self, tokens_per_rank: int | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.tokens_per_rank, self.dtype = tokens_per_rank, dtype
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, MoE):
@@ -35,9 +43,18 @@ class ExpertParallel(ParallelStyle):
         group = device_mesh.get_group()
         placement = Placement.contiguous(module.num_experts, device_mesh.size())
         config = module.config
-        dispatcher = build_dispatcher(
-            config.dispatcher, group, placement.slots_per_rank, config.ranks_per_node, config.deepep_options()
+        options = config.dispatch_options()
+        situation = DispatchSituation(
+            device_mesh.size(),
+            module.num_experts,
+            module.router.config.top_k,
+            module.hidden_size,
+            self.dtype or module.experts.down_projs.dtype,
+            torch.device(device_mesh.device_type),
+            self.tokens_per_rank,
         )
+        plan = plan_dispatch(config.dispatcher, config.overlap_chunks, situation, options)
+        dispatcher = build_dispatcher(plan.dispatcher, group, placement.slots_per_rank, options)
         own = placement.experts_on(device_mesh.get_local_rank())
         for name, parameter in list(module.experts.named_parameters(recurse=False)):
             if isinstance(parameter, DTensor):
@@ -49,11 +66,17 @@ class ExpertParallel(ParallelStyle):
                         rows[slot] = parameter[expert]
             sharded = DTensor.from_local(rows, device_mesh, [Shard(0)], run_check=False)
             module.experts.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
-        module.place(placement, dispatcher, group)
+        module.place(placement, dispatcher, group, plan)
         return module
 
 
-def apply_ep(model: nn.Module, mesh: DeviceMesh | None) -> nn.Module:
+def apply_ep(
+    model: nn.Module,
+    mesh: DeviceMesh | None,
+    *,
+    tokens_per_rank: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     """Spread the experts of every `MoE` in `model` over the dimension `ep` of `mesh`, in place.
 
     Does nothing where `mesh` is `None`, has no dimension `ep`, or `ep` is 1. Call it before FSDP.
@@ -61,6 +84,8 @@ def apply_ep(model: nn.Module, mesh: DeviceMesh | None) -> nn.Module:
     Args:
         model: any module that holds `crossdock.MoE` layers; initialised (its values are kept) or on the meta device.
         mesh: a device mesh with a dimension named `ep`.
+        tokens_per_rank: see `ExpertParallel`.
+        dtype: likewise.
 
     Returns:
         `model`.
@@ -77,8 +102,12 @@ def apply_ep(model: nn.Module, mesh: DeviceMesh | None) -> nn.Module:
         raise ValueError("the model has no crossdock.MoE layer to spread over ranks")
     ep_mesh = mesh["ep"]
     for layer in layers.values():
-        ExpertParallel()._apply(layer, ep_mesh)
+        ExpertParallel(tokens_per_rank, dtype)._apply(layer, ep_mesh)
     logger.info(
-        "expert parallelism: ep_size=%d ep_rank=%d layers=%d", ep_mesh.size(), ep_mesh.get_local_rank(), len(layers)
+        "expert parallelism: ep_size=%d ep_rank=%d layers=%d dispatcher=%s",
+        ep_mesh.size(),
+        ep_mesh.get_local_rank(),
+        len(layers),
+        next(iter(layers.values())).dispatch_plan,
     )
     return model

@@ -24,6 +24,7 @@ def parallelize(
     blocks: list[nn.Module] | None = None,
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
+    tokens_per_rank: int | None = None,
 ) -> nn.Module:
     """Expert parallelism, compilation, activation checkpointing, FSDP: in this order, in place.
 
@@ -37,8 +38,9 @@ def parallelize(
         blocks: what FSDP gathers as a unit; by default the model's transformer blocks.
         reshard_after_forward: see `apply_fsdp`.
         cpu_offload: see `apply_fsdp`.
+        tokens_per_rank: see `ExpertParallel`.
     """
-    apply_ep(model, mesh)
+    apply_ep(model, mesh, tokens_per_rank=tokens_per_rank, dtype=param_dtype)
     apply_compile(model, compile_config or CompileConfig())
     apply_activation_checkpoint(model, activation_checkpoint or ActivationCheckpointConfig())
     return apply_fsdp(

@@ -111,6 +111,7 @@ def build_training_model(
         param_dtype=torch.bfloat16 if training.dtype == "bfloat16" else None,
         reshard_after_forward=config.parallelism.reshard_after_forward,
         cpu_offload=training.enable_cpu_offload,
+        tokens_per_rank=training.local_batch_size * training.seq_len,
     )
     seed = training.seed if is_new and checkpoint is None else None
     materialise(family, model, device, offload=training.enable_cpu_offload, seed=seed, weights=weights)

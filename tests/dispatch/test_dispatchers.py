@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossdock import MoE, MoEConfig, RouterConfig, apply_ep
-from crossdock.dispatch import Dispatcher, LocalDispatcher, build_dispatcher, least_traffic
+from crossdock.dispatch import Dispatcher, DispatchOptions, LocalDispatcher, build_dispatcher, least_traffic
 from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activation_checkpoint
 from tests.ranks import RankPool
 
@@ -201,7 +201,9 @@ def _all_cases(dispatcher_name: str) -> list[dict[str, Any]]:
     results = []
     for name, case in CASES.items():
         slots_per_rank = case.slots_per_rank(world_size)
-        dispatcher = build_dispatcher(dispatcher_name, dist.group.WORLD, slots_per_rank, RANKS_PER_NODE)
+        dispatcher = build_dispatcher(
+            dispatcher_name, dist.group.WORLD, slots_per_rank, DispatchOptions(RANKS_PER_NODE)
+        )
         for dtype in DTYPES:
             inputs = _inputs(name, dtype, world_size, rank)
             first, second = (_round_trip(dispatcher, inputs, rank * slots_per_rank) for _ in range(2))
@@ -342,7 +344,7 @@ def _overlap() -> tuple[list[str], list[str]]:
     dispatcher = build_dispatcher("alltoall", dist.group.WORLD, 2)
     x = torch.randn(5 + rank, H, dtype=torch.float64, requires_grad=True)
     with _Recorder("sin", "cos", "sinh", "cosh") as recorder:
-        arriving = dispatcher.dispatch(x, torch.randint(0, 4, (len(x), 1)), torch.rand(len(x), 1))
+        arriving = dispatcher.dispatch(x, torch.randint(0, 4, (len(x), 1)), x.new_full((len(x), 1), 0.5))
         meanwhile = x.sin()
         arrived = arriving.wait()
         returning = dispatcher.combine(arrived.tokens * arrived.weights, arrived.handle)
@@ -456,13 +458,13 @@ def _traffic() -> list[Any]:
     x, weights = torch.randn(len(slot_ids), width).bfloat16(), torch.rand(slot_ids.shape)
     results: list[Any] = [slot_ids]
     for name in ("alltoall", "hierarchical"):
-        dispatcher = build_dispatcher(name, group, slots_per_rank, RANKS_PER_NODE)
+        dispatcher = build_dispatcher(name, group, slots_per_rank, DispatchOptions(RANKS_PER_NODE))
         arrived = dispatcher.dispatch(x, slot_ids, weights).wait()
         dispatcher.combine(arrived.tokens, arrived.handle).wait()
         results.append(dispatcher.traffic)
     results.append(least_traffic(slot_ids, slots_per_rank, 2 * width, rank, RANKS_PER_NODE))
     with pytest.raises(ValueError, match=r"ranks_per_node = 3.*8 ranks.*alltoall"):
-        build_dispatcher("hierarchical", group, slots_per_rank, 3)
+        build_dispatcher("hierarchical", group, slots_per_rank, DispatchOptions(3))
     return results
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +45,7 @@ CASES = {
     "many slots": (30, 8, 500, 8, 8, "any"),
 }
 _deterministic: Any = torch.utils.deterministic  # its setting is a property that type checkers do not know
-BACKENDS = sorted(EXPERTS_BACKENDS.items())
+BACKENDS = [*sorted(EXPERTS_BACKENDS.items()), ("grouped_mm, static", partial(grouped_mm, static=True))]
 
 
 def _routes(num_tokens: int, top_k: int, num_slots: int, pattern: str) -> Tensor:
