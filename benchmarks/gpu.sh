@@ -21,6 +21,7 @@ step() {
 
 step "$python" -m pytest tests/kernels -m 'not slow'
 step "$python" -m pytest tests -m gpu --ignore=tests/kernels
+step "$python" -m benchmarks.moe_layer --dtypes bfloat16 --write
 step "$python" -m benchmarks.activation --write
 step "$python" -m benchmarks.activation --activation quick_geglu
 

@@ -1,8 +1,8 @@
 """Routes sorted by slot: a stable counting sort in three passes.
 
-Blocks of routes are counted (`histogram [S, B]`, slots times blocks). A running sum over it, slot by slot, in each of
-them block by block, tells where each block's routes of each slot begin; a second pass over the routes puts them there.
-A route's rank among the equal ones of its block comes from comparing them all: no atomics, so the order is the same in
+Blocks of routes are counted (`histogram [S, B]`, slots times blocks). A running sum over it, slot by slot and within
+one block by block, tells where each block's routes of each slot begin; a second pass over the routes puts them there. A
+route's rank among the equal ones of its block comes from comparing them all: no atomics, so the order is the same in
 every run.
 """
 
