@@ -93,6 +93,8 @@ class Double:
         self.buffers: list[_Base] = []
         self.outstanding = 0
         self.num_sms: set[int] = set()
+        # Recompute restores torch's own generator, and would see the same order.
+        self.arrivals = torch.Generator().manual_seed(0)
         self._layouts: list[weakref.ref[Tensor]] = []
         self.Config = Config
         if elastic:
@@ -308,7 +310,7 @@ class _ElasticBuffer(_Base):
         weights = self.send(topk_weights[token], send, recv).masked_fill(~own, torch.nan)
         source = torch.arange(self.num_ranks).repeat_interleave(counts) * most
         source += self.send(token, send, recv)
-        order = torch.randperm(len(source))
+        order = torch.randperm(len(source), generator=self.double.arrivals)
         ids, weights = ids[order], weights[order]
         metadata = torch.full((len(source), 2 + ids.shape[1]), -1, dtype=torch.int32)
         metadata[:, 0] = source[order]
