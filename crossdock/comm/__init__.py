@@ -12,11 +12,10 @@ from crossdock.comm.collectives import (
     scatter_sum,
     sum_over_ranks,
 )
-from crossdock.comm.wire import FP8_GROUP, UNTOUCHED, Wire, WireDtype
+from crossdock.comm.wire import UNTOUCHED, Wire, WireDtype
 
 __all__ = [
     "EXCHANGE_OPS",
-    "FP8_GROUP",
     "UNTOUCHED",
     "Pending",
     "Splits",

@@ -17,15 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FP8_GROUP", "UNTOUCHED", "Wire", "WireDtype"]
+from crossdock.kernels import FP8_GROUP, dequantize_fp8, quantize_fp8
+
+__all__ = ["UNTOUCHED", "Wire", "WireDtype"]
 
 WireDtype = Literal["same", "bf16", "fp16", "fp8"]
 
-FP8_GROUP = 128
-"""Neighbouring values of a row that share one scale."""
-_FP8 = torch.float8_e4m3fn
-_FP8_MAX = torch.finfo(_FP8).max  # 448
-_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 _PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -96,40 +93,15 @@ def _encode_fp8(rows: Tensor) -> Tensor:
     A byte buffer that is handed around as fp32 `[S, bytes / 4]`: collectives copy it bit by bit on every backend, gloo
     (which has no fp8) included, scales start where fp32 may, and autograd carries it, as it does no integers.
     """
-    size = rows.shape[1]
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    groups = _groups(wide)
-    bad = ~groups.isfinite()
-    scales = _power_of_two(groups.masked_fill(bad, 0).abs().amax(dim=-1).to(torch.float32) / _FP8_MAX)
-    # e4m3 has no infinity. Conversions disagree on what becomes of one: NaN, or the largest number.
-    scaled = (groups / scales[..., None]).masked_fill(bad, torch.nan)
-    values = scaled.to(_FP8).view(torch.uint8).flatten(1)[:, :size]
-    values = F.pad(values, (0, -size % 4)).contiguous()
-    return torch.cat([values.view(torch.float32), scales], dim=1)
+    values, scales = quantize_fp8(rows)
+    padded = F.pad(values.view(torch.uint8), (0, -rows.shape[1] % 4)).contiguous()
+    return torch.cat([padded.view(torch.float32), scales], dim=1)
 
 
 def _decode_fp8(sent: Tensor, hidden_size: int, dtype: torch.dtype) -> Tensor:
     words = _ceil_div(hidden_size, 4)
-    wide = torch.promote_types(dtype, torch.float32)
-    values = sent[:, :words].contiguous().view(_FP8)[:, :hidden_size].to(wide)
-    scales = sent[:, words:].to(wide)
-    return (_groups(values) * scales[..., None]).flatten(1)[:, :hidden_size].to(dtype).contiguous()
-
-
-def _groups(rows: Tensor) -> Tensor:
-    """`[S, H]` to `[S, groups, 128]`, the last one filled up with zeros."""
-    num_groups = _ceil_div(rows.shape[1], FP8_GROUP)
-    padded = F.pad(rows, (0, num_groups * FP8_GROUP - rows.shape[1]))
-    return padded.view(len(rows), num_groups, FP8_GROUP)
-
-
-def _power_of_two(values: Tensor) -> Tensor:
-    """The smallest powers of two that are not below `values`, fp32, at least the smallest normal number.
-
-    Adding all bits of the mantissa but one unit carries into the exponent unless the mantissa is 0.
-    """
-    bits = values.clamp_min(_SMALLEST_NORMAL).view(torch.int32)
-    return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    values = sent[:, :words].contiguous().view(torch.float8_e4m3fn)[:, :hidden_size]
+    return dequantize_fp8(values, sent[:, words:], dtype)
 
 
 def _ceil_div(numerator: int, denominator: int) -> int:

@@ -18,8 +18,8 @@ from crossdock.dispatch.checks import check_results
 from crossdock.dispatch.deepep_api import Buffers, DeepEPOptions, Template
 from crossdock.dispatch.deepep_buffers import choose_deepep_api, load_deepep, shared_buffers
 from crossdock.dispatch.dispatcher import Dispatched
-from crossdock.dispatch.fp8 import dequantise
 from crossdock.dispatch.traffic import Traffic, TrafficMeter
+from crossdock.kernels import dequantize_fp8
 
 __all__ = ["DEEPEP_OPS", "DeepEPDispatcher", "DeepEPHandle", "deepep_problem"]
 
@@ -134,7 +134,7 @@ class DeepEPDispatcher:
 
         def finish() -> Dispatched:
             call.land()
-            rows = dequantise(tokens, scales, x.dtype) if scales.shape[1] else tokens
+            rows = dequantize_fp8(tokens, scales, x.dtype) if scales.shape[1] else tokens
             handle = DeepEPHandle(tuple(layout), call.template, splits, len(rows), rows.shape[1])
             own_weights = row_weights.masked_fill(ids < 0, 0)
             arrived: Any = _Receive.apply(flight, self.buffers, handle, ids, x, weights, rows, own_weights)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from crossdock.dispatch.fp8 import quantise
+from crossdock.kernels import quantize_fp8
 
 __all__ = ["Buffers", "DeepEPOptions", "ElasticBuffers", "PlainBuffers", "Received", "Template"]
 
@@ -127,7 +127,7 @@ class Buffers:
                 weights.new_zeros(1, top_k),
             )
         buffer, room = self._buffer(_Room(max(most_tokens, 1, self.options.max_tokens_per_rank), hidden, top_k))
-        sent = quantise(x) if self.options.fp8_dispatch else x.contiguous()
+        sent = quantize_fp8(x) if self.options.fp8_dispatch else x.contiguous()
         rows, ids, row_weights, per_slot, handle, num_sms, event = self._start(
             buffer, room, sent, slot_ids.contiguous(), weights.contiguous(), self.group.size() * slots_per_rank
         )

@@ -1,5 +1,8 @@
 """FP8: e4m3 with one fp32 scale per 128 values of the last dimension, as DeepEP sends tokens.
 
+Scales are powers of two: dividing and multiplying by them rounds nothing, so that the one rounding is to e4m3's four
+bits, what comes back fits bf16, and quantizing it again changes nothing.
+
 Conversion to e4m3 is done on the bits: it needs no FP8 unit, and Triton's interpreter rounds such casts wrongly. e4m3
 has a sign, 4 bits of exponent (bias 7) and 3 of mantissa: normal from 2^-6 to 448, multiples of 2^-9 below that; 0x7f
 is NaN.
@@ -16,7 +19,7 @@ __all__ = ["FP8_GROUP", "dequantize_fp8", "quantize_fp8", "quantize_fp8_referenc
 
 FP8_GROUP = 128
 _LARGEST = 448.0
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+_SMALLEST_SCALE, _LARGEST_FINITE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _BLOCK_ROWS, _NUM_WARPS = 16, 4
 
 
@@ -24,9 +27,9 @@ _BLOCK_ROWS, _NUM_WARPS = 16, 4
 def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """`x [..., D]` to `(values [..., D] float8_e4m3fn, scales [..., ceil(D / 128)] fp32)`, `x ~ values * scale`.
 
-    A group's scale is its largest magnitude over 448 (at least the smallest normal fp32 number, so a group of zeros has
-    one too); values are rounded to nearest even. NaN stays in its place and counts for no scale; an infinity makes its
-    group NaN. No gradient passes.
+    A group's scale is the smallest power of two that maps its largest finite magnitude to 448 at most (at least the
+    smallest normal fp32 number, so a group of zeros has one too); values are rounded to nearest even. NaN and
+    infinities, which e4m3 lacks, become NaN in their places. No gradient passes.
     """
     if not runs(x):
         return quantize_fp8_reference(x)
@@ -43,6 +46,7 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
                 GROUP=FP8_GROUP,
                 LARGEST=_LARGEST,
                 SMALLEST_SCALE=_SMALLEST_SCALE,
+                LARGEST_FINITE=_LARGEST_FINITE,
                 BLOCK_ROWS=_BLOCK_ROWS,
                 num_warps=_NUM_WARPS,
             )
@@ -56,10 +60,20 @@ def quantize_fp8_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     num_groups = cdiv(width, FP8_GROUP)
     wide = x.to(torch.float32)
     padded = torch.nn.functional.pad(wide, (0, num_groups * FP8_GROUP - width)).unflatten(-1, (num_groups, FP8_GROUP))
-    largest = torch.where(padded.isnan(), 0, padded.abs()).amax(-1)
-    scales = (largest / _LARGEST).clamp(min=_SMALLEST_SCALE)
-    values = (padded / scales[..., None]).flatten(-2)[..., :width]
+    # Conversions disagree on what becomes of infinity: NaN, or the largest number.
+    bad = ~padded.isfinite()
+    scales = _power_of_two(padded.masked_fill(bad, 0).abs().amax(-1) / _LARGEST)
+    values = (padded / scales[..., None]).masked_fill(bad, torch.nan).flatten(-2)[..., :width]
     return values.to(torch.float8_e4m3fn), scales
+
+
+def _power_of_two(values: Tensor) -> Tensor:
+    """The smallest powers of two that are not below `values`, fp32, at least the smallest normal number.
+
+    Adding all bits of the mantissa but one unit carries into the exponent unless the mantissa is 0.
+    """
+    bits = values.clamp_min(_SMALLEST_SCALE).view(torch.int32)
+    return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
 
 
 def dequantize_fp8(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,6 +109,7 @@ def _quantize_kernel(
     GROUP: tl.constexpr,
     LARGEST: tl.constexpr,
     SMALLEST_SCALE: tl.constexpr,
+    LARGEST_FINITE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -102,10 +117,13 @@ def _quantize_kernel(
     column = (group * GROUP + tl.arange(0, GROUP))[None, :]
     mask = (row < num_rows)[:, None] & (column < width)
     x = tl.load(x_ptr + row[:, None] * row_stride + column * column_stride, mask=mask, other=0).to(tl.float32)
-    largest = tl.max(tl.where(x == x, tl.abs(x), 0), axis=1)
+    finite = tl.abs(x) <= LARGEST_FINITE  # false for NaN
+    largest = tl.max(tl.where(finite, tl.abs(x), 0), axis=1)
     # A plain division is a few units in the last place off, and its flushing of small numbers would make NaN.
     scale = tl.div_rn(largest, tl.full([BLOCK_ROWS], LARGEST, tl.float32))
-    scale = tl.maximum(scale, SMALLEST_SCALE)
+    bits = tl.maximum(scale, SMALLEST_SCALE).to(tl.uint32, bitcast=True)
+    scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)  # as `_power_of_two`
     quotient = tl.div_rn(x, tl.broadcast_to(scale[:, None], [BLOCK_ROWS, GROUP]))
-    tl.store(values_ptr + row[:, None] * width + column, _e4m3_bits(quotient), mask=mask)
+    values = _e4m3_bits(tl.where(finite, quotient, float("nan")))
+    tl.store(values_ptr + row[:, None] * width + column, values, mask=mask)
     tl.store(scales_ptr + row * num_groups + group, scale, mask=row < num_rows)

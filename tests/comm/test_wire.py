@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from crossdock.comm import FP8_GROUP, Wire, WireDtype
+from crossdock.comm import Wire, WireDtype
+from crossdock.kernels import FP8_GROUP
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = (1, 6, 127, 128, 130, 384, 1000)

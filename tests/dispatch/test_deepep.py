@@ -29,7 +29,7 @@ from crossdock.dispatch import (
     free_deepep_buffers,
     load_deepep,
 )
-from crossdock.dispatch.fp8 import dequantise, quantise
+from crossdock.kernels import dequantize_fp8, quantize_fp8
 from crossdock.moe import moe_layers
 from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activation_checkpoint
 from tests.dispatch.deepep_double import Double
@@ -118,7 +118,7 @@ def _against_alltoall(dtype: torch.dtype) -> list[tuple[DeepEPOptions, str, dict
             x, slot_ids, weights, grad = _inputs(pattern, dtype)
             ours = _round_trip(dispatcher, x, slot_ids, weights, grad)
             # What a token is rounded to on the way does not depend on where it goes.
-            rounded = dequantise(*quantise(x), dtype) if options.fp8_dispatch else x
+            rounded = dequantize_fp8(*quantize_fp8(x), dtype) if options.fp8_dispatch else x
             theirs = _round_trip(other, rounded, slot_ids, weights, grad)
             results.append((options, pattern, _errors(ours, theirs)))
         assert double.calls["dispatch"] == double.calls["cached dispatch"] == len(PATTERNS)
@@ -142,14 +142,14 @@ def test_output_and_gradients_equal_alltoall(ranks: RankPool, dtype: torch.dtype
 def test_fp8_is_within_a_sixteenth() -> None:
     torch.manual_seed(0)
     x = torch.randn(7, H, dtype=torch.float64) * torch.logspace(-3, 3, 7, dtype=torch.float64)[:, None]
-    values, scales = quantise(x)
+    values, scales = quantize_fp8(x)
     assert (values.dtype, scales.dtype, tuple(scales.shape)) == (torch.float8_e4m3fn, torch.float32, (7, H // 128))
     largest = x.view(7, -1, 128).abs().amax(dim=2).repeat_interleave(128, dim=1)
     # A subnormal value is within half a step of 2^-9.
     bound = torch.maximum(x.abs() / 16, largest / 448 * 2**-10 * 1.001)
-    assert bool(((dequantise(values, scales, torch.float64) - x).abs() <= bound).all())
-    assert bool((dequantise(*quantise(torch.zeros(2, H)), torch.float32) == 0).all())
-    assert bool(dequantise(*quantise(torch.full((1, H), torch.nan)), torch.float32).isnan().all())
+    assert bool(((dequantize_fp8(values, scales, torch.float64) - x).abs() <= bound).all())
+    assert bool((dequantize_fp8(*quantize_fp8(torch.zeros(2, H)), torch.float32) == 0).all())
+    assert bool(dequantize_fp8(*quantize_fp8(torch.full((1, H), torch.nan)), torch.float32).isnan().all())
 
 
 class _Block(nn.Module):
