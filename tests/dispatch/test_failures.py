@@ -20,7 +20,6 @@ from tests.ranks import RankPool
 H, K, SLOTS, RANKS_PER_NODE = 8, 2, 3, 2
 WRONG = 1
 WORLDS = [("allgather", 3), ("alltoall", 2), ("hierarchical", 4)]
-SECONDS = 60
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
@@ -88,7 +87,7 @@ def _dispatches(dispatcher_name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("dispatcher_name", "world_size"), WORLDS)
 def test_a_wrong_call_of_dispatch_raises_on_every_rank(dispatcher_name: str, world_size: int, ranks: RankPool) -> None:
-    by_rank = ranks.run(world_size, _dispatches, dispatcher_name, timeout=SECONDS)
+    by_rank = ranks.run(world_size, _dispatches, dispatcher_name)
     others = rf"rank {WRONG} of the {world_size} that hold the experts \(global rank {WRONG}\) has failed"
     for rank, results in enumerate(by_rank):
         for name, (_, text) in MISTAKES.items():
@@ -182,7 +181,7 @@ def test_a_layer_that_fails_on_one_rank_raises_on_every_rank(
         "NaN": ("ValueError", "x of 1 of 6 tokens: NaN or infinity"),
         "logits": ("ValueError", "the router's logits of 6 of 6 tokens: NaN or infinity"),
     }
-    for rank, results in enumerate(ranks.run(world_size, _layers, dispatcher_name, timeout=SECONDS)):
+    for rank, results in enumerate(ranks.run(world_size, _layers, dispatcher_name)):
         for name, (kind, text) in said.items():
             if rank != WRONG:
                 kind, text = "RankFailure", rf"rank {WRONG} of the {world_size} that hold the experts"
