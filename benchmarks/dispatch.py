@@ -44,6 +44,7 @@ SHAPES: dict[str, dict[str, int]] = {
 GOALS = {"K8": 0.40}
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 OURS = "alltoall"
+OURS_TOO = (OURS, "allgather")
 PEERS = ("transformers", "torchtitan") if find_spec("torchtitan") else ("transformers",)
 
 # x [T, H], ids [T, K], weights [T, K] -> [T, H]
@@ -86,7 +87,7 @@ def compare(num_ranks: int, shape: str, dtype: str, rounds: int) -> list[dict[st
         for process in processes:
             process.join(timeout=20)
             process.kill()
-    names = (OURS, *PEERS)
+    names = (*OURS_TOO, *PEERS)
     seconds = {name: [max(times) for times in zip(*(m.seconds[name] for m in measured), strict=True)] for name in names}
     megabytes = {name: sum(m.sent[name] for m in measured) / num_ranks / 1e6 for name in names}
     differences = {name: max(m.differences[name] for m in measured) for name in names}
@@ -126,7 +127,7 @@ def _measure(
     ids = draw_zipf(num_tokens, sizes["E"], sizes["K"], 0.0, rank, torch.device("cpu"))
     weights = torch.rand(num_tokens, sizes["K"], generator=generator).requires_grad_()
     grad = torch.randn(num_tokens, hidden, generator=generator).to(x.dtype)
-    moves = {name: _MOVES[name](num_ranks, sizes["E"], sizes["K"]) for name in (OURS, *PEERS)}
+    moves = {name: _MOVES[name](name, num_ranks, sizes["E"], sizes["K"]) for name in (*OURS_TOO, *PEERS)}
 
     def run(name: str) -> list[Tensor]:
         out = moves[name](x, ids, weights)
@@ -156,8 +157,8 @@ def _measure(
     dist.destroy_process_group()
 
 
-def _ours(num_ranks: int, num_experts: int, top_k: int) -> Move:
-    dispatcher = build_dispatcher(OURS, dist.group.WORLD, num_experts // num_ranks)  # type: ignore[arg-type]
+def _ours(name: str, num_ranks: int, num_experts: int, top_k: int) -> Move:
+    dispatcher = build_dispatcher(name, dist.group.WORLD, num_experts // num_ranks)  # type: ignore[arg-type]
 
     def move(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         arrived = dispatcher.dispatch(x, ids, weights).wait()
@@ -167,7 +168,7 @@ def _ours(num_ranks: int, num_experts: int, top_k: int) -> Move:
     return move
 
 
-def _transformers(num_ranks: int, num_experts: int, top_k: int) -> Move:
+def _transformers(name: str, num_ranks: int, num_experts: int, top_k: int) -> Move:
     def identity(tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         return tokens
 
@@ -179,7 +180,7 @@ def _transformers(num_ranks: int, num_experts: int, top_k: int) -> Move:
     return lambda x, ids, weights: parallel(x, ids, weights).to(x.dtype)
 
 
-def _torchtitan(num_ranks: int, num_experts: int, top_k: int) -> Move:
+def _torchtitan(name: str, num_ranks: int, num_experts: int, top_k: int) -> Move:
     from torchtitan.distributed.utils import set_spmd_backend  # type: ignore[import-not-found]
     from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher  # type: ignore[import-not-found]
 
@@ -195,8 +196,9 @@ def _torchtitan(num_ranks: int, num_experts: int, top_k: int) -> Move:
     return move
 
 
-_MOVES: dict[str, Callable[[int, int, int], Move]] = {
-    OURS: _ours,
+_MOVES: dict[str, Callable[[str, int, int, int], Move]] = {
+    "alltoall": _ours,
+    "allgather": _ours,
     "transformers": _transformers,
     "torchtitan": _torchtitan,
 }
@@ -212,6 +214,8 @@ class _SentBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops._c10d_functional.all_to_all_single.default:
             self._count(args[0], args[2])
+        elif func is torch.ops._c10d_functional.all_gather_into_tensor.default:
+            self.total += (args[1] - 1) * args[0].numel() * args[0].dtype.itemsize
         elif func is torch.ops.c10d.alltoall_base_.default:
             self._count(args[1], args[4])
         return func(*args, **(kwargs or {}))

@@ -3,10 +3,10 @@
     python -m benchmarks.moe_layer [--rounds 9] [--threads 1 2] [--dtypes float32 bfloat16] [--device cpu] [--write]
 
 All take turns in one process on the same tokens, routes, weights and output gradient; a ratio is taken within a round.
-Outputs and gradients must agree with ours. The bound is the same products as per-expert `mm(out=)` into buffers that
-are there: 2 forward, 4 backward. A processor without bfloat16 products gets its bound from float32 ones. The process
-has the environment of `crossdock train` (`memory_settings`), for all alike. On a GPU a time includes waiting for
-it.
+Outputs and gradients must agree with ours; torchtitan's products are in bfloat16 in all cases, and its results held to
+that. The bound is the same products as per-expert `mm(out=)` into buffers that are there: 2 forward, 4 backward. A
+processor without bfloat16 products gets its bound from float32 ones. The process has the environment of `crossdock
+train` (`memory_settings`), for all alike. On a GPU a time includes waiting for it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,7 +42,7 @@ GPU_ALONE = ("30B-A3B",)
 GOALS = {"float32": {"E8": 0.95}, "bfloat16": {"E8": 0.88}}
 GOAL = {"float32": 0.90, "bfloat16": 0.75}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
-OURS = "crossdock"
+OURS, TORCHTITAN = "crossdock", "torchtitan"
 
 Run = Callable[[], list[Tensor]]
 
@@ -55,7 +56,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--routings", nargs="+", choices=("even", "zipf"), default=["even", "zipf"])
     parser.add_argument("--backend", choices=EXPERTS_BACKENDS, help="cpu unless told, on a GPU grouped_mm")
-    parser.add_argument("--peers", nargs="*", choices=("grouped_mm", "eager"), default=["grouped_mm", "eager"])
+    parser.add_argument(
+        "--peers", nargs="*", choices=("grouped_mm", "eager", TORCHTITAN), help="all that run well here"
+    )
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/moe_layer_DATE.json")
     arguments = parser.parse_args()
     if any(os.environ.get(name) != value for name, value in memory_settings().items()):
@@ -68,6 +71,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     device = torch.device(arguments.device)
     backend = arguments.backend or ("cpu" if device.type == "cpu" else "grouped_mm")
+    peers = _peers(device) if arguments.peers is None else arguments.peers
     shapes = arguments.shapes or [name for name in SHAPES if device.type == "cuda" or name not in GPU_ALONE]
     for threads in arguments.threads if device.type == "cpu" else arguments.threads[:1]:
         torch.set_num_threads(threads)
@@ -76,10 +80,10 @@ def main() -> int:
                 for routing in arguments.routings:
                     where = f"{threads} threads" if device.type == "cpu" else torch.cuda.get_device_name()
                     case = f"{shape} {SHAPES[shape]}, {dtype}, {routing} routing, {where}"
-                    runs = make_runs(SHAPES[shape], getattr(torch, dtype), routing, backend, arguments.peers, device)
+                    runs = make_runs(SHAPES[shape], getattr(torch, dtype), routing, backend, peers, device)
                     rows += compare(case, shape, dtype, runs, arguments.rounds)
                     if arguments.write:
-                        write_results("moe_layer", ["torch", "transformers", "crossdock"], rows)
+                        write_results("moe_layer", ["torch", "transformers", "torchtitan", "crossdock"], rows)
     return 0 if all(row["results_agree"] for row in rows) else 1
 
 
@@ -122,12 +126,46 @@ def make_runs(
 
         return run
 
-    return {"bound": bound(ids, gate_and_up, down), OURS: ours, **{name: peer(name) for name in peers}}
+    runs = {"bound": bound(ids, gate_and_up, down), OURS: ours}
+    for name in peers:
+        runs[name] = _torchtitan(x, ids, weights, gate_and_up, down, grad) if name == TORCHTITAN else peer(name)
+    return runs
+
+
+def _peers(device: torch.device) -> list[str]:
+    """Those that are installed and run well; torchtitan's products are in bfloat16, whatever the parameters are."""
+    names = ["grouped_mm", "eager"]
+    in_bf16 = device.type == "cuda" or product_dtype(torch.bfloat16) == torch.bfloat16
+    return [*names, TORCHTITAN] if in_bf16 and find_spec("torchtitan") else names
+
+
+def _torchtitan(x: Tensor, ids: Tensor, weights: Tensor, gate_and_up: Tensor, down: Tensor, grad: Tensor) -> Run:
+    """torchtitan's experts between its local dispatcher's two halves: the layer but for its router."""
+    from torchtitan.models.common.moe import GroupedExperts  # type: ignore[import-not-found]
+    from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher  # type: ignore[import-not-found]
+
+    num_experts, inner, hidden = down.shape
+    experts = GroupedExperts(GroupedExperts.Config(dim=hidden, hidden_dim=inner, num_experts=num_experts))
+    gate, up = gate_and_up.detach().chunk(2, dim=2)
+    for name, parameter in (("w1_EFD", gate), ("w3_EFD", up), ("w2_EDF", down.detach())):
+        setattr(experts, name, nn.Parameter(parameter.mT.contiguous()))
+    dispatcher = LocalTokenDispatcher(LocalTokenDispatcher.Config(num_experts=num_experts, top_k=ids.shape[1]))
+    params = [experts.w1_EFD, experts.w3_EFD, experts.w2_EDF]
+
+    def run() -> list[Tensor]:
+        counts = torch.bincount(ids.flatten(), minlength=num_experts)
+        rows, counts, metadata = dispatcher.dispatch(x, weights, ids, counts)
+        y = dispatcher.combine(experts(rows, counts), metadata, x)
+        grad_x, grad_weights, *of_params = torch.autograd.grad(y, (x, weights, *params), grad)
+        gate, up, down = (each.mT for each in of_params)
+        return [y, grad_x, grad_weights, torch.cat([gate, up], dim=2), down]
+
+    return run
 
 
 def bound(ids: Tensor, gate_and_up: Tensor, down: Tensor) -> Run:
     """Per-expert products alone, into buffers."""
-    dtype = product_dtype(down.dtype)
+    dtype = down.dtype if down.is_cuda else product_dtype(down.dtype)
     counts = torch.bincount(ids.flatten(), minlength=len(down)).tolist()
     inner, hidden = down.shape[1:]
     up_weights, down_weights = gate_and_up.detach().to(dtype), down.detach().to(dtype)
@@ -174,7 +212,7 @@ def compare(case: str, shape: str, dtype: str, runs: dict[str, Run], rounds: int
     for name, taken in seconds.items():
         ratios = spread([theirs / own for theirs, own in zip(taken, seconds[OURS], strict=True)])
         milliseconds = 1000 * statistics.median(taken)
-        agree = differences[name] <= TOLERANCE[dtype]
+        agree = differences[name] <= TOLERANCE["bfloat16" if name == TORCHTITAN else dtype]
         goal = GOALS[dtype].get(shape, GOAL[dtype]) if name == "bound" else 1.0
         print(
             f"{name:>12}: {milliseconds:9.1f} ms  its time over ours {ratios['median']:.3f} ({ratios['low']:.3f} to "

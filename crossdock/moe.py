@@ -208,7 +208,8 @@ class MoE(nn.Module):
         self.batch_totals: BatchTotals | None = None
         self.padding_mask: Tensor | None = None
         self.register_buffer("_expert_to_slot", torch.arange(self.num_experts), persistent=False)
-        self.place(Placement.contiguous(self.num_experts, 1), LocalDispatcher(), None)
+        dispatcher = LocalDispatcher(self.num_experts, debug_checks=config.debug_checks)
+        self.place(Placement.contiguous(self.num_experts, 1), dispatcher, None)
 
     def place(
         self,

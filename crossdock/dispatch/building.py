@@ -83,7 +83,7 @@ def build_dispatcher(
     if options.static_shapes and name not in STATIC_DISPATCHERS:
         raise ValueError(f"static_shapes needs dispatcher {' or '.join(STATIC_DISPATCHERS)}, not {name}")
     if group.size() == 1:
-        return LocalDispatcher()
+        return LocalDispatcher(slots_per_rank, debug_checks=options.debug_checks)
     return DISPATCHERS[name](group, slots_per_rank, node_size(group.size(), options.ranks_per_node), options)
 
 

@@ -97,7 +97,10 @@ class CrossdockEP(EPImplementation):
         self._config: Any = experts.config
         if self._runs_our_experts():
             _formula(experts)  # refuses early
-        self.dispatcher = build_dispatcher(current_options().dispatcher, ep_mesh.get_group(), self.num_local_experts)
+        options = current_options()
+        self.dispatcher = build_dispatcher(
+            options.dispatcher, ep_mesh.get_group(), self.num_local_experts, options.dispatch_options()
+        )
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum over each token's experts.

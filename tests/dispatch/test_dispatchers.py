@@ -432,7 +432,7 @@ def _build_on_one_rank() -> str:
 def test_one_rank_needs_no_exchange(ranks: RankPool) -> None:
     assert ranks.run(1, _build_on_one_rank) == [LocalDispatcher.__name__]
     inputs = _inputs("missing routes", torch.float32, 1, 0)
-    dispatcher = LocalDispatcher()
+    dispatcher = LocalDispatcher(4)
     arrived = dispatcher.dispatch(inputs.x, inputs.slot_ids, inputs.weights).wait()
     assert torch.equal(arrived.tokens, inputs.x)
     assert torch.equal(arrived.slot_ids, inputs.slot_ids)

@@ -6,6 +6,8 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
 
 import pytest
 
@@ -16,21 +18,28 @@ from crossdock.integrations.options import PluginOptions, current_options
 @pytest.fixture(autouse=True)
 def _defaults() -> Iterator[None]:
     yield
-    crossdock.configure(dispatcher=PluginOptions().dispatcher, experts=PluginOptions().experts)
+    crossdock.configure(**asdict(PluginOptions()))
 
 
 def test_configure_sets_what_is_given_and_keeps_the_rest() -> None:
-    assert crossdock.configure(experts="eager") == PluginOptions("alltoall", "eager")
-    assert crossdock.configure(dispatcher="alltoall") == PluginOptions("alltoall", "eager")
-    assert current_options() == PluginOptions("alltoall", "eager")
+    assert crossdock.configure(experts="eager") == PluginOptions("alltoall", experts="eager")
+    assert crossdock.configure(dispatcher="alltoall") == PluginOptions("alltoall", experts="eager")
+    assert current_options() == PluginOptions("alltoall", experts="eager")
 
 
-@pytest.mark.parametrize("option", ["dispatcher", "experts"])
+@pytest.mark.parametrize("option", ["dispatcher", "wire_dtype", "wire_directions", "experts"])
 def test_configure_refuses_what_is_unknown_and_sets_nothing(option: str) -> None:
-    valid = {"dispatcher": "alltoall", "experts": "eager"}
+    valid: dict[str, Any] = {
+        "dispatcher": "alltoall",
+        "wire_dtype": "fp8",
+        "wire_directions": "both",
+        "experts": "eager",
+    }
     with pytest.raises(ValueError, match=f"{option} = 'fast' is unknown; valid: .*{valid[option]}"):
         crossdock.configure(**(valid | {option: "fast"}))
     assert current_options() == PluginOptions()
+    with pytest.raises(ValueError, match="ranks_per_node = -1 must be 0 or more"):
+        crossdock.configure(ranks_per_node=-1)
 
 
 def test_configure_needs_no_transformers() -> None:

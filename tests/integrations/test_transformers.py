@@ -144,6 +144,26 @@ def test_bf16_mixed_precision_of_fsdp_is_as_exact_as_transformers_own(ranks: Ran
         assert max(distances[1:]) < 1.3 * distances[0]
 
 
+def _step_on_a_wire(folder: str, wire: str) -> Step:
+    import crossdock
+
+    crossdock.configure(wire_dtype=wire, wire_directions="both")  # type: ignore[arg-type]
+    try:
+        (step,) = _steps(folder, [({**SHARDED, "ep_implementation": "crossdock"}, "crossdock")])
+    finally:
+        crossdock.configure(wire_dtype="same", wire_directions="tokens")
+    assert not isinstance(step, str), step
+    return step
+
+
+def test_tokens_travel_on_the_wire_that_is_configured(ranks: RankPool, tmp_path: Path) -> None:
+    folder = str(write_model(tmp_path, "qwen3_moe"))
+    (exact, _), (rounded, _) = (ranks.run(2, _step_on_a_wire, folder, wire) for wire in ("same", "bf16"))
+    for name, gradient in exact[1].items():
+        assert np.linalg.norm(rounded[1][name] - gradient) <= 5e-2 * np.linalg.norm(gradient), name
+    assert abs(rounded[0] - exact[0]) > 0, "nothing was rounded"
+
+
 def test_experts_that_ours_cannot_compute_are_refused_when_the_model_is_loaded(ranks: RankPool, tmp_path: Path) -> None:
     folder = write_model(tmp_path, "qwen3_moe", hidden_act="mish")
     for (message,) in ranks.run(2, _steps, str(folder), [({**SHARDED, "ep_implementation": "crossdock"}, "crossdock")]):
