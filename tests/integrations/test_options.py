@@ -36,7 +36,7 @@ def test_configure_refuses_what_is_unknown_and_sets_nothing(option: str) -> None
         "experts": "eager",
     }
     with pytest.raises(ValueError, match=f"{option} = 'fast' is unknown; valid: .*{valid[option]}"):
-        crossdock.configure(**(valid | {option: "fast"}))
+        crossdock.configure(**{**valid, option: "fast"})
     assert current_options() == PluginOptions()
     with pytest.raises(ValueError, match="ranks_per_node = -1 must be 0 or more"):
         crossdock.configure(ranks_per_node=-1)
