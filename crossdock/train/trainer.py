@@ -95,8 +95,6 @@ class Trainer:
             f"(ep {dims.ep}, ep_shard {dims.ep_shard}), {config.training.dtype}; run folder {self.folder}"
         )
         self.layers = list(moe_layers(self.model).values())
-        if dims.ep > 1:
-            self._tell(f"dispatcher: {self.layers[0].dispatch_plan}")
         self._collapse = CollapseMonitor(list(moe_layers(self.model)), self.layers[0].router.config.top_k)
         self.speed = Speed.of(self.model, config.training.seq_len, device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
