@@ -24,7 +24,8 @@ class ExpertParallel(ParallelStyle):
     """A torch `ParallelStyle` for `MoE` modules: expert parameters become DTensors, `Shard(0)` over a 1-D mesh.
 
     For `parallelize_module(model, mesh["ep"], {"layers.*.moe": ExpertParallel()})`; `apply_ep` finds the layers itself.
-    Each rank keeps its own rows of the values it has; an initialised model must hold the same values on all ranks.
+    Each rank keeps its own rows of the values it has; an initialised model must hold the same values on all ranks. On a
+    mesh of one rank it changes nothing.
 
     Args:
         tokens_per_rank: of a forward pass, where it is known; for `dispatcher = "auto"`.
@@ -40,6 +41,8 @@ class ExpertParallel(ParallelStyle):
             raise TypeError(f"ExpertParallel applies to crossdock.MoE, not {type(module).__name__}")
         if module.ep_world_size != 1:
             raise ValueError("expert parallelism has been applied to this layer already")
+        if device_mesh.size() == 1:
+            return module
         group = device_mesh.get_group()
         placement = Placement.contiguous(module.num_experts, device_mesh.size())
         config = module.config
