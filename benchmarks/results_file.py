@@ -19,16 +19,24 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def write_results(benchmark: str, packages: list[str], rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
-    """Write `folder/BENCHMARK_DATE.json`; `packages` are named with their versions."""
-    document = {
+    """Write `folder/BENCHMARK_DATE.json`; `packages` are named with their versions.
+
+    Rows of the same day, machine and versions stay, but for the cases that `rows` have measured anew.
+    """
+    document: dict[str, Any] = {
         "benchmark": benchmark,
         "date": date.today().isoformat(),
         "machine": _machine(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
-        "rows": rows,
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{benchmark}_{document['date']}.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    kept = before.pop("rows", [])
+    measured = {row["case"] for row in rows}
+    if before != document:
+        kept = []
+    document["rows"] = [row for row in kept if row["case"] not in measured] + rows
     path.write_text(json.dumps(document, indent=1) + "\n")
     return path
 
