@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from crossdock.comm import UNTOUCHED, Pending, Wire
 from crossdock.dispatch.allgather import AllGatherDispatcher, AllGatherHandle
@@ -51,7 +53,10 @@ class StaticDispatcher(AllGatherDispatcher):
     def dispatch(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
         if self._exchanges_counts():
             self.agreement.check(x, slot_ids, weights)
-            most = max(self._counts(x, slot_ids, weights))
+            # A recompute of the first call finds the size agreed on and exchanges no counts. Selective recompute, which
+            # hands out what it saved in the order of the calls, must not have seen them then.
+            with nullcontext() if self.debug_checks else _disable_current_modes():
+                most = max(self._counts(x, slot_ids, weights))
         else:
             check_inputs(x, slot_ids, weights, None)
             most = len(x)
