@@ -245,8 +245,10 @@ class MoE(nn.Module):
         """The logical expert of each of this rank's slots, `-1` for an empty slot."""
         return self.placement.experts_on(self.ep_rank)
 
+    # Dynamo would make a graph for every number of tokens that arrive, and cannot follow the exchanges' splits.
+    @torch.compiler.disable
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """`x [..., S, H] -> [..., S, H]`.
+        """`x [..., S, H] -> [..., S, H]`. torch.compile of a model leaves it as it is, whole.
 
         Args:
             x: this rank's tokens; any number, none included.

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from crossdock.moe import moe_layers
 from crossdock.parallel.blocks import transformer_blocks
 
 __all__ = ["CompileConfig", "apply_compile"]
@@ -27,9 +25,6 @@ def apply_compile(model: nn.Module, config: CompileConfig) -> nn.Module:
     """Compile the transformer blocks of `model`, in place. After EP, before activation checkpointing and FSDP."""
     if not config.enable:
         return model
-    for layer in moe_layers(model).values():
-        # Dynamo would make a graph for every number of tokens that arrive, and cannot follow the exchanges' splits.
-        layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
     for block in transformer_blocks(model):
         block.compile(backend=config.backend)
     return model
