@@ -338,13 +338,18 @@ def test_is_deterministic(name: str, backend: ExpertsBackend) -> None:
 
 
 @pytest.mark.parametrize("backend", [eager, cpu])
-def test_gradcheck(backend: ExpertsBackend) -> None:
+@pytest.mark.parametrize("name", FORMULAS)
+def test_gradcheck(name: str, backend: ExpertsBackend) -> None:
     torch.manual_seed(0)
-    slot_ids = torch.tensor([[0, 2], [2, -1], [-1, -1]])
-    tokens, weights = torch.randn(3, 4, dtype=torch.float64), torch.rand(3, 2, dtype=torch.float64)
-    params = torch.randn(3, 4, 6, dtype=torch.float64), torch.randn(3, 3, 4, dtype=torch.float64)
-    leaves = tuple(tensor.requires_grad_() for tensor in (tokens, weights, *params))
-    assert torch.autograd.gradcheck(lambda x, w, g, d: backend(x, slot_ids, w, ExpertParams(g, d)), leaves)
+    formula, slot_ids = FORMULAS[name], torch.tensor([[0, 2], [2, -1], [-1, -1]])
+    width = formula.width(3)
+    shapes = (3, 4), (3, 2), (3, 4, width), (3, 3, 4), (3, width), (3, 4)
+    leaves = tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+
+    def call(tokens: Tensor, weights: Tensor, *params: Tensor) -> Tensor:
+        return backend(tokens, slot_ids, weights, ExpertParams(*params), formula)
+
+    assert torch.autograd.gradcheck(call, leaves)
 
 
 @pytest.mark.parametrize("bias", [False, True])
