@@ -247,7 +247,7 @@ class MoE(nn.Module):
 
     # Dynamo would make a graph for every number of tokens that arrive, and cannot follow the exchanges' splits.
     @torch.compiler.disable
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """`x [..., S, H] -> [..., S, H]`. torch.compile of a model leaves it as it is, whole.
 
         Args:

@@ -302,6 +302,6 @@ def test_every_dispatcher_with_every_backend_equals_the_oracle(ranks: RankPool, 
 
 
 @pytest.mark.slow
-@_drawn(400)
+@_drawn(200)
 def test_every_dispatcher_with_every_backend_equals_the_oracle_in_many_cases(ranks: RankPool, case: Case) -> None:
     _check(ranks, case)
