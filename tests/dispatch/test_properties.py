@@ -123,7 +123,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    num_ranks, slots = draw(st.sampled_from((2, 4, 3, 4, 1))), draw(st.integers(1, 5))
+    num_ranks, slots = draw(st.sampled_from((4, 1, 2, 3))), draw(st.integers(1, 5))
     dtype = draw(st.sampled_from(list(TOLERANCES)))
     shares = st.sampled_from((0.0, 0.0, 0.3, 0.8))
     return Case(
@@ -149,7 +149,7 @@ def _dispatchers(case: Case) -> Iterator[tuple[str, Dispatcher]]:
     group = dist.group.WORLD
     assert group is not None
     if case.num_ranks == 1:
-        yield "local", LocalDispatcher()
+        yield "local", LocalDispatcher(case.slots)
         return
     options = DispatchOptions(NODES_OF, Wire(case.wire, both=case.both))
     for name in ("allgather", "alltoall", "hierarchical"):
@@ -295,7 +295,7 @@ def _drawn(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]
     return lambda test: profile(given(case=cases())(test))
 
 
-@_drawn(30)
+@_drawn(24)
 def test_every_dispatcher_with_every_backend_equals_the_oracle(ranks: RankPool, case: Case) -> None:
     """Outputs and all gradients; identity experts return a token once per row; two runs are equal bit by bit."""
     _check(ranks, case)
