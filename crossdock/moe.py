@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -110,6 +110,19 @@ class MoEConfig:
     debug_force_zipf_seed: int = -1
     """Shuffles which experts are popular; -1: the lower the index, the more popular."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field, its value and the valid ones."""
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                raise ValueError(f"{name} = {value!r} is unknown; valid: {', '.join(map(str, get_args(hint)))}")
+
+    def check_numbers(self) -> None:
+        """Raises ValueError for the first number below 0 that must not be; the trainer checks its settings itself."""
+        for name, value in vars(self).items():
+            if name.endswith(("_coeff", "_rate", "_chunks", "_node", "_factor", "_jitter")) and value < 0:
+                raise ValueError(f"{name} = {value} must be 0 or more")
+
     def dispatch_options(self) -> DispatchOptions:
         """How tokens travel. Raises ValueError for options that do not go together."""
         return DispatchOptions(
@@ -182,6 +195,7 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config = config or MoEConfig()
+        config.check_numbers()
         self.coefficients = LossCoefficients(
             config.sequence_aux_loss_coeff,
             config.batch_aux_loss_coeff,
@@ -256,12 +270,12 @@ class MoE(nn.Module):
                 the attribute of that name.
         """
         try:
-            tokens, mask, routing = self._route(x, padding_mask)
+            tokens, mask, routing, slot_ids = self._route(x, padding_mask)
         except Exception:
             # The others wait for this rank's counts of tokens.
             self.dispatcher.refuse(self._expert_to_slot.device)
             raise
-        arriving = self._dispatch(tokens, self._slots(routing.expert_ids), routing.weights)
+        arriving = self._dispatch(tokens, slot_ids, routing.weights)
         shared = self._shared(tokens, mask)  # while tokens travel
         output = self._compute(arriving)
         if shared is not None:
@@ -274,13 +288,19 @@ class MoE(nn.Module):
             self.load.record_evaluation(count_experts(routing.expert_ids, self.num_experts))
         return output.view(x.shape)
 
-    def _route(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Routing]:
-        """The tokens `[T, H]` of `x`, their padding mask `[T]`, and where they go. What can be wrong, raises here."""
+    def _route(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Routing, Tensor]:
+        """The tokens `[T, H]` of `x`, their padding mask `[T]`, where they go, and the slots there `[T, K]`.
+
+        What can be wrong, raises here.
+        """
         if padding_mask is None:
             padding_mask = self.padding_mask
         self._check(x, padding_mask)
         tokens = x.reshape(-1, self.hidden_size)
         mask = None if padding_mask is None else padding_mask.reshape(-1)
+        if mask is not None:
+            # A bad number in padding would be one in every gradient: 0 times NaN.
+            tokens = tokens.masked_fill(mask[:, None], 0)
         routing = self.router(tokens, sequence_shape=tuple(x.shape[:-1]), padding_mask=mask)
         if self.config.debug_checks:
             for name, values in (("x", tokens), ("the router's logits", routing.logits)):
@@ -288,7 +308,20 @@ class MoE(nn.Module):
                 bad = int((bad if mask is None else bad & ~mask).sum())
                 if bad:
                     raise ValueError(f"{name} of {bad} of {len(tokens)} tokens: NaN or infinity (debug_checks)")
-        return tokens, mask, routing
+        if self.config.debug_checks and routing.expert_ids.numel():
+            self._check_experts(routing.expert_ids)
+        try:
+            slot_ids = self._slots(routing.expert_ids)
+        except IndexError:  # on a CPU
+            self._check_experts(routing.expert_ids)
+            raise
+        return tokens, mask, routing, slot_ids
+
+    def _check_experts(self, expert_ids: Tensor) -> None:
+        least, most = (int(end) for end in torch.stack(expert_ids.aminmax()).tolist())
+        if least < -1 or most >= self.num_experts:
+            wrong = least if least < -1 else most
+            raise ValueError(f"the router chose expert {wrong}; valid are 0 to {self.num_experts - 1}, or -1 for none")
 
     def _check(self, x: Tensor, padding_mask: Tensor | None) -> None:
         if x.shape[-1] != self.hidden_size:

@@ -289,3 +289,43 @@ def test_gradient_scale_multiplies_by_mean_over_own_routes() -> None:
 def test_gradient_scale_of_the_output_needs_the_weight_there() -> None:
     with pytest.raises(ValueError, match=r"gradient_scale.*weight on the output"):
         MoE(H, I, RouterConfig(6, 2), MoEConfig(gradient_scale="output"), formula=ExpertsFormula(weight_on="input"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "valid"),
+    [
+        ("gradient_scale", "foo", "off, output, gradient"),
+        ("wire_dtype", "fp4", "same, bf16, fp16, fp8"),
+        ("dispatcher", "pigeon", "alltoall"),
+        ("overlap_chunks", -1, "0 or more"),
+        ("z_loss_coeff", -0.1, "0 or more"),
+    ],
+)
+def test_a_setting_that_cannot_be_names_the_field_and_what_is_valid(name: str, value: object, valid: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} = .*{value}.*{valid}"):
+        MoE(8, 4, RouterConfig(4, 2), MoEConfig(**{name: value}))  # type: ignore[arg-type]
+
+
+def test_a_bad_number_in_padding_reaches_no_gradient() -> None:
+    torch.manual_seed(0)
+    config = MoEConfig(sequence_aux_loss_coeff=0.1, batch_aux_loss_coeff=0.1, z_loss_coeff=0.1)
+    layer = MoE(8, 4, RouterConfig(4, 2), config, shared_intermediate_size=4)
+    x = torch.randn(1, 5, 8)
+    mask = torch.tensor([[False, False, True, False, True]])
+    results = []
+    for filler in (0.0, torch.nan):
+        own = x.masked_fill(mask[..., None], filler).requires_grad_()
+        layer.zero_grad()
+        layer(own, mask).square().sum().backward()
+        results.append([own.grad, *(parameter.grad for parameter in layer.parameters())])
+    for clean, bad in zip(*results, strict=True):
+        assert torch.equal(clean, bad)
+
+
+def test_an_expert_that_there_is_none_of_is_named() -> None:
+    layer = MoE(8, 4, RouterConfig(4, 2))
+    layer.router.register_forward_hook(
+        lambda module, args, routing: routing._replace(expert_ids=routing.expert_ids + 99)
+    )
+    with pytest.raises(ValueError, match=r"the router chose expert \d+; valid are 0 to 3, or -1"):
+        layer(torch.randn(1, 5, 8))

@@ -132,6 +132,10 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 def _check_dispatcher(config: Config) -> None:
     forced = config.training.debug_moe_force_load_balance and config.moe.debug_force_zipf >= 0
     _require(config, "moe.debug_force_zipf", not forced, "does not go with training.debug_moe_force_load_balance")
+    try:
+        config.moe.dispatch_options()
+    except ValueError as error:
+        raise ConfigError("moe.deepep_api", config.moe.deepep_api, str(error)) from None
     if config.moe.static_shapes:
         for name, value, valid in (
             ("moe.dispatcher", config.moe.dispatcher, (AUTO_DISPATCHER, *STATIC_DISPATCHERS)),

@@ -121,8 +121,8 @@ class Agreement:
         """
         try:
             check_inputs(x, slot_ids, weights, self.num_slots if self.check_ids or x.is_cpu else None)
-        except ValueError:
-            self.refuse(*(tensor.device for tensor in (slot_ids, weights, x)))
+        except Exception:
+            self.refuse(*(tensor.device for tensor in (slot_ids, weights, x) if isinstance(tensor, Tensor)))
             raise
 
     def exchange_counts(

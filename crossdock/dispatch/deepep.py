@@ -28,14 +28,17 @@ _HIDDEN_MULTIPLE, _MOST_TOP_K, _MOST_SLOTS, _MOST_SLOTS_PER_RANK = 256, 32, 2048
 
 
 def deepep_problem(
-    num_slots: int, slots_per_rank: int, hidden_size: int, top_k: int, dtype: torch.dtype, options: DeepEPOptions
+    num_ranks: int, slots_per_rank: int, hidden_size: int, top_k: int, dtype: torch.dtype, options: DeepEPOptions
 ) -> str | None:
     """Why `deepep` cannot dispatch `[T, hidden_size]` tokens of `dtype` here, or `None` where it can."""
     try:
-        choose_deepep_api(load_deepep(), options)
-    except ValueError:
-        return "its library is not installed"
-    return _problem_of_slots(num_slots, slots_per_rank) or _problem_of_tokens(
+        library = load_deepep()
+        choose_deepep_api(library, options).check_ranks(library, num_ranks)
+    except ValueError as error:
+        return "its library is not installed" if isinstance(error.__cause__, ImportError) else str(error)
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+        return "it needs GPUs of SM90"
+    return _problem_of_slots(num_ranks * slots_per_rank, slots_per_rank) or _problem_of_tokens(
         hidden_size, top_k, dtype, (torch.bfloat16,)
     )
 

@@ -109,6 +109,10 @@ class Buffers:
         self.library, self.group, self.options = library, group, options
         self.made: list[tuple[_Room, Any]] = []
 
+    @staticmethod
+    def check_ranks(library: Any, num_ranks: int) -> None:
+        """Raises ValueError where this API does not run on so many ranks."""
+
     def dispatch(self, x: Tensor, slot_ids: Tensor, weights: Tensor, slots_per_rank: int, most_tokens: int) -> Received:
         """Send `x [T, H]` to the ranks of its `slot_ids [T, K]` (global, -1 is no route) with `weights [T, K]`.
 
@@ -238,13 +242,17 @@ class PlainBuffers(Buffers):
         super().__init__(library, group, options)
         if options.num_sms:
             library.Buffer.set_num_sms(options.num_sms)
+        self.check_ranks(library, group.size())
+        self.dispatch_config = library.Buffer.get_dispatch_config(group.size())
+        self.combine_config = library.Buffer.get_combine_config(group.size())
+
+    @staticmethod
+    def check_ranks(library: Any, num_ranks: int) -> None:
         try:
-            self.dispatch_config = library.Buffer.get_dispatch_config(group.size())
-            self.combine_config = library.Buffer.get_combine_config(group.size())
+            library.Buffer.get_dispatch_config(num_ranks)
+            library.Buffer.get_combine_config(num_ranks)
         except AssertionError as error:
-            raise ValueError(
-                f"DeepEP's Buffer does not run on {group.size()} ranks ({error}); use 'alltoall'"
-            ) from error
+            raise ValueError(f"DeepEP's Buffer does not run on {num_ranks} ranks ({error}); use 'alltoall'") from error
 
     def _make(self, room: _Room) -> Any:
         configs, row_bytes, ranks = (self.dispatch_config, self.combine_config), 2 * room.hidden, self.group.size()

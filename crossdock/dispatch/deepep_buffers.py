@@ -26,7 +26,7 @@ def load_deepep() -> Any:
     """The module `deep_ep`. Raises ValueError, one line that says what to install, where it is missing or too old."""
     try:
         library = importlib.import_module("deep_ep")
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # a shared library of its own may be missing
         raise ValueError(f"{_NEEDS} ({error})") from error
     choose_deepep_api(library, DeepEPOptions())
     return library

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -87,9 +87,20 @@ class HierarchicalDispatcher:
         return self.between.combine(self.within.combine(y, handle.within).wait(), handle.between)
 
 
-@cache
+# One pair for all layers, for as long as the group lives: a pair that outlives it would keep its threads.
+_PAIRS: WeakKeyDictionary[dist.ProcessGroup, dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]]]
+_PAIRS = WeakKeyDictionary()
+
+
 def _groups(group: dist.ProcessGroup, ranks_per_node: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """The ranks of this rank's place in all nodes, and those of its node; one pair for all layers."""
+    """The ranks of this rank's place in all nodes, and those of its node."""
+    pairs = _PAIRS.setdefault(group, {})
+    if ranks_per_node not in pairs:
+        pairs[ranks_per_node] = _make_groups(group, ranks_per_node)
+    return pairs[ranks_per_node]
+
+
+def _make_groups(group: dist.ProcessGroup, ranks_per_node: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     ranks, own = dist.get_process_group_ranks(group), group.rank()
     node, place = divmod(own, ranks_per_node)
     # Theirs would be torch's default, whatever the group's is.

@@ -78,7 +78,15 @@ def plan_dispatch(
     """
     if situation.num_ranks == 1:
         return LOCAL_PLAN
-    dispatcher, reason = (name, "as set") if name != AUTO_DISPATCHER else _dispatcher(situation, options)
+    if name == AUTO_DISPATCHER:
+        dispatcher, reason = _dispatcher(situation, options)
+    elif name == "hierarchical" and node_size(situation.num_ranks, options.ranks_per_node) in (1, situation.num_ranks):
+        dispatcher, reason = (
+            "alltoall",
+            "hierarchical as set, but there is one node, or one rank in each; ranks_per_node",
+        )
+    else:
+        dispatcher, reason = name, "as set"
     if overlap_chunks:
         return DispatchPlan(dispatcher, overlap_chunks, reason)
     chunks, why = _chunks(situation)
@@ -91,9 +99,7 @@ def _dispatcher(situation: DispatchSituation, options: DispatchOptions) -> tuple
         return "alltoall", "static_shapes makes it an all-gather"
     if situation.device.type == "cuda" and options.wire.dtype == "same":
         slots = -(-situation.num_experts // ranks)
-        problem = deepep_problem(
-            slots * ranks, slots, situation.hidden_size, situation.top_k, situation.dtype, options.deepep
-        )
+        problem = deepep_problem(ranks, slots, situation.hidden_size, situation.top_k, situation.dtype, options.deepep)
         if problem is None:
             return "deepep", "its library is installed and takes these sizes"
         without = f", without deepep ({problem})"

@@ -15,7 +15,8 @@ __all__ = ["Traffic", "TrafficMeter", "least_traffic"]
 class Traffic:
     """Bytes that this rank sent to other ranks, forward passes only; to itself nothing counts.
 
-    A backward pass sends the tokens' bytes once more in each direction, and the weights' gradients, no ids.
+    A backward pass sends the tokens' bytes once more in each direction, and the weights' gradients, no ids. Under
+    activation checkpointing, a forward pass that is run again counts again, though a selective one sends nothing.
 
     Attributes:
         within: rows of tokens and results to ranks of the same node.

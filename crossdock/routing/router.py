@@ -194,7 +194,8 @@ class Router(nn.Module):
             case "sigmoid":
                 return logits.sigmoid()
             case _:
-                return F.softplus(logits).sqrt()
+                # Where softplus is 0 in this precision, the root has no finite slope; clamping has slope 0.
+                return F.softplus(logits).clamp_min(torch.finfo(logits.dtype).tiny).sqrt()
 
     def _choose(self, scores: Tensor, padding_mask: Tensor | None) -> Tensor:
         """The `K` experts of each token, `[T, K]`. The expert bias changes which are chosen, never their weights."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -81,7 +81,9 @@ def find_model(path: Path) -> ModelSource:
     if checkpoint is not None:
         run = checkpoint[0].parent
         config = read_toml(run / RUN_CONFIG_FILE)
-        name, moe, assets, weights = config.model.name, config.moe, run / ASSETS_FOLDER, checkpoint
+        # Room for the batches of training, and experiments with the router, are the training's.
+        moe = replace(config.moe, static_shapes=False, debug_force_zipf=-1.0)
+        name, assets, weights = config.model.name, run / ASSETS_FOLDER, checkpoint
         seq_len, data = config.training.seq_len, config.data
         dtype = torch.float64 if config.training.dtype == "float64" else torch.float32
     elif (path / "config.json").is_file():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -492,3 +493,16 @@ def test_bytes_sent_are_the_least(ranks: RankPool) -> None:
     assert between == 2 * row_bytes * entering
     assert sum(least.between for *_, least in by_rank) == between
     assert within >= sum(least.within for *_, least in by_rank)
+
+
+def _threads_after_nodes() -> int:
+    """Threads of this process, after it had groups of nodes."""
+    assert dist.group.WORLD is not None
+    build_dispatcher("hierarchical", dist.group.WORLD, 1, DispatchOptions(RANKS_PER_NODE))
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+def test_groups_of_nodes_end_with_their_group(ranks: RankPool) -> None:
+    few, *more = (max(ranks.run(4, _threads_after_nodes)) for _ in range(4))
+    assert max(more) <= few + 4, "those of groups that are no more"

@@ -157,6 +157,14 @@ def test_a_wire_of_the_users_keeps_to_dispatchers_that_have_one() -> None:
 
 def test_an_api_that_deepep_lacks_is_no_deepep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deep_ep", cast(Any, Double(elastic=False)))
-    assert plan_dispatch("auto", 0, LARGE, NODES_OF_8).dispatcher == "deepep"
-    options = DispatchOptions(8, deepep=DeepEPOptions("elastic"))
-    assert plan_dispatch("auto", 0, LARGE, options).dispatcher == "hierarchical"
+    few = _like(LARGE, num_ranks=4)
+    assert plan_dispatch("auto", 0, few, DispatchOptions(2)).dispatcher == "deepep"
+    options = DispatchOptions(2, deepep=DeepEPOptions("elastic"))
+    assert plan_dispatch("auto", 0, few, options).dispatcher == "hierarchical"
+
+
+def test_ranks_that_deepeps_buffer_does_not_run_on_are_no_deepep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deep_ep", cast(Any, Double(elastic=False)))
+    plan = plan_dispatch("auto", 0, _like(LARGE, num_ranks=3), DispatchOptions())
+    assert plan.dispatcher == "alltoall"
+    assert "Buffer does not run on 3 ranks" in plan.reason

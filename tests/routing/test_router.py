@@ -338,3 +338,16 @@ def test_groups_that_lose_are_out_even_where_all_scores_are_negative() -> None:
 def test_impossible_settings_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         RouterConfig(12, 3, **settings)
+
+
+def test_an_expert_far_below_the_others_has_a_finite_gradient() -> None:
+    """softplus is 0 in fp32 from a logit of -104 on, where its root has no slope."""
+    router = Router(4, RouterConfig(4, 2, score_function="sqrt_softplus"))
+    with torch.no_grad():
+        router.weight.copy_(torch.diag(torch.tensor([10.0, 5.0, 2.0, -200.0])))
+    x = torch.ones(3, 4, requires_grad=True)
+    router(x, sequence_shape=(3,)).weights.square().sum().backward()
+    assert x.grad is not None
+    assert router.weight.grad is not None
+    assert x.grad.isfinite().all()
+    assert router.weight.grad.isfinite().all()
