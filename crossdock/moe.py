@@ -19,6 +19,7 @@ from crossdock.dispatch import (
     DispatchOptions,
     DispatchPlan,
     LocalDispatcher,
+    wrong_id,
 )
 from crossdock.experts import SWIGLU, ExpertsFormula, GroupedExperts, SharedExperts, load_factors
 from crossdock.placement import EMPTY, Placement
@@ -276,7 +277,7 @@ class MoE(nn.Module):
             self.dispatcher.refuse(self._expert_to_slot.device)
             raise
         arriving = self._dispatch(tokens, slot_ids, routing.weights)
-        shared = self._shared(tokens, mask)  # while tokens travel
+        shared = None if self.shared_experts is None else self.shared_experts(tokens)  # while tokens travel
         output = self._compute(arriving)
         if shared is not None:
             output = output + shared
@@ -299,7 +300,7 @@ class MoE(nn.Module):
         tokens = x.reshape(-1, self.hidden_size)
         mask = None if padding_mask is None else padding_mask.reshape(-1)
         if mask is not None:
-            # A bad number in padding would be one in every gradient: 0 times NaN.
+            # A bad number in padding would be one in every gradient: 0 times NaN. Shared experts give 0 for 0.
             tokens = tokens.masked_fill(mask[:, None], 0)
         routing = self.router(tokens, sequence_shape=tuple(x.shape[:-1]), padding_mask=mask)
         if self.config.debug_checks:
@@ -308,7 +309,7 @@ class MoE(nn.Module):
                 bad = int((bad if mask is None else bad & ~mask).sum())
                 if bad:
                     raise ValueError(f"{name} of {bad} of {len(tokens)} tokens: NaN or infinity (debug_checks)")
-        if self.config.debug_checks and routing.expert_ids.numel():
+        if self.config.debug_checks:
             self._check_experts(routing.expert_ids)
         try:
             slot_ids = self._slots(routing.expert_ids)
@@ -318,9 +319,7 @@ class MoE(nn.Module):
         return tokens, mask, routing, slot_ids
 
     def _check_experts(self, expert_ids: Tensor) -> None:
-        least, most = (int(end) for end in torch.stack(expert_ids.aminmax()).tolist())
-        if least < -1 or most >= self.num_experts:
-            wrong = least if least < -1 else most
+        if (wrong := wrong_id(expert_ids, self.num_experts)) is not None:
             raise ValueError(f"the router chose expert {wrong}; valid are 0 to {self.num_experts - 1}, or -1 for none")
 
     def _check(self, x: Tensor, padding_mask: Tensor | None) -> None:
@@ -370,13 +369,6 @@ class MoE(nn.Module):
             returning.append(self.dispatcher.combine(y, chunk.handle))
         outputs = [pending.wait() for pending in returning]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def _shared(self, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
-        """What the shared experts give, `[T, H]`; 0 for padding."""
-        if self.shared_experts is None:
-            return None
-        output = self.shared_experts(tokens)
-        return output if mask is None else output.masked_fill(mask[:, None], 0)
 
     def _load_factors(self, arrived: list[Dispatched]) -> Tensor:
         """What `gradient_scale` multiplies by, of each slot `[P/R]`."""

@@ -4,6 +4,7 @@ from crossdock.dispatch.agreement import RankFailure, RankMismatch
 from crossdock.dispatch.allgather import AllGatherDispatcher
 from crossdock.dispatch.alltoall import AllToAllDispatcher
 from crossdock.dispatch.building import DISPATCHERS, STATIC_DISPATCHERS, build_dispatcher, node_size
+from crossdock.dispatch.checks import wrong_id
 from crossdock.dispatch.deepep import DEEPEP_OPS, DeepEPDispatcher
 from crossdock.dispatch.deepep_api import DeepEPOptions
 from crossdock.dispatch.deepep_buffers import choose_deepep_api, free_deepep_buffers, load_deepep
@@ -43,4 +44,5 @@ __all__ = [
     "load_deepep",
     "node_size",
     "plan_dispatch",
+    "wrong_id",
 ]

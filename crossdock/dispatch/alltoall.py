@@ -13,6 +13,7 @@ from crossdock.comm import UNTOUCHED, Pending, Splits, Wire, attach_exchange, ex
 from crossdock.dispatch.agreement import Agreement
 from crossdock.dispatch.checks import check_results
 from crossdock.dispatch.dispatcher import Dispatched
+from crossdock.dispatch.needs import needed_ranks
 from crossdock.dispatch.traffic import Traffic, TrafficMeter
 
 __all__ = ["AllToAllDispatcher", "AllToAllHandle"]
@@ -102,11 +103,7 @@ class AllToAllDispatcher:
 
     def _rows_by_rank(self, slot_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The distinct (destination rank, token) pairs of `slot_ids [T, K]`, sorted, two `[S]`; their counts `[R]`."""
-        no_rank = self.num_ranks
-        ranks = torch.where(slot_ids < 0, no_rank, slot_ids // self.slots_per_rank)
-        needed = torch.zeros(len(slot_ids), self.num_ranks + 1, dtype=torch.bool, device=slot_ids.device)
-        needed.scatter_(1, ranks, True)
-        by_rank = needed[:, :no_rank].t()
+        by_rank = needed_ranks(slot_ids, self.slots_per_rank, self.num_ranks).t()
         destination, token = by_rank.nonzero().unbind(1)
         return destination, token, by_rank.sum(dim=1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_inputs", "check_results"]
+__all__ = ["check_inputs", "check_results", "wrong_id"]
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -37,11 +37,18 @@ def check_inputs(x: Tensor, slot_ids: Tensor, weights: Tensor, num_slots: int | 
     for name, tensor in (("slot_ids", slot_ids), ("weights", weights)):
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; they must be on one device")
-    if num_slots is not None and slot_ids.numel():
-        least, most = (int(end) for end in torch.stack(slot_ids.aminmax()).tolist())
-        if least < -1 or most >= num_slots:
-            wrong = least if least < -1 else most
-            raise ValueError(f"slot_ids has {wrong}; ids are 0 to {num_slots - 1}, or -1 for no route")
+    if num_slots is not None and (wrong := wrong_id(slot_ids, num_slots)) is not None:
+        raise ValueError(f"slot_ids has {wrong}; ids are 0 to {num_slots - 1}, or -1 for no route")
+
+
+def wrong_id(ids: Tensor, count: int) -> int | None:
+    """One of `ids` that is not `-1` to `count - 1`, if there is any. A sync on a GPU."""
+    if not ids.numel():
+        return None
+    least, most = (int(end) for end in torch.stack(ids.aminmax()).tolist())
+    if least < -1:
+        return least
+    return most if most >= count else None
 
 
 def check_results(y: Tensor, rows: int, hidden_size: int) -> None:

@@ -18,6 +18,7 @@ from crossdock.dispatch.checks import check_results
 from crossdock.dispatch.deepep_api import Buffers, DeepEPOptions, Template
 from crossdock.dispatch.deepep_buffers import choose_deepep_api, load_deepep, shared_buffers
 from crossdock.dispatch.dispatcher import Dispatched
+from crossdock.dispatch.needs import needed_ranks
 from crossdock.dispatch.traffic import Traffic, TrafficMeter
 from crossdock.kernels import dequantize_fp8
 
@@ -125,7 +126,8 @@ class DeepEPDispatcher:
         if problem := _problem_of_tokens(x.shape[1], slot_ids.shape[1], x.dtype, self.dtypes):
             self.refuse(x.device)
             raise ValueError(f"x and slot_ids: dispatcher 'deepep' {problem}; use 'alltoall'")
-        splits, tokens_of_ranks = self.agreement.exchange_counts(self._send_counts(slot_ids), x, slot_ids, weights)
+        send_counts = needed_ranks(slot_ids, self.slots_per_rank, self.num_ranks).sum(dim=0)
+        splits, tokens_of_ranks = self.agreement.exchange_counts(send_counts, x, slot_ids, weights)
         weights = weights.to(torch.promote_types(x.dtype, torch.float32))
         flight = _Flight()
         x, weights = _Send.apply(flight, slot_ids, x, weights)  # type: ignore[misc]
@@ -163,13 +165,6 @@ class DeepEPDispatcher:
             return _Collect.apply(flight, self.buffers, handle.template, y.grad_fn, y, out)  # type: ignore[return-value]
 
         return Pending(finish)
-
-    def _send_counts(self, slot_ids: Tensor) -> Tensor:
-        """Rows that this rank sends to each, `[R]`: its distinct (token, rank) pairs."""
-        no_rank = self.num_ranks
-        ranks = torch.where(slot_ids < 0, no_rank, slot_ids // self.slots_per_rank)
-        needed = torch.zeros(len(slot_ids), no_rank + 1, dtype=torch.int64, device=slot_ids.device)
-        return needed.scatter_(1, ranks, 1).sum(dim=0)[:no_rank]
 
     def _count(self, splits: Splits, x: Tensor, top_k: int) -> None:
         hidden = x.shape[1]

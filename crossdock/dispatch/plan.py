@@ -10,7 +10,7 @@ from crossdock.dispatch.building import node_size
 from crossdock.dispatch.deepep import deepep_problem
 from crossdock.dispatch.options import DispatchOptions
 
-__all__ = ["AUTO_DISPATCHER", "DispatchPlan", "DispatchSituation", "plan_dispatch"]
+__all__ = ["AUTO_DISPATCHER", "LOCAL_PLAN", "DispatchPlan", "DispatchSituation", "plan_dispatch"]
 
 AUTO_DISPATCHER = "auto"
 
