@@ -17,6 +17,7 @@ from crossdock import MoE, MoEConfig, RouterConfig, apply_ep
 from crossdock.experts import ACTIVATIONS, GPT_OSS, ExpertsFormula
 from crossdock.placement import Placement
 from tests.experts.oracle import experts_forward, experts_gradients
+from tests.memory import kept_bytes
 from tests.ranks import RankPool
 from tests.routing.oracle import route, route_gradients
 
@@ -56,6 +57,18 @@ def test_gradcheck_of_the_layer(name: str) -> None:
         return functional_call(layer, dict(zip(names, values, strict=True)), (x, mask))
 
     assert torch.autograd.gradcheck(call, (x, *parameters))
+
+
+@pytest.mark.parametrize("experts", ["cpu", "grouped_mm"])
+def test_a_layer_keeps_its_input_and_first_products_for_the_backward_pass(experts: Any) -> None:
+    """In bf16 `2 T H + 4 T K I` bytes, and what the router takes: some numbers per token and expert or route."""
+    num_tokens, hidden_size, num_experts, top_k, intermediate_size = 512, 128, 16, 4, 64
+    config = MoEConfig(experts=experts, z_loss_coeff=1e-3, batch_aux_loss_coeff=1e-2)
+    layer = MoE(hidden_size, intermediate_size, RouterConfig(num_experts, top_k), config).bfloat16()
+    x = torch.randn(num_tokens, hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    kept = kept_bytes(lambda: layer(x), layer.parameters())
+    activations = 2 * num_tokens * hidden_size + 4 * num_tokens * top_k * intermediate_size
+    assert activations < kept < activations + num_tokens * (4 * 4 * num_experts + 40 * top_k)
 
 
 H, I, E, K, TOKENS = 16, 8, 6, 2, 24

@@ -1,7 +1,7 @@
 """Experts: their parameters and the backends that compute with them."""
 
 from crossdock.experts.choice import AUTO, EXPERTS_BACKENDS, choose_backend
-from crossdock.experts.cpu import CPU_EXPERTS_OP, cpu
+from crossdock.experts.cpu import cpu
 from crossdock.experts.eager import eager
 from crossdock.experts.experts import ExpertParams, ExpertsBackend
 from crossdock.experts.formula import (
@@ -14,14 +14,15 @@ from crossdock.experts.formula import (
 )
 from crossdock.experts.grouped_mm import grouped_mm
 from crossdock.experts.module import GroupedExperts
+from crossdock.experts.operator import EXPERTS_OPS
 from crossdock.experts.scaling import load_factors
 from crossdock.experts.shared import SharedExperts
 
 __all__ = [
     "ACTIVATIONS",
     "AUTO",
-    "CPU_EXPERTS_OP",
     "EXPERTS_BACKENDS",
+    "EXPERTS_OPS",
     "GPT_OSS",
     "QUICK_GELU_ALPHA",
     "SWIGLU",

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from crossdock.experts.experts import ExpertParams
-from crossdock.experts.formula import SWIGLU, ExpertsFormula
+from crossdock.experts.formula import ExpertsFormula
+from crossdock.experts.operator import Gradients, Kept, make_backend
 from crossdock.experts.routes import sort_routes
 
-__all__ = ["CPU_EXPERTS_OP", "cpu", "cpu_problem", "product_dtype"]
+__all__ = ["cpu", "cpu_problem", "product_dtype"]
 
 # Values that elementwise work takes at once: a few buffers of this many fit a core's cache, and a call costs little
 # beside them.
@@ -27,27 +27,6 @@ _NATIVE = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16"),
 }
-
-
-def cpu(
-    tokens: Tensor, slot_ids: Tensor, weights: Tensor, params: ExpertParams, formula: ExpertsFormula = SWIGLU
-) -> Tensor:
-    """Contract and shapes: `ExpertsBackend`. Any floating dtype; CPU alone.
-
-    A half precision that the processor has no products for is computed in fp32, which rounds less often.
-    """
-    y, *_ = CPU_EXPERTS_OP(
-        tokens,
-        slot_ids,
-        weights,
-        *params,
-        formula.activation,
-        formula.gated,
-        formula.limit,
-        formula.up_offset,
-        formula.weight_on,
-    )
-    return y
 
 
 def cpu_problem(tokens: Tensor, params: ExpertParams) -> str | None:
@@ -119,25 +98,13 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-@torch.library.custom_op("crossdock::cpu_experts", mutates_args=(), device_types="cpu")
 def _forward(
-    tokens: Tensor,
-    slot_ids: Tensor,
-    weights: Tensor,
-    gate_and_up_projs: Tensor,
-    down_projs: Tensor,
-    gate_and_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    gated: bool,
-    limit: float | None,
-    up_offset: float,
-    weight_on: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`y [U, H]`; the pre-activation `[N, 2I]` of the `N` sorted routes, those routes `[N]`, and their counts."""
-    formula = ExpertsFormula(activation, gated, limit, up_offset, weight_on)  # type: ignore[arg-type]
+    tokens: Tensor, slot_ids: Tensor, weights: Tensor, params: ExpertParams, formula: ExpertsFormula
+) -> tuple[Tensor, Kept]:
+    gate_and_up_projs, down_projs, gate_and_up_bias, down_bias = params
+    weight_on = formula.weight_on
     intermediate_size, hidden_size = down_projs.shape[1:]
-    route, counts, _ = sort_routes(slot_ids, len(down_projs))
+    route, counts = sort_routes(slot_ids, len(down_projs))
     row, weight = route // slot_ids.shape[1], weights.flatten()[route][:, None]
     per_slot = counts.tolist()
     work = _Workspace(tokens.dtype, max(per_slot, default=0))
@@ -170,45 +137,36 @@ def _forward(
             bias = down_bias[slot].to(wide)
             out.add_(bias * own_weight if weight_on == "output" else bias)
         y.index_add_(0, own_row, _cast(out, wide))
-    return y.to(tokens.dtype), pre_activations, route, counts
+    return y.to(tokens.dtype), Kept(pre_activations, route, counts)
 
 
-@torch.library.custom_op("crossdock::cpu_experts_backward", mutates_args=(), device_types="cpu")
 def _backward(
     grad_y: Tensor,
     tokens: Tensor,
     weights: Tensor,
-    gate_and_up_projs: Tensor,
-    down_projs: Tensor,
-    gate_and_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    pre_activations: Tensor,
-    route: Tensor,
-    counts: Tensor,
-    activation: str,
-    gated: bool,
-    limit: float | None,
-    up_offset: float,
-    weight_on: str,
+    params: ExpertParams,
+    kept: Kept,
+    formula: ExpertsFormula,
+    *,
     needs_tokens: bool,
     needs_params: bool,
-) -> list[Tensor]:
-    """Gradients of tokens, weights, and (where needed) of the parameters there are; an empty one where not needed."""
-    formula = ExpertsFormula(activation, gated, limit, up_offset, weight_on)  # type: ignore[arg-type]
+) -> Gradients:
+    gate_and_up_projs, down_projs, _, down_bias = params
+    pre_activations, route, counts = kept
+    weight_on = formula.weight_on
     intermediate_size, hidden_size = down_projs.shape[1:]
     per_slot = counts.tolist()
     row, weight = route // weights.shape[1], weights.flatten()[route][:, None]
     work = _Workspace(tokens.dtype, max(per_slot, default=0))
     wide = torch.promote_types(tokens.dtype, torch.float32)
-    params = [p for p in (gate_and_up_projs, down_projs, gate_and_up_bias, down_bias) if p is not None]
-    grads = [torch.empty_like(p) for p in params] if needs_params else []
-    for grad in grads:
-        for slot, count in enumerate(per_slot):
-            if not count:
-                grad[slot].zero_()
-    grad_gate_and_up_bias = grads[2] if grads and gate_and_up_bias is not None else None
-    grad_down_bias = grads[-1] if grads and down_bias is not None else None
-    grad_tokens = torch.zeros(tokens.shape if needs_tokens else (0,), dtype=wide)
+    grads = None
+    if needs_params:
+        grads = ExpertParams(*(None if param is None else torch.empty_like(param) for param in params))  # type: ignore[arg-type]
+        idle = [slot for slot, count in enumerate(per_slot) if not count]
+        for grad in grads:
+            if grad is not None:
+                grad[idle] = 0
+    grad_tokens = torch.zeros(tokens.shape, dtype=wide) if needs_tokens else None
     grad_weight = torch.empty(len(route), dtype=wide)
     needs_input = needs_tokens or weight_on == "input"
     slopes = torch.empty(
@@ -240,7 +198,7 @@ def _backward(
             torch.mul(grad_value, gate_slope, out=grad_gate)
             if grad_up is not None:
                 torch.mul(grad_value, up_slope, out=grad_up)
-        x = work.gather("x", tokens, own_row) if grads or weight_on == "input" else None
+        x = work.gather("x", tokens, own_row) if needs_params or weight_on == "input" else None
         if needs_input:
             grad_x = work.rows("grad_x", count, hidden_size)
             torch.mm(grad_pre, work.matrix("gate_and_up", gate_and_up_projs[slot]).t(), out=grad_x)
@@ -248,69 +206,26 @@ def _backward(
                 torch.sum(_cast(x, wide) * grad_x, dim=1, out=own_grad_weight)
                 grad_x.mul_(own_weight)
                 x.mul_(own_weight)
-            if needs_tokens:
+            if grad_tokens is not None:
                 grad_tokens.index_add_(0, own_row, _cast(grad_x, wide))
         if down_bias is not None and weight_on == "output":
             own_grad_weight += _cast(grad_out, wide) @ down_bias[slot].to(wide)
-        if grads and x is not None:
-            work.product(x.t(), grad_pre, grads[0][slot])
-            work.product(h.t(), grad_out, grads[1][slot])
-        if grad_gate_and_up_bias is not None:
-            grad_gate_and_up_bias[slot] = grad_pre.sum(dim=0, dtype=wide)
-        if grad_down_bias is not None:
+        if grads is None or x is None:
+            continue
+        work.product(x.t(), grad_pre, grads.gate_and_up_projs[slot])
+        work.product(h.t(), grad_out, grads.down_projs[slot])
+        if grads.gate_and_up_bias is not None:
+            grads.gate_and_up_bias[slot] = grad_pre.sum(dim=0, dtype=wide)
+        if grads.down_bias is not None:
             weighted = grad_out * own_weight if weight_on == "output" else grad_out
-            grad_down_bias[slot] = weighted.sum(dim=0, dtype=wide)
+            grads.down_bias[slot] = weighted.sum(dim=0, dtype=wide)
     grad_weights = torch.zeros(weights.shape, dtype=weights.dtype)
     grad_weights.view(-1).index_copy_(0, route, grad_weight.to(weights.dtype))
-    return [grad_tokens.to(tokens.dtype), grad_weights, *grads]
+    return Gradients(None if grad_tokens is None else grad_tokens.to(tokens.dtype), grad_weights, grads)
 
 
-@_forward.register_fake
-def _(tokens: Tensor, slot_ids: Tensor, weights: Tensor, gate_and_up_projs: Tensor, *_: Any) -> Any:
-    routes = torch.library.get_ctx().new_dynamic_size()
-    return (
-        torch.empty_like(tokens),
-        tokens.new_empty(routes, gate_and_up_projs.shape[2]),
-        slot_ids.new_empty(routes),
-        slot_ids.new_empty(len(gate_and_up_projs)),
-    )
+cpu = make_backend("cpu_experts", _forward, _backward)
+"""Contract and shapes: `ExpertsBackend`. Any floating dtype; CPU alone.
 
-
-@_backward.register_fake
-def _(grad_y: Tensor, tokens: Tensor, weights: Tensor, *rest: Any) -> list[Tensor]:
-    params, (needs_tokens, needs_params) = [p for p in rest[:4] if p is not None], rest[-2:]
-    grad_tokens = torch.empty_like(tokens) if needs_tokens else tokens.new_empty(0)
-    return [grad_tokens, torch.empty_like(weights), *(torch.empty_like(p) for p in params if needs_params)]
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tokens, _, weights, *params = inputs[:7]
-    _, pre_activations, route, counts = output
-    ctx.save_for_backward(tokens, weights, *params, pre_activations, route, counts)
-    ctx.formula = inputs[7:]
-    ctx.mark_non_differentiable(pre_activations, route, counts)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad_y is None:
-        return (None,) * len(ctx.needs_input_grad)
-    saved = ctx.saved_tensors
-    needs_tokens, _, needs_weights, *needs = ctx.needs_input_grad[:7]
-    grads = _backward(grad_y, *saved, *ctx.formula, needs_tokens, any(needs))
-    grad_tokens, grad_weights, *grad_params = grads
-    of_params = iter(grad_params)
-    given = [next(of_params, None) if param is not None else None for param in saved[2:6]]
-    return (
-        grad_tokens if needs_tokens else None,
-        None,
-        grad_weights if needs_weights else None,
-        *(grad if needed else None for grad, needed in zip(given, needs, strict=True)),
-        *(None for _ in ctx.formula),
-    )
-
-
-torch.library.register_autograd(_forward, _differentiate, setup_context=_setup)
-
-CPU_EXPERTS_OP = torch.ops.crossdock.cpu_experts.default
-"""The operator, for selective recompute: it keeps the outputs instead of running the products again."""
+A half precision that the processor has no products for is computed in fp32, which rounds less often.
+"""

@@ -16,12 +16,10 @@ class SortedRoutes(NamedTuple):
     Attributes:
         route: `[N]`, flat indices `u * K + k`: the real routes, or all `U K` with those that are none at the end.
         counts: `[P/R]`, real routes per slot.
-        is_none: `[N]` bool, true at the end, where all routes are kept; otherwise `None`.
     """
 
     route: Tensor
     counts: Tensor
-    is_none: Tensor | None = None
 
 
 def sort_routes(slot_ids: Tensor, num_slots: int, *, static: bool = False) -> SortedRoutes:
@@ -37,7 +35,7 @@ def sort_routes(slot_ids: Tensor, num_slots: int, *, static: bool = False) -> So
         route = slots.argsort(stable=True)
         counts = torch.zeros(num_slots + 1, dtype=torch.int64, device=slots.device)
         counts = counts.scatter_add_(0, slots, torch.ones_like(slots))[:num_slots]
-        return SortedRoutes(route, counts, slots[route] == num_slots)
+        return SortedRoutes(route, counts)
     route = (slots >= 0).nonzero().squeeze(1)
     route = route[slots[route].argsort(stable=True)]
     counts = torch.zeros(num_slots, dtype=torch.int64, device=slots.device)

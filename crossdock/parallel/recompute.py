@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from crossdock.comm import EXCHANGE_OPS
 from crossdock.dispatch import DEEPEP_OPS
-from crossdock.experts import CPU_EXPERTS_OP
+from crossdock.experts import EXPERTS_OPS
 from crossdock.parallel.blocks import block_lists
 
 __all__ = ["ActivationCheckpointConfig", "apply_activation_checkpoint"]
@@ -22,8 +22,6 @@ __all__ = ["ActivationCheckpointConfig", "apply_activation_checkpoint"]
 _PRODUCTS = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
-    torch.ops.aten._grouped_mm.default,
-    CPU_EXPERTS_OP,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -54,5 +52,5 @@ def apply_activation_checkpoint(model: nn.Module, config: ActivationCheckpointCo
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    saved = op in EXCHANGE_OPS or op in DEEPEP_OPS or op in _PRODUCTS
+    saved = op in EXCHANGE_OPS or op in DEEPEP_OPS or op in EXPERTS_OPS or op in _PRODUCTS
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from crossdock.routing.capacity import DropPolicy, expert_capacity, within_capacity
 from crossdock.routing.forced import deal_out, draw_zipf
@@ -184,8 +185,11 @@ class Router(nn.Module):
         device = x.device.type
         has_autocast = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
-            bias = None if self.bias is None else self.bias.to(compute)
-            return F.linear(x.to(compute), self.weight.to(compute), bias).to(wide)
+            if compute == x.dtype:
+                bias = None if self.bias is None else self.bias.to(compute)
+                return F.linear(x, self.weight.to(compute), bias).to(wide)
+            logits: Tensor = _WideProduct.apply(x, self.weight, compute)  # type: ignore[assignment]
+            return logits if self.bias is None else logits + self.bias.to(compute)
 
     def _scores(self, logits: Tensor) -> Tensor:
         match self.config.score_function:
@@ -231,3 +235,19 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.config.num_experts}, top_k={self.config.top_k}, {self.config.score_function}"
+
+
+class _WideProduct(Function):
+    """`x W^T` in `dtype`, which is wider than that of `x`; keeps `x` as it is, not a wide copy of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.to(dtype), weight.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,), (x, weight) = grads, ctx.saved_tensors
+        of_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        of_weight = (grad.t() @ x.to(grad.dtype)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return of_x, of_weight, None

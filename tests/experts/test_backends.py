@@ -14,6 +14,7 @@ from torch import Tensor
 
 from crossdock.experts import (
     EXPERTS_BACKENDS,
+    EXPERTS_OPS,
     GPT_OSS,
     SWIGLU,
     ExpertParams,
@@ -27,6 +28,7 @@ from crossdock.experts import (
 )
 from crossdock.experts.formula import ACTIVATIONS
 from tests.experts.oracle import experts_forward, experts_gradients
+from tests.memory import kept_bytes
 
 # name: (U, K, slots, H, I, which routes)
 CASES = {
@@ -403,3 +405,33 @@ def test_auto_takes_cpu_on_a_cpu() -> None:
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'abacus'.*auto, cpu, eager, grouped_mm"):
         GroupedExperts(2, 8, 8, "abacus")
+
+
+@pytest.mark.parametrize(("name", "backend"), [(name, each) for name, each in BACKENDS if name != "eager"])
+def test_keeps_tokens_first_products_and_indices_for_the_backward_pass(name: str, backend: ExpertsBackend) -> None:
+    """In bf16 `2 T H + 4 T K I` bytes of activations; of a route 8 bytes of order and 4 of weight."""
+    num_tokens, top_k, num_slots, hidden_size, intermediate_size = 256, 4, 8, 128, 64
+    tokens = torch.randn(num_tokens, hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.rand(num_tokens, top_k, requires_grad=True)
+    shapes = (num_slots, hidden_size, 2 * intermediate_size), (num_slots, intermediate_size, hidden_size)
+    params = ExpertParams(*(torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes))
+    slot_ids = _routes(num_tokens, top_k, num_slots, "any")
+    kept = kept_bytes(lambda: backend(tokens, slot_ids, weights, params), params[:2])  # type: ignore[arg-type]
+    activations = 2 * num_tokens * hidden_size + 4 * num_tokens * top_k * intermediate_size
+    assert 0 <= kept - (activations + 12 * num_tokens * top_k + 8 * num_slots) <= 8, name
+
+
+@pytest.mark.parametrize(("name", "backend"), [(name, each) for name, each in BACKENDS if name != "eager"])
+@pytest.mark.parametrize("formula", [SWIGLU, GPT_OSS])
+def test_is_a_sound_operator(name: str, backend: ExpertsBackend, formula: ExpertsFormula) -> None:
+    """Its schema, its shapes without data and its gradients are what torch.compile and tracing rely on."""
+    operators = {"cpu": "cpu_experts", "grouped_mm": "grouped_mm_experts"}
+    op = getattr(torch.ops.crossdock, operators.get(name, "static_grouped_mm_experts")).default
+    assert op in EXPERTS_OPS
+    inputs = _inputs("missing routes", torch.float32, formula=formula, bias=formula is GPT_OSS)
+    leaves = [tensor if tensor is None else tensor.requires_grad_() for tensor in inputs.params]
+    settings = (formula.activation, formula.gated, formula.limit, formula.up_offset, formula.weight_on)
+    arguments = (inputs.tokens.requires_grad_(), inputs.slot_ids, inputs.weights.requires_grad_(), *leaves, *settings)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    results = torch.library.opcheck(op, arguments, test_utils=checks)
+    assert set(results.values()) == {"SUCCESS"}
