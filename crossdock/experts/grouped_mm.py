@@ -84,8 +84,10 @@ class _Rows:
         """Each row times its slot's matrix."""
         return self.real(F.grouped_mm(rows, matrices, offs=self.offsets))
 
-    def outer(self, left: Tensor, right: Tensor) -> Tensor:
-        """Of each slot, `left^T right` over its rows."""
+    def outer(self, left: Tensor, right: Tensor, *, transposed: bool = False) -> Tensor:
+        """Of each slot, `left^T right` over its rows; columns lie together in memory where `transposed`."""
+        if transposed:
+            return self.outer(right, left).mT
         return F.grouped_mm(left.t(), right, offs=self.offsets)
 
     def sum_per_slot(self, rows: Tensor) -> Tensor:
@@ -159,8 +161,8 @@ def _backward(
     if needs_params:
         weighted = (grad_out * weight).to(dtype) if on_output else grad_out
         grads = ExpertParams(
-            rows.outer(x, grad_pre),
-            rows.outer(h.to(dtype), grad_out),
+            rows.outer(x, grad_pre, transposed=params.gate_and_up_projs.stride(-1) != 1),
+            rows.outer(h.to(dtype), grad_out, transposed=params.down_projs.stride(-1) != 1),
             None if params.gate_and_up_bias is None else rows.sum_per_slot(grad_pre),
             None if params.down_bias is None else rows.sum_per_slot(weighted),
         )

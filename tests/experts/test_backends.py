@@ -435,3 +435,15 @@ def test_is_a_sound_operator(name: str, backend: ExpertsBackend, formula: Expert
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     results = torch.library.opcheck(op, arguments, test_utils=checks)
     assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(("name", "backend"), [(name, each) for name, each in BACKENDS if name != "eager"])
+def test_gradients_lie_in_memory_as_parameters_do(name: str, backend: ExpertsBackend) -> None:
+    """transformers has its weights transposed; a gradient of another layout would be copied."""
+    inputs = _inputs("plain", torch.float32)
+    expected = _evaluate(backend, *inputs)
+    params = ExpertParams(*(param.mT.contiguous().mT for param in inputs.params[:2]))  # type: ignore[union-attr]
+    results = _evaluate(backend, *inputs._replace(params=params))
+    for parameter in ("gate_and_up_projs", "down_projs"):
+        assert results[parameter].stride() == getattr(params, parameter).stride(), name
+        torch.testing.assert_close(results[parameter], expected[parameter])
