@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.distributed.expert_parallel import AllToAllEP
 
-from benchmarks.results_file import spread, write_results
+from benchmarks.results_file import result_row, spread, write_results
 from crossdock.dispatch import build_dispatcher
 from crossdock.routing import draw_zipf
 
@@ -105,13 +105,10 @@ def compare(num_ranks: int, shape: str, dtype: str, rounds: int) -> list[dict[st
         )
         if name == OURS:
             continue
-        row = {"case": case, "figure": round(1000 * statistics.median(seconds[OURS]), 2), "unit": "ms", "peer": name}
-        row |= {"peer_figure": round(milliseconds, 2), "ratio": ratios["median"], "spread": ratios}
-        row |= {"megabytes": round(megabytes[OURS], 2), "peer_megabytes": round(megabytes[name], 2)}
-        row["results_agree"] = agree
-        if name == best and shape in GOALS:
-            row |= {"goal": GOALS[shape], "met": agree and ratios["median"] <= GOALS[shape]}
-        rows.append(row)
+        own, taken = ([1000 * each for each in seconds[which]] for which in (OURS, name))
+        goal = GOALS.get(shape) if name == best else None
+        row = result_row(case, "ms", own, name, taken, ratios, agree=agree, goal=goal, at_most=True)
+        rows.append(row | {"megabytes": round(megabytes[OURS], 2), "peer_megabytes": round(megabytes[name], 2)})
     return rows
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from benchmarks.results_file import spread, write_results
+from benchmarks.results_file import result_row, spread, write_results
 from crossdock.experts import EXPERTS_BACKENDS, ExpertParams
 from crossdock.experts.cpu import product_dtype
 from crossdock.routing import draw_zipf
@@ -221,20 +221,8 @@ def compare(case: str, shape: str, dtype: str, runs: dict[str, Run], rounds: int
         )
         if name == OURS:
             continue
-        rows.append(
-            {
-                "case": case,
-                "figure": round(1000 * statistics.median(seconds[OURS]), 2),
-                "unit": "ms",
-                "peer": name,
-                "peer_figure": round(milliseconds, 2),
-                "ratio": ratios["median"],
-                "spread": ratios,
-                "goal": goal,
-                "results_agree": agree,
-                "met": agree and ratios["median"] >= goal,
-            }
-        )
+        own, taken = ([1000 * each for each in seconds[which]] for which in (OURS, name))
+        rows.append(result_row(case, "ms", own, name, taken, ratios, agree=agree, goal=goal))
     return rows
 
 

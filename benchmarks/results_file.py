@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["RESULTS", "spread", "write_results"]
+__all__ = ["RESULTS", "result_row", "spread", "write_results"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -39,6 +39,37 @@ def write_results(benchmark: str, packages: list[str], rows: list[dict[str, Any]
     document["rows"] = [row for row in kept if row["case"] not in measured] + rows
     path.write_text(json.dumps(document, indent=1) + "\n")
     return path
+
+
+def result_row(
+    case: str,
+    unit: str,
+    ours: list[float],
+    peer: str,
+    theirs: list[float],
+    ratios: dict[str, float],
+    *,
+    agree: bool,
+    goal: float | None = None,
+    at_most: bool = False,
+) -> dict[str, Any]:
+    """Ours beside one peer.
+
+    Args:
+        case: what was measured.
+        unit: of the figures.
+        ours, peer, theirs: both figures of every round, and the peer's name.
+        ratios: their `spread`, round by round.
+        agree: whether results are equal.
+        goal: of the ratio, at least or `at_most`; none where the peer is there for comparison alone.
+    """
+    row = {"case": case, "figure": round(statistics.median(ours), 2), "unit": unit, "peer": peer}
+    row |= {"peer_figure": round(statistics.median(theirs), 2), "ratio": ratios["median"], "spread": ratios}
+    row["results_agree"] = agree
+    if goal is not None:
+        reached = ratios["median"] <= goal if at_most else ratios["median"] >= goal
+        row |= {"goal": goal, "met": agree and reached}
+    return row
 
 
 def spread(values: list[float]) -> dict[str, float]:
