@@ -235,7 +235,8 @@ def _crossdock_step(folder: Path, dtype: str, variant: str) -> Step:
     """As the trainer does it; the step returns this rank's share of the global loss."""
     from crossdock.checkpoint import HFCheckpoint
     from crossdock.models import FAMILIES, batch_loss, build_model, materialise
-    from crossdock.moe import MoEConfig, finish_step, set_batch_totals
+    from crossdock.moe import finish_step, set_batch_totals
+    from crossdock.moe_config import MoEConfig
     from crossdock.parallel import ParallelDims, parallelize
 
     family = FAMILIES["qwen3"]

@@ -3,7 +3,8 @@
 from importlib.metadata import version
 
 from crossdock.integrations.options import configure
-from crossdock.moe import MoE, MoEConfig, finish_step, moe_layers, set_batch_totals
+from crossdock.moe import MoE, finish_step, moe_layers, set_batch_totals
+from crossdock.moe_config import MoEConfig
 from crossdock.parallel import (
     ExpertParallel,
     ParallelDims,

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from crossdock.comm import Pending, Wire, WireDtype
+from crossdock.comm import Pending
 from crossdock.dispatch import (
     LOCAL_PLAN,
-    DeepEPOptions,
     Dispatched,
     Dispatcher,
-    DispatchOptions,
     DispatchPlan,
     LocalDispatcher,
     wrong_id,
 )
 from crossdock.experts import SWIGLU, ExpertsFormula, GroupedExperts, SharedExperts, load_factors
+from crossdock.moe_config import STATIC_EXPERTS, MoEConfig
 from crossdock.placement import EMPTY, Placement
 from crossdock.routing import (
     BatchTotals,
@@ -38,120 +35,7 @@ from crossdock.routing import (
     update_expert_bias,
 )
 
-__all__ = ["STATIC_EXPERTS", "MoE", "MoEConfig", "finish_step", "moe_layers", "set_batch_totals"]
-
-STATIC_EXPERTS = ("auto", "grouped_mm")
-"""Values of `experts` that `static_shapes` goes with."""
-
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """Settings of the MoE layers that a user chooses; what a model family fixes is in `RouterConfig`."""
-
-    dispatcher: Literal["auto", "allgather", "alltoall", "hierarchical", "deepep"] = "auto"
-    """How tokens travel between expert-parallel ranks: all of them to all ranks (`allgather`), each once to every rank
-    that it needs (`alltoall`), or once to every node and on from there (`hierarchical`). `deepep` is as `alltoall`, by
-    the library deep_ep on GPUs. `auto` picks, and says why."""
-    overlap_chunks: int = 0
-    """Parts of a rank's tokens, one of which travels while experts compute another; 0: picked as `auto` is."""
-    ranks_per_node: int = 0
-    """Expert-parallel ranks that make a node, for `hierarchical`; 0: the GPUs of a machine, or all ranks."""
-    deepep_api: Literal["auto", "elastic", "buffer"] = "auto"
-    """Of deep_ep: `ElasticBuffer`, the older `Buffer`, or the first of them that there is."""
-    deepep_num_sms: int = 0
-    """SMs that an exchange of deep_ep may take, even; 0: its choice."""
-    deepep_fp8_dispatch: bool = False
-    """Let deep_ep send tokens in FP8; results and gradients stay in bfloat16."""
-    deepep_expand: bool = False
-    """Let tokens arrive once per route, sorted by expert. Needs `ElasticBuffer`."""
-    deepep_max_tokens_per_rank: int = 0
-    """Tokens per rank that deep_ep's buffer has room for from the start; it grows where that is too few."""
-    wire_dtype: WireDtype = "same"
-    """What tokens travel in between ranks: the activations' own dtype (`same`), `bf16`, `fp16`, or `fp8`: e4m3 with a
-    scale for every 128 values. A wire that saves nothing is `same`."""
-    wire_directions: Literal["tokens", "both"] = "tokens"
-    """What `wire_dtype` applies to: tokens in the forward pass alone, or results and gradients as well (`both`)."""
-    static_shapes: bool = False
-    """Worst-case buffers and no sync of the GPU in a layer: every rank gets room for the tokens of all ranks, as many
-    as any had in the first step, and every token for all its experts. With `allgather` or `alltoall`, which are the
-    same then, and `grouped_mm`."""
-    experts: Literal["auto", "cpu", "eager", "grouped_mm"] = "auto"
-    """How experts are computed. `auto`: `cpu` on a CPU, `grouped_mm` on a GPU, and `eager`, a plain loop, where that
-    cannot."""
-    sequence_aux_loss_coeff: float = 0.0
-    """Coefficient of the Switch auxiliary loss per sequence (1 is its value under perfect balance)."""
-    batch_aux_loss_coeff: float = 0.0
-    """Coefficient of the Switch auxiliary loss per micro-batch. Depends on gradient accumulation by definition."""
-    global_aux_loss_coeff: float = 0.0
-    """Coefficient of the Switch auxiliary loss of the global batch, whose counts run up over the micro-batches of a
-    step. Depends on gradient accumulation by definition."""
-    z_loss_coeff: float = 0.0
-    """Coefficient of the router's z-loss."""
-    expert_bias: bool = False
-    """Balance by a bias on the scores' order instead of a loss."""
-    expert_bias_rate: float = 1e-3
-    """Step of the expert bias after each optimizer step."""
-    capacity_factor: float = 0.0
-    """Drop routes beyond `ceil(T K / E * capacity_factor)` per expert and rank; 0 drops none. Depends on the layout and
-    on gradient accumulation by definition."""
-    drop_policy: Literal["probs", "position"] = "probs"
-    """Which routes stay: those of the largest weights, or the first in token order."""
-    input_jitter: float = 0.0
-    """In training, multiply the router's input by uniform noise in `1 +- input_jitter`."""
-    router_dtype: Literal["float32", "input"] = "float32"
-    """What the router's product is computed in; `input` is the activations' dtype."""
-    gradient_scale: Literal["off", "output", "gradient"] = "off"
-    """In training, multiply an expert's outputs, or its weights' gradients, by the mean number of routes of the rank's
-    experts over its own. Depends on the layout and on gradient accumulation by definition."""
-    debug_checks: bool = False
-    """Raise for NaN or infinity in a layer's input or in the router's logits, and for experts that there are none of,
-    on all expert-parallel ranks. Costs a sync of the GPU in every layer."""
-    debug_force_zipf: float = -1.0
-    """Draw experts by a Zipf law of this exponent (0: uniform), whatever the router says; -1: off. For experiments."""
-    debug_force_zipf_seed: int = -1
-    """Shuffles which experts are popular; -1: the lower the index, the more popular."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError that names the field, its value and the valid ones."""
-        for name, hint in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                raise ValueError(f"{name} = {value!r} is unknown; valid: {', '.join(map(str, get_args(hint)))}")
-
-    def check_numbers(self) -> None:
-        """Raises ValueError for the first number below 0 that must not be; the trainer checks its settings itself."""
-        for name, value in vars(self).items():
-            if name.endswith(("_coeff", "_rate", "_chunks", "_node", "_factor", "_jitter")) and value < 0:
-                raise ValueError(f"{name} = {value} must be 0 or more")
-
-    def dispatch_options(self) -> DispatchOptions:
-        """How tokens travel. Raises ValueError for options that do not go together."""
-        return DispatchOptions(
-            ranks_per_node=self.ranks_per_node,
-            wire=Wire(self.wire_dtype, both=self.wire_directions == "both"),
-            static_shapes=self.static_shapes,
-            debug_checks=self.debug_checks,
-            deepep=DeepEPOptions(
-                self.deepep_api,
-                self.deepep_num_sms,
-                self.deepep_fp8_dispatch,
-                self.deepep_expand,
-                self.deepep_max_tokens_per_rank,
-            ),
-        )
-
-    def router_config(self, family: RouterConfig) -> RouterConfig:
-        """The router that a model's `family` fixes, with what the user chose."""
-        return replace(
-            family,
-            expert_bias=family.expert_bias or self.expert_bias,
-            capacity_factor=self.capacity_factor or family.capacity_factor,
-            drop_policy=self.drop_policy if self.capacity_factor else family.drop_policy,
-            input_jitter=self.input_jitter or family.input_jitter,
-            router_dtype=family.router_dtype if self.router_dtype == "float32" else self.router_dtype,
-            force_zipf=family.force_zipf if self.debug_force_zipf < 0 else self.debug_force_zipf,
-            force_zipf_seed=family.force_zipf_seed if self.debug_force_zipf_seed < 0 else self.debug_force_zipf_seed,
-        )
+__all__ = ["MoE", "finish_step", "moe_layers", "set_batch_totals"]
 
 
 class MoE(nn.Module):

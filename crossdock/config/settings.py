@@ -9,7 +9,7 @@ from typing import Any, Literal, get_type_hints
 from crossdock.checkpoint import CheckpointConfig, find_checkpoint
 from crossdock.data import DataConfig
 from crossdock.models import ModelConfig
-from crossdock.moe import MoEConfig
+from crossdock.moe_config import MoEConfig
 from crossdock.parallel import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
 
 __all__ = [

@@ -21,7 +21,8 @@ from crossdock.data import DataError, check_source, mixture_quotas, open_tokeniz
 from crossdock.dispatch import AUTO_DISPATCHER, STATIC_DISPATCHERS, choose_deepep_api, load_deepep, node_size
 from crossdock.models import FAMILIES, ModelError, build_model, resolve_hf_config
 from crossdock.models.family import DEEPEP_SUFFIX
-from crossdock.moe import STATIC_EXPERTS, moe_layers
+from crossdock.moe import moe_layers
+from crossdock.moe_config import STATIC_EXPERTS
 from crossdock.parallel import LayoutError, ParallelDims
 
 __all__ = ["check_settings", "check_writable", "expert_parallel_degrees", "validate"]

@@ -18,7 +18,8 @@ from crossdock.models.family import DEEPEP_SUFFIX, Family, Kernels, ModelConfig
 from crossdock.models.initial import initialise_weights
 from crossdock.models.loss import LossHead, batch_loss, token_loss
 from crossdock.models.qwen3 import Qwen3
-from crossdock.moe import MoEConfig, moe_layers
+from crossdock.moe import moe_layers
+from crossdock.moe_config import MoEConfig
 from crossdock.parallel import local_part
 
 __all__ = [

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from crossdock.checkpoint import HFKeys
-from crossdock.moe import MoEConfig
+from crossdock.moe_config import MoEConfig
 
 __all__ = ["DEEPEP_SUFFIX", "Family", "Kernels", "ModelConfig"]
 

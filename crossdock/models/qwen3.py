@@ -21,7 +21,8 @@ from crossdock.models.family import Kernels
 from crossdock.models.loss import LossHead
 from crossdock.models.norm import build_norm
 from crossdock.models.padding import accept_padding_mask
-from crossdock.moe import MoE, MoEConfig
+from crossdock.moe import MoE
+from crossdock.moe_config import MoEConfig
 from crossdock.routing import RouterConfig
 
 __all__ = ["Qwen3"]

@@ -15,7 +15,7 @@ from crossdock.checkpoint import CHECKPOINT_FOLDER, Checkpointer, CheckpointErro
 from crossdock.config import ASSETS_FOLDER, RUN_CONFIG_FILE, ConfigError, expert_parallel_degrees, read_toml
 from crossdock.data import DataConfig, DataError, open_tokenizer, vocabulary_size
 from crossdock.models import FAMILIES, Family, ModelConfig, ModelError, build_model, materialise, resolve_hf_config
-from crossdock.moe import MoEConfig
+from crossdock.moe_config import MoEConfig
 from crossdock.parallel import ParallelDims, parallelize
 
 __all__ = ["ModelSource", "check_ranks", "find_model", "open_model"]

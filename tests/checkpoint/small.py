@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from crossdock.checkpoint import Checkpointer
-from crossdock.moe import MoE, MoEConfig, moe_layers
+from crossdock.moe import MoE, moe_layers
+from crossdock.moe_config import MoEConfig
 from crossdock.parallel import ParallelDims, clip_grad_norm_, parallelize, plain_name
 from crossdock.routing import RouterConfig, reduce_load, update_expert_bias
 

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import crossdock.checkpoint.hf as hf
 from crossdock.checkpoint import CheckpointError, HFCheckpoint, hf_saving
 from crossdock.models import FAMILIES, build_model, export_hf, materialise, write_assets
-from crossdock.moe import MoEConfig, moe_layers
+from crossdock.moe import moe_layers
+from crossdock.moe_config import MoEConfig
 from crossdock.parallel import ParallelDims, parallelize
 from tests.checkpoint.hf_folders import differences, mixed, read_tensors, snapshot, write_shards
 from tests.models.oracle import qwen3_logits

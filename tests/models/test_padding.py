@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from crossdock.checkpoint import HFCheckpoint
 from crossdock.data import IGNORED_LABEL
 from crossdock.models import FAMILIES, batch_loss, build_model, materialise
-from crossdock.moe import MoEConfig, moe_layers, set_batch_totals
+from crossdock.moe import moe_layers, set_batch_totals
+from crossdock.moe_config import MoEConfig
 from crossdock.parallel import ActivationCheckpointConfig, CompileConfig, ParallelDims, parallelize, plain_name
 from tests.ranks import RankPool
 from tests.tiny import write_hf_model

@@ -9,7 +9,8 @@ from torch.distributed.tensor import DTensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from crossdock.models import FAMILIES, build_model, materialise
-from crossdock.moe import MoE, MoEConfig, moe_layers
+from crossdock.moe import MoE, moe_layers
+from crossdock.moe_config import MoEConfig
 from crossdock.parallel import ParallelDims, parallelize
 from tests.ranks import RankPool
 

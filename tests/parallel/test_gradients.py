@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossdock.comm import EXCHANGE_OPS
-from crossdock.moe import MoE, MoEConfig, moe_layers
+from crossdock.moe import MoE, moe_layers
+from crossdock.moe_config import MoEConfig
 from crossdock.parallel import (
     ActivationCheckpointConfig,
     ParallelDims,

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from crossdock.models import FAMILIES, ModelConfig, build_model, materialise, resolve_hf_config
-from crossdock.moe import MoEConfig
+from crossdock.moe_config import MoEConfig
 from crossdock.train.flops import Speed, model_flops_per_token, peak_tflops
 from crossdock.train.metrics import memory_use
 from tests.tiny import write_assets
