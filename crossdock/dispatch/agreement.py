@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,47 +39,67 @@ _WIRES = ("same", "bf16", "fp16", "fp8")
 
 
 class _Signature(NamedTuple):
-    """What must be alike on all ranks. As one integer it travels with the counts, without a copy to the device."""
+    """What must be alike on all ranks. As two integers it travels with the counts, without a copy to the device."""
 
     hidden_size: int
     top_k: int
+    slots_per_rank: int
+    chunks: int
     dtype: torch.dtype
     weights_dtype: torch.dtype
     wire: Wire
 
-    def pack(self) -> int:
-        digits = (
-            self.hidden_size,
-            self.top_k,
+    def pack(self) -> tuple[int, int]:
+        kinds = (
+            self.chunks,
             _DTYPES.index(self.dtype),
             _DTYPES.index(self.weights_dtype),
             _WIRES.index(self.wire.dtype),
             int(self.wire.both),
+            self.top_k,
         )
-        packed = 0
-        for digit, size in zip(digits, _SIZES, strict=True):
-            packed = packed * size + digit
-        return packed
+        return self.hidden_size * _MOST_SLOTS + self.slots_per_rank, _pack(kinds, _KINDS)
 
     @classmethod
-    def unpack(cls, packed: int) -> _Signature:
-        digits = []
-        for size in reversed(_SIZES):
-            packed, digit = divmod(packed, size)
-            digits.append(digit)
-        both, wire, weights_dtype, dtype, top_k, hidden_size = digits
-        return cls(hidden_size, top_k, _DTYPES[dtype], _DTYPES[weights_dtype], Wire(_WIRES[wire], bool(both)))
+    def unpack(cls, sizes: int, kinds: int) -> _Signature:
+        hidden_size, slots_per_rank = divmod(sizes, _MOST_SLOTS)
+        chunks, dtype, weights_dtype, wire, both, top_k = _unpack(kinds, _KINDS)
+        return cls(
+            hidden_size,
+            top_k,
+            slots_per_rank,
+            chunks,
+            _DTYPES[dtype],
+            _DTYPES[weights_dtype],
+            Wire(_WIRES[wire], bool(both)),
+        )
 
     def __str__(self) -> str:
         directions = " both ways" if self.wire.both else ""
         return (
             f"x [T, {self.hidden_size}] {self.dtype}, slot_ids [T, {self.top_k}], weights {self.weights_dtype}, "
-            f"wire {self.wire.dtype}{directions}"
+            f"{self.slots_per_rank} slots per rank, wire {self.wire.dtype}{directions}, {self.chunks} chunks"
         )
 
 
-# Of the fields of `_Signature`, so many values each: 60 bits in all.
-_SIZES = (2**32, 2**20, 4, 4, 8, 2)
+# So many values each: of the sizes 62 bits in all, of the kinds 60.
+_MOST_SLOTS = 2**30
+_KINDS = (2**32, 4, 4, 8, 2, 2**20)
+
+
+def _pack(digits: Sequence[int], sizes: Sequence[int]) -> int:
+    packed = 0
+    for digit, size in zip(digits, sizes, strict=True):
+        packed = packed * size + digit
+    return packed
+
+
+def _unpack(packed: int, sizes: Sequence[int]) -> list[int]:
+    digits = []
+    for size in reversed(sizes):
+        packed, digit = divmod(packed, size)
+        digits.append(digit)
+    return digits[::-1]
 
 
 class Agreement:
@@ -91,6 +112,7 @@ class Agreement:
         group: the ranks that exchange rows.
         slots_per_rank: `P/R`.
         wire: what rows look like while they travel.
+        chunks: parts that a rank's tokens are dispatched in, each by a call.
         check_ids: look at ids on every device; on a CPU, where it costs no sync, they are looked at anyway.
         whole: the ranks that hold the experts, where `group` is one hop between some of them.
     """
@@ -101,13 +123,14 @@ class Agreement:
         slots_per_rank: int,
         wire: Wire,
         *,
+        chunks: int = 1,
         check_ids: bool = False,
         whole: dist.ProcessGroup | None = None,
     ) -> None:
         whole = whole or group
         self.group_name, self.num_ranks = group.group_name, group.size()
-        self.num_slots = slots_per_rank * group.size()
-        self.wire, self.check_ids = wire, check_ids
+        self.slots_per_rank, self.num_slots = slots_per_rank, slots_per_rank * group.size()
+        self.wire, self.chunks, self.check_ids = wire, chunks, check_ids
         self._device_types = {device.type for device in group._device_types}
         self._whole = dist.get_process_group_ranks(whole)
         self._places = [self._whole.index(rank) for rank in dist.get_process_group_ranks(group)]
@@ -139,16 +162,20 @@ class Agreement:
 
         Raises:
             RankFailure: another rank has refused.
-            RankMismatch: other ranks have tensors of other sizes or dtypes; says which rank has what.
+            RankMismatch: other ranks have tensors of other sizes or dtypes, or other numbers of slots or chunks; says
+                which rank has what.
         """
-        own = _Signature(x.shape[1], slot_ids.shape[1], x.dtype, weights.dtype, self.wire).pack()
-        splits, (signatures, tokens) = exchange_counts(send_counts, (own, len(x)), self.group_name)
+        own = _Signature(
+            x.shape[1], slot_ids.shape[1], self.slots_per_rank, self.chunks, x.dtype, weights.dtype, self.wire
+        ).pack()
+        splits, (sizes, kinds, tokens) = exchange_counts(send_counts, (*own, len(x)), self.group_name)
+        signatures = list(zip(sizes, kinds, strict=True))
         failed = [-1 - count for count in splits.recv if count < 0]
         if failed:
             raise RankFailure(failed[0], self._whole[failed[0]], len(self._whole))
         if any(signature != own for signature in signatures):
             each = (
-                f"rank {place} (global rank {self._whole[place]}): {_Signature.unpack(signature)}"
+                f"rank {place} (global rank {self._whole[place]}): {_Signature.unpack(*signature)}"
                 for place, signature in zip(self._places, signatures, strict=True)
             )
             raise RankMismatch(f"ranks that hold the experts disagree on what they dispatch; {'; '.join(each)}")
@@ -164,4 +191,4 @@ class Agreement:
         fallback = torch.device("cpu" if "cpu" in self._device_types else min(self._device_types))
         device = next((device for device in devices if device.type in self._device_types), fallback)
         failed = cause.rank if isinstance(cause, RankFailure) else self._place
-        exchange_counts(torch.full((self.num_ranks,), -1 - failed, device=device), (0, 0), self.group_name)
+        exchange_counts(torch.full((self.num_ranks,), -1 - failed, device=device), (0, 0, 0), self.group_name)

@@ -36,6 +36,7 @@ class AllGatherDispatcher:
         slots_per_rank: `P/R`.
         ranks_per_node: consecutive ranks that make a node, for `traffic`; all of them if `None`.
         wire: what rows look like while they travel.
+        chunks: parts that a rank's tokens are dispatched in, each by a call.
         debug_checks: look at ids on a GPU too, where it costs a sync.
     """
 
@@ -48,12 +49,13 @@ class AllGatherDispatcher:
         ranks_per_node: int | None = None,
         *,
         wire: Wire = UNTOUCHED,
+        chunks: int = 1,
         debug_checks: bool = False,
     ) -> None:
         self.group_name, self.num_ranks, self.rank = group.group_name, group.size(), group.rank()
         self.slots_per_rank = slots_per_rank
         self.wire = wire
-        self.agreement = Agreement(group, slots_per_rank, wire, check_ids=debug_checks)
+        self.agreement = Agreement(group, slots_per_rank, wire, chunks=chunks, check_ids=debug_checks)
         self.meter = TrafficMeter(group, ranks_per_node)
 
     @property

@@ -40,6 +40,7 @@ class AllToAllDispatcher:
         slots_per_rank: `P/R`.
         ranks_per_node: consecutive ranks that make a node, for `traffic`; all of them if `None`.
         wire: what rows look like while they travel.
+        chunks: parts that a rank's tokens are dispatched in, each by a call.
         debug_checks: look at ids on a GPU too, where it costs a sync.
         whole: the ranks that hold the experts, where `group` is one hop between some of them.
     """
@@ -53,12 +54,13 @@ class AllToAllDispatcher:
         ranks_per_node: int | None = None,
         *,
         wire: Wire = UNTOUCHED,
+        chunks: int = 1,
         debug_checks: bool = False,
         whole: dist.ProcessGroup | None = None,
     ) -> None:
         self.group_name, self.num_ranks = group.group_name, group.size()
         self.wire = wire
-        self.agreement = Agreement(group, slots_per_rank, wire, check_ids=debug_checks, whole=whole)
+        self.agreement = Agreement(group, slots_per_rank, wire, chunks=chunks, check_ids=debug_checks, whole=whole)
         self.meter = TrafficMeter(group, ranks_per_node)
         self.slots_per_rank = slots_per_rank
         self.id_dtype = torch.int16 if slots_per_rank <= torch.iinfo(torch.int16).max else torch.int32

@@ -23,15 +23,26 @@ __all__ = ["DISPATCHERS", "STATIC_DISPATCHERS", "build_dispatcher", "node_size"]
 DispatcherBuilder = Callable[[dist.ProcessGroup, int, int, DispatchOptions], Dispatcher]
 
 
+def _local(group: dist.ProcessGroup, slots: int, node: int, options: DispatchOptions) -> Dispatcher:
+    if group.size() > 1:
+        raise ValueError(
+            f"dispatcher 'local' is for one rank that holds all experts, not for {group.size()}; use 'auto' or "
+            "'alltoall'"
+        )
+    return LocalDispatcher(slots, debug_checks=options.debug_checks)
+
+
 def _allgather(group: dist.ProcessGroup, slots: int, node: int, options: DispatchOptions) -> Dispatcher:
     kind = StaticDispatcher if options.static_shapes else AllGatherDispatcher
-    return kind(group, slots, node, wire=options.wire, debug_checks=options.debug_checks)
+    return kind(group, slots, node, wire=options.wire, chunks=options.overlap_chunks, debug_checks=options.debug_checks)
 
 
 def _alltoall(group: dist.ProcessGroup, slots: int, node: int, options: DispatchOptions) -> Dispatcher:
     if options.static_shapes:
         return _allgather(group, slots, node, options)
-    return AllToAllDispatcher(group, slots, node, wire=options.wire, debug_checks=options.debug_checks)
+    return AllToAllDispatcher(
+        group, slots, node, wire=options.wire, chunks=options.overlap_chunks, debug_checks=options.debug_checks
+    )
 
 
 def _hierarchical(group: dist.ProcessGroup, slots: int, node: int, options: DispatchOptions) -> Dispatcher:
@@ -42,7 +53,9 @@ def _hierarchical(group: dist.ProcessGroup, slots: int, node: int, options: Disp
         )
     if node in (1, group.size()):
         return _alltoall(group, slots, node, options)
-    return HierarchicalDispatcher(group, slots, node, wire=options.wire, debug_checks=options.debug_checks)
+    return HierarchicalDispatcher(
+        group, slots, node, wire=options.wire, chunks=options.overlap_chunks, debug_checks=options.debug_checks
+    )
 
 
 def _deepep(group: dist.ProcessGroup, slots: int, node: int, options: DispatchOptions) -> Dispatcher:
@@ -51,11 +64,19 @@ def _deepep(group: dist.ProcessGroup, slots: int, node: int, options: DispatchOp
             f"dispatcher 'deepep' has no wire_dtype = {options.wire.dtype!r}; deepep_fp8_dispatch = true sends tokens "
             "in fp8"
         )
-    return DeepEPDispatcher(group, slots, node, options.deepep, debug_checks=options.debug_checks)
+    return DeepEPDispatcher(
+        group, slots, node, options.deepep, chunks=options.overlap_chunks, debug_checks=options.debug_checks
+    )
 
 
 DISPATCHERS: Mapping[str, DispatcherBuilder] = MappingProxyType(
-    {"allgather": _allgather, "alltoall": _alltoall, "deepep": _deepep, "hierarchical": _hierarchical}
+    {
+        "allgather": _allgather,
+        "alltoall": _alltoall,
+        "deepep": _deepep,
+        "hierarchical": _hierarchical,
+        "local": _local,
+    }
 )
 
 STATIC_DISPATCHERS = ("allgather", "alltoall")
@@ -74,16 +95,16 @@ def build_dispatcher(
         options: the same on all ranks.
 
     Raises:
-        ValueError: for an unknown name, for options that it does not have, where nodes that do not divide the group
-            matter, or where `deepep` lacks its library.
+        ValueError: for an unknown name, `local` with several ranks, options that it does not have, where nodes that do
+            not divide the group matter, or where `deepep` lacks its library.
     """
     options = options or DispatchOptions()
     if name not in DISPATCHERS:
         raise ValueError(f"dispatcher {name!r} is unknown; valid: {', '.join(sorted(DISPATCHERS))}")
-    if options.static_shapes and name not in STATIC_DISPATCHERS:
+    if options.static_shapes and name not in (*STATIC_DISPATCHERS, "local"):
         raise ValueError(f"static_shapes needs dispatcher {' or '.join(STATIC_DISPATCHERS)}, not {name}")
     if group.size() == 1:
-        return LocalDispatcher(slots_per_rank, debug_checks=options.debug_checks)
+        name = "local"
     return DISPATCHERS[name](group, slots_per_rank, node_size(group.size(), options.ranks_per_node), options)
 
 

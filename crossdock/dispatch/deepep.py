@@ -86,6 +86,7 @@ class DeepEPDispatcher:
         slots_per_rank: `P/R`.
         ranks_per_node: consecutive ranks that make a node, for `traffic`; all of them if `None`.
         options: the same on all ranks.
+        chunks: parts that a rank's tokens are dispatched in, each by a call.
         debug_checks: look at ids, which costs a sync.
         library: the module `deep_ep`; imported if `None`.
         dtypes: of tokens that the library takes. Others are refused, not cast: bf16 would silently be the precision
@@ -104,6 +105,7 @@ class DeepEPDispatcher:
         ranks_per_node: int | None = None,
         options: DeepEPOptions | None = None,
         *,
+        chunks: int = 1,
         debug_checks: bool = False,
         library: Any = None,
         dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
@@ -111,7 +113,7 @@ class DeepEPDispatcher:
         self.num_ranks, self.slots_per_rank = group.size(), slots_per_rank
         self.options = options or DeepEPOptions()
         self.dtypes = tuple(dtypes)
-        self.agreement = Agreement(group, slots_per_rank, UNTOUCHED, check_ids=debug_checks)
+        self.agreement = Agreement(group, slots_per_rank, UNTOUCHED, chunks=chunks, check_ids=debug_checks)
         self.meter = TrafficMeter(group, ranks_per_node)
         if problem := _problem_of_slots(self.num_ranks * slots_per_rank, slots_per_rank):
             raise ValueError(f"dispatcher 'deepep' {problem}; use 'alltoall'")

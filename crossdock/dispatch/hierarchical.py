@@ -38,6 +38,7 @@ class HierarchicalDispatcher:
         slots_per_rank: `P/R`.
         ranks_per_node: a proper divisor of the group's size.
         wire: what rows look like while they travel, on both hops.
+        chunks: parts that a rank's tokens are dispatched in, each by a call.
         debug_checks: look at ids on a GPU too, where it costs a sync.
     """
 
@@ -50,13 +51,20 @@ class HierarchicalDispatcher:
         ranks_per_node: int,
         *,
         wire: Wire = UNTOUCHED,
+        chunks: int = 1,
         debug_checks: bool = False,
     ) -> None:
         between, within = _groups(group, ranks_per_node)
         self.between = AllToAllDispatcher(
-            between, slots_per_rank * ranks_per_node, 1, wire=wire, debug_checks=debug_checks, whole=group
+            between,
+            slots_per_rank * ranks_per_node,
+            1,
+            wire=wire,
+            chunks=chunks,
+            debug_checks=debug_checks,
+            whole=group,
         )
-        self.within = AllToAllDispatcher(within, slots_per_rank, wire=wire, whole=group)
+        self.within = AllToAllDispatcher(within, slots_per_rank, wire=wire, chunks=chunks, whole=group)
 
     @property
     def traffic(self) -> Traffic:

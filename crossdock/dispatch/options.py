@@ -21,6 +21,7 @@ class DispatchOptions:
         static_shapes: worst-case buffers and no host sync, for `allgather` and `alltoall` (`StaticDispatcher`).
         debug_checks: look at ids on a GPU too, where it costs a sync.
         deepep: of dispatcher `deepep`.
+        overlap_chunks: parts that a rank's tokens are dispatched in, on which all ranks must agree.
     """
 
     ranks_per_node: int = 0
@@ -28,3 +29,4 @@ class DispatchOptions:
     static_shapes: bool = False
     debug_checks: bool = False
     deepep: DeepEPOptions = field(default_factory=DeepEPOptions)
+    overlap_chunks: int = 1

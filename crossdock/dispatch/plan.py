@@ -48,7 +48,7 @@ class DispatchPlan:
     """How a layer's tokens travel.
 
     Attributes:
-        dispatcher: of `DISPATCHERS`, or `local`.
+        dispatcher: of `DISPATCHERS`.
         overlap_chunks: parts of a rank's tokens, one of which travels while experts compute another.
         reason: why, in words.
     """

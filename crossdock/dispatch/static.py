@@ -31,6 +31,7 @@ class StaticDispatcher(AllGatherDispatcher):
         slots_per_rank: `P/R`.
         ranks_per_node: consecutive ranks that make a node, for `traffic`; all of them if `None`.
         wire: what rows look like while they travel.
+        chunks: parts that a rank's tokens are dispatched in, each by a call.
         debug_checks: exchange counts and look at ids in every call, which costs a sync.
 
     Attributes:
@@ -44,9 +45,10 @@ class StaticDispatcher(AllGatherDispatcher):
         ranks_per_node: int | None = None,
         *,
         wire: Wire = UNTOUCHED,
+        chunks: int = 1,
         debug_checks: bool = False,
     ) -> None:
-        super().__init__(group, slots_per_rank, ranks_per_node, wire=wire, debug_checks=debug_checks)
+        super().__init__(group, slots_per_rank, ranks_per_node, wire=wire, chunks=chunks, debug_checks=debug_checks)
         self.debug_checks = debug_checks
         self.max_tokens: int | None = None
 

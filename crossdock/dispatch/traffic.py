@@ -53,9 +53,9 @@ class TrafficMeter:
                 self.sent.within += count * row_bytes
 
     def about_routes(self, per_rank: list[int], row_bytes: int) -> None:
-        """Count `row_bytes` of metadata for each row sent, and 24 bytes of what ranks agree on for each rank."""
+        """Count `row_bytes` of metadata for each row sent, and 32 bytes of what ranks agree on for each rank."""
         others = len(per_rank) - 1
-        self.sent.metadata += (sum(per_rank) - per_rank[self.rank]) * row_bytes + 24 * others
+        self.sent.metadata += (sum(per_rank) - per_rank[self.rank]) * row_bytes + 32 * others
 
 
 def least_traffic(slot_ids: Tensor, slots_per_rank: int, row_bytes: int, rank: int, ranks_per_node: int) -> Traffic:

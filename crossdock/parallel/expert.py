@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -57,6 +58,7 @@ class ExpertParallel(ParallelStyle):
             self.tokens_per_rank,
         )
         plan = plan_dispatch(config.dispatcher, config.overlap_chunks, situation, options)
+        options = replace(options, overlap_chunks=plan.overlap_chunks)
         dispatcher = build_dispatcher(plan.dispatcher, group, placement.slots_per_rank, options)
         own = placement.experts_on(device_mesh.get_local_rank())
         for name, parameter in list(module.experts.named_parameters(recurse=False)):

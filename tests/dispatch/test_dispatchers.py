@@ -313,13 +313,22 @@ def test_sums_over_ranks_in_fp32_and_rounds_once(ranks: RankPool) -> None:
         assert set(values) == {260.0}, "256 + 1 + 1 + 1 = 259 rounds to 260; in bf16 the ones are lost"
 
 
-def _build_on_one_rank() -> str:
+def _build_on_one_rank(name: str) -> str:
     assert dist.group.WORLD is not None
-    return type(build_dispatcher("alltoall", dist.group.WORLD, 4)).__name__
+    return type(build_dispatcher(name, dist.group.WORLD, 4)).__name__
+
+
+def _build_local_on_two_ranks() -> str:
+    assert dist.group.WORLD is not None
+    with pytest.raises(ValueError, match=r"'local' is for one rank .* not for 2; use 'auto' or 'alltoall'") as caught:
+        build_dispatcher("local", dist.group.WORLD, 4)
+    return str(caught.value)
 
 
 def test_one_rank_needs_no_exchange(ranks: RankPool) -> None:
-    assert ranks.run(1, _build_on_one_rank) == [LocalDispatcher.__name__]
+    for name in ("alltoall", "local"):
+        assert ranks.run(1, _build_on_one_rank, name) == [LocalDispatcher.__name__]
+    assert all(ranks.run(2, _build_local_on_two_ranks))
     inputs = _inputs("missing routes", torch.float32, 1, 0)
     dispatcher = LocalDispatcher(4)
     arrived = dispatcher.dispatch(inputs.x, inputs.slot_ids, inputs.weights).wait()

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from crossdock import MoE, MoEConfig, RouterConfig, apply_ep
 from crossdock.comm import Wire
-from crossdock.dispatch import DispatchOptions, LocalDispatcher, build_dispatcher
+from crossdock.dispatch import DispatchOptions, LocalDispatcher, RankMismatch, build_dispatcher
 from crossdock.routing import Routing
 from tests.ranks import RankPool
 
@@ -63,13 +63,15 @@ def _dispatches(dispatcher_name: str) -> dict[str, Any]:
         dispatcher_name, group, SLOTS, DispatchOptions(RANKS_PER_NODE, Wire("fp8" if rank == WRONG else "bf16"))
     )
     mistakes: dict[str, Any] = {name: change for name, (change, _) in MISTAKES.items()} | MISMATCHES
-    mistakes |= {"other wire": lambda *inputs: inputs}
+    other_slots = build_dispatcher(dispatcher_name, group, SLOTS + (rank == WRONG), DispatchOptions(RANKS_PER_NODE))
+    mistakes |= dict.fromkeys(("other wire", "other slots"), lambda *inputs: inputs)
+    dispatchers = {"other wire": other_wire, "other slots": other_slots}
     results = {}
     for name, change in mistakes.items():
         inputs = _inputs(world_size)
         wrong = change(*inputs) if rank == WRONG else inputs
         try:
-            (other_wire if name == "other wire" else dispatcher).dispatch(*wrong).wait()
+            dispatchers.get(name, dispatcher).dispatch(*wrong).wait()
             results[name] = "nothing", ""
         except (ValueError, RuntimeError) as error:
             results[name] = type(error).__name__, str(error)
@@ -94,7 +96,7 @@ def test_a_wrong_call_of_dispatch_raises_on_every_rank(dispatcher_name: str, wor
             kind, message = results[name]
             assert kind == ("ValueError" if rank == WRONG else "RankFailure"), f"{name}: {message}"
             _assert_says(message, text if rank == WRONG else others)
-        for name in (*MISMATCHES, "other wire"):
+        for name in (*MISMATCHES, "other wire", "other slots"):
             kind, message = results[name]
             assert kind in ("RankMismatch", "RankFailure"), f"{name}: {message}"
             if dispatcher_name != "hierarchical":
@@ -104,6 +106,7 @@ def test_a_wrong_call_of_dispatch_raises_on_every_rank(dispatcher_name: str, wor
             _assert_says(results["other dtype"][1], r"rank 1 .*torch.bfloat16.*; rank 2 .*torch.float32")
             _assert_says(results["other top-k"][1], r"rank 0 .*slot_ids \[T, 2\].*; rank 1 .*slot_ids \[T, 1\]")
             _assert_says(results["other wire"][1], r"rank 0 .*wire bf16.*; rank 1 .*wire fp8")
+            _assert_says(results["other slots"][1], r"rank 0 .* 3 slots per rank.*; rank 1 .* 4 slots per rank")
 
 
 def _assert_says(message: str, pattern: str) -> None:
@@ -186,3 +189,29 @@ def test_a_layer_that_fails_on_one_rank_raises_on_every_rank(
                 kind, text = "RankFailure", rf"rank {WRONG} of the {world_size} that hold the experts"
             assert results[name][0] == kind, f"{name}: {results[name]}"
             _assert_says(results[name][1], text)
+
+
+def _differing_layers(dispatcher_name: Any, settings: str) -> tuple[str, str]:
+    """What a layer raises whose number of experts, or of chunks, is another on rank 1."""
+    rank = dist.get_rank()
+    experts, chunks = (6 + 2 * rank, 1) if settings == "experts" else (6, 1 + rank)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
+    layer = MoE(H, 4, RouterConfig(experts, K), MoEConfig(dispatcher_name, chunks))
+    apply_ep(torch.nn.ModuleList([layer]), mesh)
+    try:
+        layer(torch.randn(5, H)).sum().backward()
+    except RankMismatch as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+@pytest.mark.parametrize("dispatcher_name", ["allgather", "alltoall"])
+def test_ranks_whose_layers_differ_all_say_so(dispatcher_name: str, ranks: RankPool) -> None:
+    differences = {
+        "experts": r"rank 0 .* 3 slots per rank.*; rank 1 .* 4 slots per rank",
+        "chunks": r"rank 0 .* 1 chunks; rank 1 .* 2 chunks",
+    }
+    for settings, text in differences.items():
+        for kind, message in ranks.run(2, _differing_layers, dispatcher_name, settings):
+            assert kind == "RankMismatch"
+            _assert_says(message, text)
