@@ -18,7 +18,7 @@ from crossdock.dispatch import (
     wrong_id,
 )
 from crossdock.experts import SWIGLU, ExpertsFormula, GroupedExperts, SharedExperts, load_factors
-from crossdock.moe_config import STATIC_EXPERTS, MoEConfig
+from crossdock.moe_config import MoEConfig
 from crossdock.placement import EMPTY, Placement
 from crossdock.routing import (
     BatchTotals,
@@ -80,7 +80,7 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config = config or MoEConfig()
-        config.check_numbers()
+        config.check(router)
         self.coefficients = LossCoefficients(
             config.sequence_aux_loss_coeff,
             config.batch_aux_loss_coeff,
@@ -91,8 +91,6 @@ class MoE(nn.Module):
         self.num_experts = router.num_experts
         if config.gradient_scale == "output" and formula.weight_on == "input":
             raise ValueError("gradient_scale = 'output' needs experts with the weight on the output, not on the input")
-        if config.static_shapes and config.experts not in STATIC_EXPERTS:
-            raise ValueError(f"static_shapes needs experts = {' or '.join(STATIC_EXPERTS)}, not {config.experts}")
         self.router = Router(hidden_size, config.router_config(router))
         self.experts = GroupedExperts(
             router.num_experts, hidden_size, intermediate_size, config.experts, formula, bias=bias

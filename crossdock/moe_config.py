@@ -2,27 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal, get_args, get_origin, get_type_hints
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from crossdock.comm import Wire, WireDtype
-from crossdock.dispatch import DeepEPOptions, DispatchOptions
+from crossdock.dispatch import AUTO_DISPATCHER, STATIC_DISPATCHERS, DeepEPOptions, DispatchOptions
 from crossdock.routing import RouterConfig
 
-__all__ = ["STATIC_EXPERTS", "MoEConfig"]
+__all__ = ["STATIC_EXPERTS", "MoEConfig", "MoEConfigError"]
 
 STATIC_EXPERTS = ("auto", "grouped_mm")
 """Values of `experts` that `static_shapes` goes with."""
+
+
+# What a number must be, and the settings that must be so.
+_NUMBERS: Mapping[str, tuple[Callable[[Any], bool], str]]
+_NUMBERS = MappingProxyType(
+    {
+        "0 or more": (
+            lambda value: value >= 0,
+            "overlap_chunks ranks_per_node deepep_max_tokens_per_rank sequence_aux_loss_coeff batch_aux_loss_coeff "
+            "global_aux_loss_coeff z_loss_coeff expert_bias_rate capacity_factor",
+        ),
+        "at least 0 and below 1": (lambda value: 0 <= value < 1, "input_jitter"),
+        "0, or an even number above": (lambda value: value >= 0 and value % 2 == 0, "deepep_num_sms"),
+        "0 or more, or -1": (lambda value: value >= 0 or value == -1, "debug_force_zipf debug_force_zipf_seed"),
+    }
+)
+
+
+class MoEConfigError(ValueError):
+    """A setting that cannot be used: `field`, its `value`, and what would be `valid`."""
+
+    def __init__(self, field: str, value: object, valid: str) -> None:
+        super().__init__(field, value, valid)
+        self.field, self.value, self.valid = field, value, valid
+
+    def __str__(self) -> str:
+        return f"{self.field} = {self.value!r}: {self.valid}"
 
 
 @dataclass(frozen=True)
 class MoEConfig:
     """Settings of the MoE layers that a user chooses; what a model family fixes is in `RouterConfig`."""
 
-    dispatcher: Literal["auto", "allgather", "alltoall", "hierarchical", "deepep"] = "auto"
+    dispatcher: Literal["auto", "local", "allgather", "alltoall", "hierarchical", "deepep"] = "auto"
     """How tokens travel between expert-parallel ranks: all of them to all ranks (`allgather`), each once to every rank
     that it needs (`alltoall`), or once to every node and on from there (`hierarchical`). `deepep` is as `alltoall`, by
-    the library deep_ep on GPUs. `auto` picks, and says why."""
+    the library deep_ep on GPUs. `local`: not at all, with one rank. `auto` picks, and says why."""
     overlap_chunks: int = 0
     """Parts of a rank's tokens, one of which travels while experts compute another; 0: picked as `auto` is."""
     ranks_per_node: int = 0
@@ -89,14 +119,54 @@ class MoEConfig:
             if get_origin(hint) is Literal and value not in get_args(hint):
                 raise ValueError(f"{name} = {value!r} is unknown; valid: {', '.join(map(str, get_args(hint)))}")
 
-    def check_numbers(self) -> None:
-        """Raises ValueError for the first number below 0 that must not be; the trainer checks its settings itself."""
-        for name, value in vars(self).items():
-            if name.endswith(("_coeff", "_rate", "_chunks", "_node", "_factor", "_jitter")) and value < 0:
-                raise ValueError(f"{name} = {value} must be 0 or more")
+    def check(self, family: RouterConfig | None = None) -> None:
+        """Look at the settings together.
+
+        Args:
+            family: the router that a model's family fixes; it may have a capacity or an expert bias of its own. What
+                depends on that is left out where it is not known.
+
+        Raises:
+            MoEConfigError: for the first setting that cannot work, or that nothing would look at.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            self._require(field.name, not isinstance(value, float) or math.isfinite(value), "must be a finite number")
+        for valid, (holds, names) in _NUMBERS.items():
+            for name in names.split():
+                self._require(name, holds(getattr(self, name)), f"must be {valid}")
+        for field in fields(self):
+            unused = field.name.startswith("deepep_") and self.dispatcher not in ("deepep", AUTO_DISPATCHER)
+            valid = f"needs dispatcher = deepep or {AUTO_DISPATCHER}, not {self.dispatcher}"
+            self._require(field.name, not unused or getattr(self, field.name) == field.default, valid)
+        valid = "auto or elastic with deepep_expand: Buffer has no expand mode"
+        self._require("deepep_api", not self.deepep_expand or self.deepep_api != "buffer", valid)
+        both = self.wire_directions == "both"
+        self._require("wire_directions", not both or self.wire_dtype != "same", "needs a wire_dtype other than same")
+        seeded = self.debug_force_zipf_seed >= 0
+        self._require("debug_force_zipf_seed", not seeded or self.debug_force_zipf >= 0, "needs debug_force_zipf")
+        if self.static_shapes:
+            for name, valid_names in (
+                ("dispatcher", (AUTO_DISPATCHER, "local", *STATIC_DISPATCHERS)),
+                ("experts", STATIC_EXPERTS),
+            ):
+                value = getattr(self, name)
+                valid = f"needs {name} = {' or '.join(valid_names)}, not {value}"
+                self._require("static_shapes", value in valid_names, valid)
+        if family is not None:
+            capacity = self.capacity_factor or family.capacity_factor
+            drops_as_usual = self.drop_policy == MoEConfig.drop_policy
+            self._require("drop_policy", drops_as_usual or bool(capacity), "needs a capacity_factor")
+            usual_rate = self.expert_bias_rate == MoEConfig.expert_bias_rate
+            has_bias = self.expert_bias or family.expert_bias
+            self._require("expert_bias_rate", usual_rate or has_bias, "needs expert_bias = true")
+
+    def _require(self, name: str, holds: bool, valid: str) -> None:
+        if not holds:
+            raise MoEConfigError(name, getattr(self, name), valid)
 
     def dispatch_options(self) -> DispatchOptions:
-        """How tokens travel. Raises ValueError for options that do not go together."""
+        """How tokens travel."""
         return DispatchOptions(
             ranks_per_node=self.ranks_per_node,
             wire=Wire(self.wire_dtype, both=self.wire_directions == "both"),
@@ -112,12 +182,16 @@ class MoEConfig:
         )
 
     def router_config(self, family: RouterConfig) -> RouterConfig:
-        """The router that a model's `family` fixes, with what the user chose."""
+        """The router that a model's `family` fixes, with what the user chose.
+
+        A drop policy other than the default counts for the family's own capacity too.
+        """
+        chosen_policy = self.capacity_factor or self.drop_policy != MoEConfig.drop_policy
         return replace(
             family,
             expert_bias=family.expert_bias or self.expert_bias,
             capacity_factor=self.capacity_factor or family.capacity_factor,
-            drop_policy=self.drop_policy if self.capacity_factor else family.drop_policy,
+            drop_policy=self.drop_policy if chosen_policy else family.drop_policy,
             input_jitter=self.input_jitter or family.input_jitter,
             router_dtype=family.router_dtype if self.router_dtype == "float32" else self.router_dtype,
             force_zipf=family.force_zipf if self.debug_force_zipf < 0 else self.debug_force_zipf,

@@ -371,7 +371,10 @@ def test_data_may_be_cached_in_a_folder_that_can_only_be_read(tmp_path: Path, mo
         ("lr_scheduler.decay_ratio", ["0", "1", "None"], ["-0.1", "1.1", "nan"]),
         ("lr_scheduler.min_lr_factor", ["0", "1"], ["-0.1", "1.1"]),
         ("moe.z_loss_coeff", ["0"], ["-1", "nan"]),
-        ("moe.expert_bias_rate", ["0"], ["-1", "inf"]),
+        ("moe.expert_bias_rate", ["1e-3"], ["-1", "inf", "0.01"]),
+        ("moe.drop_policy", ["probs"], ["position"]),
+        ("moe.debug_force_zipf_seed", ["-1"], ["0"]),
+        ("moe.wire_directions", ["tokens"], ["both"]),
         ("checkpoint.interval", ["0"], ["-1"]),
         ("checkpoint.keep_latest_k", ["0"], ["-1"]),
         ("metrics.log_freq", ["1"], ["0"]),
@@ -390,6 +393,14 @@ def test_validate_accepts_up_to_the_boundary_on_two_ranks(name: str, good: list[
         validate(load_config(None, [f"--{name}", value]), 2)
     for value in bad:
         assert refusal(load_config(None, [f"--{name}", value])).field == name
+
+
+def test_the_dispatcher_local_is_for_one_rank() -> None:
+    config = load_config(None, ["--moe.dispatcher", "local", "--parallelism.expert-parallel-degree", "1"])
+    assert validate(config, 2).ep == 1
+    error = refusal(load_config(None, ["--moe.dispatcher", "local", "--parallelism.expert-parallel-degree", "2"]), 2)
+    assert (error.field, error.value) == ("moe.dispatcher", "local")
+    assert error.valid == "needs parallelism.expert_parallel_degree = 1, not 2; use auto or alltoall"
 
 
 def test_no_more_ranks_than_experts() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -93,9 +94,9 @@ class RouterConfig:
             )
         if not 0 <= self.input_jitter < 1:
             raise ValueError(f"input_jitter ({self.input_jitter}) must be at least 0 and less than 1")
-        if self.capacity_factor is not None and not self.capacity_factor > 0:
-            raise ValueError(f"capacity_factor ({self.capacity_factor}) must be more than 0, or None")
-        if self.force_zipf is not None and (self.force_load_balance or self.force_zipf < 0):
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < inf:
+            raise ValueError(f"capacity_factor ({self.capacity_factor}) must be a finite number above 0, or None")
+        if self.force_zipf is not None and (self.force_load_balance or not 0 <= self.force_zipf < inf):
             raise ValueError(f"force_zipf ({self.force_zipf}) must be at least 0, and without force_load_balance")
 
 

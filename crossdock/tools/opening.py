@@ -82,7 +82,9 @@ def find_model(path: Path) -> ModelSource:
         run = checkpoint[0].parent
         config = read_toml(run / RUN_CONFIG_FILE)
         # Room for the batches of training, and experiments with the router, are the training's.
-        moe = replace(config.moe, static_shapes=False, debug_force_zipf=-1.0)
+        moe = replace(config.moe, static_shapes=False, debug_force_zipf=-1.0, debug_force_zipf_seed=-1)
+        if moe.dispatcher == "local":  # it may have been one rank then
+            moe = replace(moe, dispatcher="auto")
         name, assets, weights = config.model.name, run / ASSETS_FOLDER, checkpoint
         seq_len, data = config.training.seq_len, config.data
         dtype = torch.float64 if config.training.dtype == "float64" else torch.float32
