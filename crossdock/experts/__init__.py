@@ -1,5 +1,6 @@
 """Experts: their parameters and the backends that compute with them."""
 
+from crossdock.experts.autocast import autocast_dtype
 from crossdock.experts.choice import AUTO, EXPERTS_BACKENDS, choose_backend
 from crossdock.experts.cpu import cpu
 from crossdock.experts.eager import eager
@@ -32,6 +33,7 @@ __all__ = [
     "ExpertsFormula",
     "GroupedExperts",
     "SharedExperts",
+    "autocast_dtype",
     "choose_backend",
     "cpu",
     "eager",

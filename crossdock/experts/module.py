@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from crossdock.experts.autocast import autocast_dtype
 from crossdock.experts.choice import AUTO, EXPERTS_BACKENDS, choose_backend
 from crossdock.experts.experts import ExpertParams
 from crossdock.experts.formula import SWIGLU, ExpertsFormula
-from crossdock.experts.grouped_mm import grouped_mm
+from crossdock.experts.grouped_mm import grouped_mm, grouped_mm_problem
 from crossdock.experts.scaling import scale_gradient
 
 __all__ = ["GroupedExperts"]
@@ -82,12 +83,13 @@ class GroupedExperts(nn.Module):
         if gradient_factors is not None:
             scaled = (None if tensor is None else scale_gradient(tensor, gradient_factors) for tensor in params)
             params = ExpertParams(*scaled)  # type: ignore[arg-type]
-        device = tokens.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            # Autocast does not know every backend's products.
-            dtype = torch.get_autocast_dtype(device)
-            tokens, params = tokens.to(dtype), params.to(dtype)
+        # Autocast does not know every backend's products.
+        tokens, params = tokens.to(autocast_dtype(tokens)), params.to(autocast_dtype(params.down_projs))
         if self.static_shapes:
+            if problem := grouped_mm_problem(tokens, params):
+                raise ValueError(
+                    f"static_shapes computes experts by 'grouped_mm', which {problem}; use static_shapes = false"
+                )
             return grouped_mm(tokens, slot_ids, weights, params, self.formula, static=True)
         return choose_backend(self.backend, tokens, params)(tokens, slot_ids, weights, params, self.formula)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from crossdock.experts.checks import check_arguments
 from crossdock.experts.experts import ExpertParams, ExpertsBackend
 from crossdock.experts.formula import SWIGLU, ExpertsFormula
 
@@ -153,6 +154,7 @@ def make_backend(name: str, forward: Forward, backward: Backward, *, static: boo
     def backend(
         tokens: Tensor, slot_ids: Tensor, weights: Tensor, params: ExpertParams, formula: ExpertsFormula = SWIGLU
     ) -> Tensor:
+        check_arguments(tokens, slot_ids, params)
         y, *_ = op(
             tokens,
             slot_ids,

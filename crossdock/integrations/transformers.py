@@ -53,6 +53,7 @@ from crossdock.experts import (
     ActivationName,
     ExpertParams,
     ExpertsFormula,
+    autocast_dtype,
     choose_backend,
 )
 from crossdock.integrations.options import current_options
@@ -180,10 +181,8 @@ def crossdock_experts_forward(
         ValueError: if these are experts that ours would compute wrongly.
     """
     formula, params = _formula(experts), _params(experts)
-    device = hidden_states.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        # Autocast does not know every backend's products.
-        params = params.to(torch.get_autocast_dtype(device))
+    # Autocast does not know every backend's products.
+    params = params.to(autocast_dtype(params.down_projs))
     tokens = hidden_states.to(params.down_projs.dtype)
     slot_ids = top_k_index.masked_fill(top_k_index >= len(params.down_projs), -1)
     backend = choose_backend(current_options().experts, tokens, params)

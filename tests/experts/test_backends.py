@@ -396,6 +396,24 @@ def test_grouped_mm_names_what_it_cannot_do_and_the_module_takes_eager(
     assert "eager" in said
 
 
+@pytest.mark.parametrize("backend", [cpu, eager, grouped_mm])
+def test_every_backend_names_an_id_that_is_no_slot_and_parameters_of_another_dtype(backend: ExpertsBackend) -> None:
+    inputs = _inputs("plain", torch.float32)
+    slots = len(inputs.params.down_projs)
+    for wrong in (slots, -2):
+        ids = inputs.slot_ids.clone()
+        ids[1, 0] = wrong
+        with pytest.raises(ValueError, match=rf"slot_ids has {wrong}; ids are 0 to {slots - 1}, or -1 for no route"):
+            backend(inputs.tokens, ids, inputs.weights, inputs.params)
+    mixed = inputs.params._replace(down_projs=inputs.params.down_projs.double())
+    for tokens, params, text in (
+        (inputs.tokens, mixed, r"down_projs must be torch\.float32 as tokens, not torch\.float64"),
+        (inputs.tokens.bfloat16(), inputs.params, r"gate_and_up_projs must be torch\.bfloat16 as tokens"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            backend(tokens, inputs.slot_ids, inputs.weights, params)
+
+
 def test_auto_takes_cpu_on_a_cpu() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         inputs = _inputs("plain", dtype)

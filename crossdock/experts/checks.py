@@ -1,0 +1,26 @@
+"""Arguments of a backend that cannot work, each with an error that names it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from crossdock.experts.experts import ExpertParams
+
+__all__ = ["check_arguments"]
+
+
+def check_arguments(tokens: Tensor, slot_ids: Tensor, params: ExpertParams) -> None:
+    """Look at what `ExpertsBackend` takes: dtypes, and ids on a CPU, where it costs no sync.
+
+    Raises:
+        ValueError: for parameters in another dtype than `tokens`, or for ids of slots that there are none of.
+    """
+    for name, tensor in params._asdict().items():
+        if tensor is not None and tensor.dtype != tokens.dtype:
+            raise ValueError(f"{name} must be {tokens.dtype} as tokens, not {tensor.dtype}")
+    num_slots = len(params.down_projs)
+    if slot_ids.is_cpu and slot_ids.numel():
+        least, most = (int(end) for end in slot_ids.aminmax())
+        if least < -1 or most >= num_slots:
+            wrong = least if least < -1 else most
+            raise ValueError(f"slot_ids has {wrong}; ids are 0 to {num_slots - 1}, or -1 for no route")
