@@ -5,7 +5,8 @@ of two: dividing and multiplying by them rounds nothing, so that the one roundin
 fit bf16, and encoding decoded values again (`hierarchical`, which sends a token twice) changes none of them.
 
 Nothing saturates. What is beyond a wire's range arrives as a bad number, which the trainer's policy sees, and not as
-the largest number that fits; infinities and NaN stay bad numbers.
+the largest number that fits; infinities and NaN stay bad numbers. Only what fp8 rounds up, from within the range of the
+activations' dtype to beyond it, arrives as its largest number.
 """
 
 from __future__ import annotations

@@ -86,11 +86,18 @@ def quick_geglu_prob_reference(gate: Tensor, up: Tensor | None = None, prob: Ten
 
 
 def get_fused_activation_fn(use_triton: bool, activation: Literal["silu", "quick_geglu"] = "silu") -> FusedActivation:
-    """The fused function, or the reference; the fused one takes the reference itself where kernels cannot run."""
-    fused, reference = {
+    """The fused function, or the reference; the fused one takes the reference itself where kernels cannot run.
+
+    Raises:
+        ValueError: for an activation that there is none of.
+    """
+    functions = {
         "silu": (fused_silu_gate_prob, silu_gate_prob_reference),
         "quick_geglu": (fused_quick_geglu_prob, quick_geglu_prob_reference),
-    }[activation]
+    }
+    if activation not in functions:
+        raise ValueError(f"activation {activation!r} is unknown; valid: {', '.join(functions)}")
+    fused, reference = functions[activation]
     return fused if use_triton else reference
 
 

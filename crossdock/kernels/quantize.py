@@ -77,9 +77,14 @@ def _power_of_two(values: Tensor) -> Tensor:
 
 
 def dequantize_fp8(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product of `values [..., D]` and their groups' `scales [..., ceil(D / 128)]`, in fp32, rounded to `dtype`."""
+    """The product of `values [..., D]` and their groups' `scales [..., ceil(D / 128)]`, in fp32, rounded to `dtype`.
+
+    Rounding up to e4m3 can lift a value near the largest of `dtype` beyond it: it is that largest one then. `values`
+    hold no infinity that could be meant.
+    """
     per_value = scales.repeat_interleave(FP8_GROUP, dim=-1)[..., : values.shape[-1]]
-    return (values.to(torch.float32) * per_value).to(dtype)
+    largest = min(torch.finfo(dtype).max, _LARGEST_FINITE)
+    return (values.to(torch.float32) * per_value).clamp_(-largest, largest).to(dtype)
 
 
 @jit

@@ -177,6 +177,8 @@ def test_the_function_is_chosen_by_name() -> None:
     assert get_fused_activation_fn(False) is silu_gate_prob_reference
     assert get_fused_activation_fn(True, "quick_geglu") is fused_quick_geglu_prob
     assert get_fused_activation_fn(False, "quick_geglu") is quick_geglu_prob_reference
+    with pytest.raises(ValueError, match="activation 'gelu' is unknown; valid: silu, quick_geglu"):
+        get_fused_activation_fn(True, "gelu")  # pyright: ignore[reportArgumentType]
 
 
 @forms

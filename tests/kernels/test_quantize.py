@@ -67,7 +67,7 @@ def test_what_comes_back_is_within_half_a_step(width: int, device: torch.device)
 
 
 def test_zeros_tiny_and_largest_numbers_stay_finite(device: torch.device) -> None:
-    largest = 0.9 * torch.finfo(torch.float32).max  # above, rounding up leaves the range
+    largest = torch.finfo(torch.float32).max  # rounding up leaves the range
     x = torch.zeros(5, 128)
     x[1], x[2], x[3], x[4, ::2] = 1e-38, 1e-45, -largest, largest
     result = quantize_fp8(x.to(device))
@@ -76,6 +76,19 @@ def test_zeros_tiny_and_largest_numbers_stay_finite(device: torch.device) -> Non
     assert back.isfinite().all()
     assert (back[0] == 0).all()
     torch.testing.assert_close(back[3:], x[3:], rtol=2**-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_rounds_up_beyond_the_range_is_the_largest_number(dtype: torch.dtype, device: torch.device) -> None:
+    largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    x = torch.full((1, 128), largest, dtype=dtype)
+    x[0, ::2] *= -1
+    x[0, 5] = float("nan")
+    back = dequantize_fp8(*quantize_fp8(x.to(device)), dtype).cpu()
+    assert torch.equal(back.isnan(), x.isnan())
+    assert torch.equal(back.nan_to_num(), x.nan_to_num())
+    again = dequantize_fp8(*quantize_fp8(back.to(device)), dtype).cpu()
+    assert torch.equal(again.nan_to_num(), back.nan_to_num())
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, from the interpreter
