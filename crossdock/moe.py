@@ -17,7 +17,7 @@ from crossdock.dispatch import (
     LocalDispatcher,
     wrong_id,
 )
-from crossdock.experts import SWIGLU, ExpertsFormula, GroupedExperts, SharedExperts, load_factors
+from crossdock.experts import SWIGLU, ExpertsFormula, GroupedExperts, SharedExperts, autocast_dtype, load_factors
 from crossdock.moe_config import MoEConfig
 from crossdock.placement import EMPTY, Placement
 from crossdock.routing import (
@@ -61,7 +61,8 @@ class MoE(nn.Module):
         load: counts of tokens per logical expert.
         batch_totals: size of the global batch that auxiliary losses are a share of (`set_batch_totals`); `None` where
             the micro-batch of this rank is all of it.
-        padding_mask: `[..., S]`, of the next forward pass, where the model hands the layer `x` alone.
+        padding_mask: `[..., S]`, of the next forward pass alone, where the model hands the layer only `x`. With
+            activation checkpointing, set it inside of what is run again.
     """
 
     _expert_to_slot: Tensor
@@ -152,19 +153,23 @@ class MoE(nn.Module):
             padding_mask: `[..., S]` bool, true where a token is padding: it is routed nowhere and gives 0. `None` takes
                 the attribute of that name.
         """
+        handed_down, self.padding_mask = self.padding_mask, None
+        if padding_mask is None:
+            padding_mask = handed_down
         try:
             tokens, mask, routing, slot_ids = self._route(x, padding_mask)
         except Exception:
             # The others wait for this rank's counts of tokens.
             self.dispatcher.refuse(self._expert_to_slot.device)
             raise
-        arriving = self._dispatch(tokens, slot_ids, routing.weights)
+        # Experts would cast them: in that dtype half as many bytes travel.
+        arriving = self._dispatch(tokens.to(autocast_dtype(tokens)), slot_ids, routing.weights)
         shared = None if self.shared_experts is None else self.shared_experts(tokens)  # while tokens travel
         output = self._compute(arriving)
         if shared is not None:
             output = output + shared
 
-        if self.training and output.requires_grad:
+        if self.training and torch.is_grad_enabled():
             losses = router_losses(routing, self.coefficients, tuple(x.shape[:-1]), mask, self.batch_totals, self.load)
             output = attach_losses(output, routing, losses, self.coefficients, self.load, mask)
         else:
@@ -176,8 +181,6 @@ class MoE(nn.Module):
 
         What can be wrong, raises here.
         """
-        if padding_mask is None:
-            padding_mask = self.padding_mask
         self._check(x, padding_mask)
         tokens = x.reshape(-1, self.hidden_size)
         mask = None if padding_mask is None else padding_mask.reshape(-1)
@@ -205,6 +208,8 @@ class MoE(nn.Module):
             raise ValueError(f"the router chose expert {wrong}; valid are 0 to {self.num_experts - 1}, or -1 for none")
 
     def _check(self, x: Tensor, padding_mask: Tensor | None) -> None:
+        if x.dim() == 0:
+            raise ValueError(f"x is a scalar; it must be [..., S, {self.hidden_size}]")
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x has {x.shape[-1]} features, this layer's hidden_size is {self.hidden_size}")
         # Router and experts may differ: each may be cast, or not be gathered yet, by FSDP.
@@ -212,9 +217,7 @@ class MoE(nn.Module):
         dtypes, devices = ({getattr(p, name) for p in parameters} for name in ("dtype", "device"))
         if x.device not in devices:
             raise ValueError(f"x is on {x.device}, this layer on {_either(devices)}")
-        device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if x.dtype not in dtypes and not autocast:
+        if autocast_dtype(x) not in map(autocast_dtype, parameters):
             raise ValueError(f"x is {x.dtype}, this layer {_either(dtypes)}")
         if padding_mask is None:
             return
@@ -298,8 +301,13 @@ def finish_step(model: nn.Module, group: dist.ProcessGroup | None = None, *, upd
 
     Returns:
         Routes per layer and logical expert, and routes that were dropped, over the whole global batch.
+
+    Raises:
+        ValueError: for a model without an MoE layer.
     """
     layers = list(moe_layers(model).values())
+    if not layers:
+        raise ValueError("the model has no crossdock.MoE layer, so there is no step to finish")
     load = reduce_load([layer.load for layer in layers], group)
     for layer, layer_counts in zip(layers, load.routes, strict=True):
         if update_bias:

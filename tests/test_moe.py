@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from crossdock import MoE, MoEConfig, RouterConfig, moe_layers
+from crossdock import MoE, MoEConfig, RouterConfig, finish_step, moe_layers
 from crossdock.experts import ExpertsFormula
 from tests.experts.oracle import experts_forward, experts_gradients
 from tests.routing.oracle import route, route_gradients
@@ -197,8 +198,59 @@ def test_bad_numbers_flow_and_stay_in_their_row(experts: str, value: float) -> N
     assert layer.load.tokens_per_expert.sum() == 2 * B * S
 
 
+def test_the_attribute_padding_mask_is_of_one_forward_pass() -> None:
+    layer = _layer(ROUTERS["softmax"], torch.float32)
+    x, padding_mask, _ = _tokens(torch.float32)
+    whole, masked = layer(x), layer(x, padding_mask)
+    layer.padding_mask = padding_mask
+    assert torch.equal(layer(x), masked)
+    assert torch.equal(layer(x), whole)
+    layer.padding_mask = padding_mask
+    none = torch.zeros_like(padding_mask)
+    assert torch.equal(layer(x, none), whole), "an argument goes before"
+    assert torch.equal(layer(x), whole), "and the attribute was of that pass"
+    layer.padding_mask = padding_mask
+    with pytest.raises(ValueError, match="padding_mask must be"):
+        layer(x[:, 1:])
+    assert torch.equal(layer(x), whole)
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_recompute_sees_the_mask_that_is_set_inside_of_it(where: str) -> None:
+    layer = _layer(ROUTERS["softmax"], torch.float64)
+    x, padding_mask, grad = _tokens(torch.float64)
+    expected = _run(layer, x, padding_mask, grad)
+
+    def block(inputs: Tensor) -> Tensor:
+        if where == "inside":
+            layer.padding_mask = padding_mask
+        return layer(inputs)
+
+    layer.zero_grad()
+    inputs = x.detach().requires_grad_()
+    if where == "outside":
+        layer.padding_mask = padding_mask
+    output = checkpoint(block, inputs, use_reentrant=False)
+    assert isinstance(output, Tensor)
+    layer(x)  # another pass in between
+    if where == "outside":
+        with pytest.raises(CheckpointError, match="number of tensors was saved"):
+            output.backward(grad)
+        return
+    output.backward(grad)
+    np.testing.assert_array_equal(_array(inputs.grad), expected["x"])
+    for name, parameter in layer.named_parameters():
+        np.testing.assert_array_equal(_array(parameter.grad), expected[name])
+
+
 def test_wrong_sizes_and_names_are_refused() -> None:
     layer = _layer(ROUTERS["softmax"], torch.float32)
+    for wrong, text in ((torch.tensor(1.0), "x is a scalar"), (torch.randn(H - 1), f"x has {H - 1} features")):
+        with pytest.raises(ValueError, match=text):
+            layer(wrong)
+    assert layer(torch.randn(H)).shape == (H,)
+    with pytest.raises(ValueError, match=r"the model has no crossdock\.MoE layer"):
+        finish_step(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=rf"{H + 1} features.*hidden_size is {H}"):
         layer(torch.randn(B, S, H + 1))
     with pytest.raises(ValueError, match=r"'abacus'.*auto, cpu, eager, grouped_mm"):
@@ -314,3 +366,20 @@ def test_an_expert_that_there_is_none_of_is_named() -> None:
     )
     with pytest.raises(ValueError, match=r"the router chose expert \d+; valid are 0 to 3, or -1"):
         layer(torch.randn(1, 5, 8))
+
+
+def test_static_shapes_of_float64_say_what_helps() -> None:
+    layer = MoE(8, 4, RouterConfig(4, 2), MoEConfig(static_shapes=True)).double()
+    with pytest.raises(ValueError, match=r"static_shapes .* not torch.float64; use static_shapes = false"):
+        layer(torch.randn(3, 8).double())
+
+
+@pytest.mark.parametrize("shared", [0, 4])
+def test_autocast_leaves_a_float64_layer_alone_as_it_does_linear_layers(shared: int) -> None:
+    layer = MoE(8, 4, RouterConfig(4, 2), shared_intermediate_size=shared).double()
+    x = torch.randn(3, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+        with pytest.raises(ValueError, match=r"x is torch\.float32, this layer torch\.float64"):
+            layer(x.float())
+    assert torch.equal(output, layer(x))

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from crossdock import MoE, MoEConfig, RouterConfig, apply_ep
 from crossdock.experts import ACTIVATIONS, GPT_OSS, ExpertsFormula
 from crossdock.placement import Placement
+from tests.dispatch.recorder import Recorder
 from tests.experts.oracle import experts_forward, experts_gradients
 from tests.memory import kept_bytes
 from tests.ranks import RankPool
@@ -135,6 +136,15 @@ def test_under_autocast_gradients_are_fp32_and_the_oracles_within_bf16(settings:
     _assert_within_bf16(_autocast(layer, x, grad), _expected(layer, x, grad))
 
 
+def test_under_autocast_a_layer_is_what_it_is_with_tokens_cast_by_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, (x, grad) = _layer("auto"), _tokens()
+    cast_before = _autocast(layer, x, grad)
+    layer.zero_grad()
+    monkeypatch.setattr("crossdock.moe.autocast_dtype", lambda tensor: tensor.dtype)
+    for name, value in _autocast(layer, x, grad).items():
+        np.testing.assert_array_equal(value, cast_before[name], err_msg=name)
+
+
 def _autocast_on_two() -> list[dict[str, np.ndarray]]:
     rank, results = dist.get_rank(), []
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
@@ -142,7 +152,11 @@ def _autocast_on_two() -> list[dict[str, np.ndarray]]:
         layer = _layer("auto", dispatcher=dispatcher, overlap_chunks=chunks, static_shapes=static)
         apply_ep(nn.ModuleList([layer]), mesh)
         x, grad = (tensor.chunk(2)[rank] for tensor in _tokens())
-        results.append(_autocast(layer, x, grad))
+        with Recorder() as recorder:
+            results.append(_autocast(layer, x, grad))
+        travelled = [name for name in recorder.collectives() if name.endswith(f" {H}")]
+        assert len(travelled) == 4 * chunks, "tokens and results, and their gradients"
+        assert all("torch.bfloat16" in name for name in travelled), travelled
     return results
 
 

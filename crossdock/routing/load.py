@@ -9,7 +9,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["CollapseMonitor", "LoadCounter", "LoadStatistics", "Observed", "StepLoad", "load_statistics", "reduce_load"]
+__all__ = [
+    "CollapseMonitor",
+    "LoadCounter",
+    "LoadStatistics",
+    "Observed",
+    "StepLoad",
+    "is_recompute",
+    "load_statistics",
+    "reduce_load",
+]
+
+
+# The number of the backward pass that is at work, where there is none.
+_NO_BACKWARD = -1
 
 
 class Observed(NamedTuple):
@@ -27,11 +40,17 @@ class StepLoad(NamedTuple):
     dropped: Tensor
 
 
+def is_recompute() -> bool:
+    """Whether this forward pass is one that a backward pass runs again (non-reentrant activation checkpointing)."""
+    return torch._C._current_graph_task_id() != _NO_BACKWARD
+
+
 class LoadCounter(nn.Module):
     """Counts of one layer since the last `reset`.
 
-    Training counts in the backward pass (`losses.attach_losses`), evaluation in its forward pass into a counter of its
-    own, which the expert bias never sees.
+    A forward pass in training mode, under grad mode, is training, and is counted in its backward pass
+    (`losses.attach_losses`); all others are evaluation, counted there and then, into a counter of its own that the
+    expert bias never sees. Recompute counts neither again.
     """
 
     tokens_per_expert: Tensor
@@ -68,8 +87,9 @@ class LoadCounter(nn.Module):
 
     @torch.no_grad()
     def record_evaluation(self, routes: Tensor) -> None:
-        """Add `routes` `[E]` of a forward pass that no backward pass follows."""
-        self.evaluation_tokens_per_expert += routes
+        """Add `routes` `[E]` of a forward pass of evaluation."""
+        if not is_recompute():
+            self.evaluation_tokens_per_expert += routes
 
 
 def reduce_load(counters: Sequence[LoadCounter], group: dist.ProcessGroup | None) -> StepLoad:
@@ -118,8 +138,8 @@ def load_statistics(routes: Tensor) -> LoadStatistics:
 class CollapseMonitor:
     """Watches a moving average of the loads for layers whose router sends nearly all tokens to few experts.
 
-    A layer has collapsed when, for `patience` steps in a row, `few = max(K, E // 8)` experts hold `share` of the
-    average's routes. It is named once, and again only after it has recovered.
+    A layer has collapsed when, for `patience` steps in a row, `few = max(K, E // 8)` experts or less hold `share` of
+    the average's routes. It is named once, with as many of them as it takes, and again only after it has recovered.
 
     Args:
         layers: their names, `L` of them.
@@ -150,14 +170,17 @@ class CollapseMonitor:
         if few > num_experts // 2:
             return []
         largest = average.topk(few, dim=-1)
+        held = largest.values.cumsum(-1).tolist()
         messages = []
-        for layer, (share, experts) in enumerate(zip(largest.values.sum(-1).tolist(), largest.indices, strict=True)):
-            self._steps_in_a_row[layer] = self._steps_in_a_row[layer] + 1 if share >= self.share else 0
+        for layer in range(len(self.layers)):
+            # A share that is met but for the rounding of sums is met.
+            hot = next((count for count, share in enumerate(held[layer], start=1) if share >= self.share - 1e-9), 0)
+            self._steps_in_a_row[layer] = self._steps_in_a_row[layer] + 1 if hot else 0
             if self._steps_in_a_row[layer] == self.patience:
-                named = ", ".join(map(str, experts.sort().values.tolist()))
+                named = ", ".join(map(str, largest.indices[layer, :hot].sort().values.tolist()))
                 messages.append(
                     f"the router of {self.layers[layer]} has collapsed: experts {named} of {num_experts} took "
-                    f"{share:.0%} of its routes for {self.patience} steps. Raise an auxiliary loss "
+                    f"{held[layer][hot - 1]:.0%} of its routes for {self.patience} steps. Raise an auxiliary loss "
                     "(moe.sequence_aux_loss_coeff), set moe.expert_bias, or lower optimizer.lr"
                 )
         return messages

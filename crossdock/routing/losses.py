@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from crossdock.comm import sum_over_ranks
-from crossdock.routing.load import LoadCounter, Observed
+from crossdock.routing.load import LoadCounter, Observed, is_recompute
 from crossdock.routing.router import Routing
 
 __all__ = [
@@ -188,13 +188,21 @@ def attach_losses(
     load: LoadCounter,
     padding_mask: Tensor | None = None,
 ) -> Tensor:
-    """Identity on `output` `[T, H]`; its backward adds the losses' gradient and counts tokens per expert, once."""
+    """Identity on `output` `[T, H]`; its backward adds the losses' gradient and counts tokens per expert, once.
+
+    An output without a gradient, of a layer all of which is frozen, is never reached by a backward pass: its tokens are
+    counted at once.
+    """
     weights = coefficients.active()
     total = sum((weights[name] * loss for name, loss in losses.items()), start=routing.logits.new_zeros(()))
     routes = count_experts(routing.expert_ids, routing.logits.shape[-1])
     tokens = routes.new_full((), len(routing.logits)) if padding_mask is None else (~padding_mask).sum()
     observed = Observed(routes, tokens, routes.new_zeros(()) if routing.dropped is None else routing.dropped)
     values = {name: loss.detach() for name, loss in losses.items()}
+    if not output.requires_grad:
+        if not is_recompute():
+            load.record(observed, values)
+        return output
     return _AttachLosses.apply(output, total, observed, values, load)  # type: ignore[return-value]
 
 

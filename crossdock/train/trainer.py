@@ -24,7 +24,7 @@ from crossdock.config import ASSETS_FOLDER, Config
 from crossdock.data import IGNORED_LABEL, Batch, TokenBatches, evaluation_batches
 from crossdock.models import FAMILIES, batch_loss, count_parameters, export_hf, left_out
 from crossdock.moe import finish_step, moe_layers, set_batch_totals
-from crossdock.parallel import ParallelDims, clip_grad_norm_
+from crossdock.parallel import ParallelDims, clip_grad_norm_, plain_name
 from crossdock.routing import CollapseMonitor
 from crossdock.tools.evaluate import evaluate
 from crossdock.train.flops import Speed
@@ -95,7 +95,8 @@ class Trainer:
             f"(ep {dims.ep}, ep_shard {dims.ep_shard}), {config.training.dtype}; run folder {self.folder}"
         )
         self.layers = list(moe_layers(self.model).values())
-        self._collapse = CollapseMonitor(list(moe_layers(self.model)), self.layers[0].router.config.top_k)
+        names = [plain_name(name) for name in moe_layers(self.model)]
+        self._collapse = CollapseMonitor(names, self.layers[0].router.config.top_k)
         self.speed = Speed.of(self.model, config.training.seq_len, device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         materialise_optimizer_state(self.optimizer)

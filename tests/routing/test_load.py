@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from crossdock.routing import CollapseMonitor, load_statistics
@@ -41,6 +42,19 @@ def test_a_collapsed_layer_is_named_once() -> None:
     assert not any(monitor.update(_routes(collapsed=False)) for _ in range(50))
     again = [message for _ in range(100) for message in monitor.update(_routes(collapsed=True))]
     assert len(again) == 1, "it recovered in between"
+
+
+@pytest.mark.parametrize(
+    ("routes", "named"),
+    [
+        ([100] + [0] * 63, "experts 0 of 64 took 100%"),
+        ([0] * 60 + [1, 50, 45, 4], "experts 61, 62 of 64 took 95%"),
+        ([10] * 8 + [0] * 56, "experts 0, 1, 2, 3, 4, 5, 6, 7 of 64 took 100%"),
+    ],
+)
+def test_only_the_experts_that_take_nearly_all_are_named(routes: list[int], named: str) -> None:
+    (message,) = CollapseMonitor(["a"], top_k=4, patience=1).update(torch.tensor([routes]))
+    assert named in message
 
 
 def test_an_even_router_a_short_skew_and_few_experts_are_left_alone() -> None:

@@ -325,6 +325,33 @@ def test_tokens_are_counted_once_and_the_loss_is_added_once(recompute: str) -> N
     assert layer.load.evaluation_tokens_per_expert.sum() == 0
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_frozen_layer_is_counted_once(training: bool, recompute: bool) -> None:
+    """Before a layer that is trained, whose backward pass ends there, or is running it again."""
+    x, padding_mask, _ = _batch()
+    real = K * int((~padding_mask).sum())
+    frozen = _layer(sequence_aux_loss_coeff=1.0).requires_grad_(False).train(training)
+    trained = torch.nn.Linear(H, H, dtype=torch.float64)
+    runs = _captured(frozen)
+
+    def both(inputs: torch.Tensor) -> torch.Tensor:
+        return trained(frozen(inputs, padding_mask)).sin()
+
+    for number in (1, 2):
+        loss = checkpoint(both, x, use_reentrant=False) if recompute else both(x)
+        assert loss is not None
+        loss.sum().backward()
+        counted, others = frozen.load.tokens_per_expert, frozen.load.evaluation_tokens_per_expert
+        assert counted.sum() == (number * real if training else 0)
+        assert others.sum() == (0 if training else number * real)
+        assert len(runs) == number * (1 + recompute)
+        assert bool(frozen.load.losses) == training
+    with torch.no_grad():
+        both(x)
+    assert frozen.load.tokens_per_expert.sum() == (2 * real if training else 0)
+
+
 def test_evaluation_counts_into_its_own_counter() -> None:
     layer = _layer(expert_bias=True, sequence_aux_loss_coeff=1.0)
     x, padding_mask, _ = _batch()
