@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["SortedRoutes", "sort_routes"]
+__all__ = ["SortedRoutes", "count_routes", "sort_routes"]
 
 
 class SortedRoutes(NamedTuple):
@@ -33,10 +33,13 @@ def sort_routes(slot_ids: Tensor, num_slots: int, *, static: bool = False) -> So
     if static:
         slots = torch.where(slots < 0, num_slots, slots)
         route = slots.argsort(stable=True)
-        counts = torch.zeros(num_slots + 1, dtype=torch.int64, device=slots.device)
-        counts = counts.scatter_add_(0, slots, torch.ones_like(slots))[:num_slots]
-        return SortedRoutes(route, counts)
+        return SortedRoutes(route, count_routes(slot_ids, num_slots))
     route = (slots >= 0).nonzero().squeeze(1)
     route = route[slots[route].argsort(stable=True)]
-    counts = torch.zeros(num_slots, dtype=torch.int64, device=slots.device)
-    return SortedRoutes(route, counts.scatter_add_(0, slots[route], torch.ones_like(route)))
+    return SortedRoutes(route, count_routes(slot_ids, num_slots))
+
+
+def count_routes(slot_ids: Tensor, num_slots: int) -> Tensor:
+    """Routes per slot `[P/R]` int64 of `slot_ids [U, K]`; `-1` is not counted."""
+    slots = torch.where(slot_ids < 0, num_slots, slot_ids).flatten()
+    return slots.new_zeros(num_slots + 1).scatter_add_(0, slots, torch.ones_like(slots))[:num_slots]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from crossdock.experts.routes import count_routes
+
 __all__ = ["load_factors", "scale_gradient"]
 
 
@@ -23,9 +25,7 @@ def load_factors(slot_ids: Tensor, num_slots: int, num_experts: int, dtype: torc
     Returns:
         1 for a slot without a route, where nothing is to be scaled.
     """
-    slots = torch.where(slot_ids < 0, num_slots, slot_ids).flatten()
-    counts = torch.zeros(num_slots + 1, dtype=dtype, device=slots.device)
-    counts = counts.scatter_add_(0, slots, torch.ones_like(slots, dtype=counts.dtype))[:num_slots]
+    counts = count_routes(slot_ids, num_slots).to(dtype)
     return torch.where(counts > 0, counts.sum() / max(num_experts, 1) / counts.clamp_min(1), 1.0)
 
 

@@ -2,6 +2,7 @@
 
 from crossdock.routing.bias import update_expert_bias
 from crossdock.routing.capacity import DropPolicy, expert_capacity, within_capacity
+from crossdock.routing.counting import count_experts
 from crossdock.routing.forced import deal_out, draw_zipf
 from crossdock.routing.load import (
     CollapseMonitor,
@@ -16,7 +17,6 @@ from crossdock.routing.losses import (
     BatchTotals,
     LossCoefficients,
     attach_losses,
-    count_experts,
     router_losses,
     switch_loss,
     z_loss,

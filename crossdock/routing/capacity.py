@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from crossdock.routing.counting import count_experts
+
 __all__ = ["DropPolicy", "expert_capacity", "within_capacity"]
 
 DropPolicy = Literal["probs", "position"]
@@ -39,8 +41,8 @@ def within_capacity(
     else:
         order = experts.argsort(stable=True)
     in_order = experts[order]
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=experts.device)
-    counts.scatter_add_(0, experts, torch.ones_like(experts))
+    # What is no route comes last, and stays out of the count.
+    counts = torch.nn.functional.pad(count_experts(expert_ids, num_experts), (0, 1))
     place = torch.arange(len(experts), device=experts.device) - (counts.cumsum(0) - counts)[in_order]
     stays = (place < capacity) & (in_order < num_experts)
     return torch.empty_like(stays).scatter_(0, order, stays).view_as(expert_ids)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from crossdock.comm import sum_over_ranks
+from crossdock.routing.counting import count_experts
 from crossdock.routing.load import LoadCounter, Observed, is_recompute
 from crossdock.routing.router import Routing
 
@@ -22,7 +23,6 @@ __all__ = [
     "BatchTotals",
     "LossCoefficients",
     "attach_losses",
-    "count_experts",
     "router_losses",
     "switch_loss",
     "z_loss",
@@ -71,13 +71,6 @@ class BatchTotals:
     group_name: str | None = None
 
 
-def count_experts(expert_ids: Tensor, num_experts: int) -> Tensor:
-    """Routes per expert `[E]` int64 of `expert_ids` `[T, K]`; `-1` is not counted."""
-    return torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_ids.device).scatter_add_(
-        0, torch.where(expert_ids < 0, num_experts, expert_ids).flatten(), torch.ones_like(expert_ids).flatten()
-    )[:num_experts]
-
-
 def switch_loss(probabilities: Tensor, expert_ids: Tensor, mask: Tensor) -> Tensor:
     """Switch auxiliary loss of each of `B` groups of tokens; 1 under perfect balance.
 
@@ -93,12 +86,9 @@ def switch_loss(probabilities: Tensor, expert_ids: Tensor, mask: Tensor) -> Tens
     Returns:
         `[B]`; 0 for a group without tokens.
     """
-    groups, _, num_experts = probabilities.shape
+    num_experts = probabilities.shape[-1]
     top_k = expert_ids.shape[-1]
-    slots = torch.where(expert_ids < 0, num_experts, expert_ids).flatten(1)
-    counts = probabilities.new_zeros(groups, num_experts + 1).scatter_add_(
-        1, slots, torch.ones_like(slots, dtype=probabilities.dtype)
-    )[:, :num_experts]
+    counts = count_experts(expert_ids, num_experts)
     probability_sums = (probabilities * mask[..., None]).sum(dim=1)
     tokens = mask.sum(dim=1).clamp_min(1).to(probabilities.dtype)
     return num_experts / (top_k * tokens**2) * (counts * probability_sums).sum(dim=-1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from math import inf
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -17,6 +19,8 @@ from crossdock.routing.capacity import DropPolicy, expert_capacity, within_capac
 from crossdock.routing.forced import deal_out, draw_zipf
 
 __all__ = ["Router", "RouterConfig", "Routing", "ScoreFunction"]
+
+logger = logging.getLogger(__name__)
 
 NO_EXPERT = -1
 ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
@@ -100,6 +104,14 @@ class RouterConfig:
             raise ValueError(f"force_zipf ({self.force_zipf}) must be at least 0, and without force_load_balance")
 
 
+@cache
+def _warn_of_constant_weights() -> None:
+    logger.warning(
+        "top_k = 1 with normalised weights: every weight is 1, so that the router has no gradient but an auxiliary "
+        "loss's; set norm_topk_prob = False, and softmax_over = 'all'"
+    )
+
+
 class Routing(NamedTuple):
     """A router's decision (docs/design.md, contract 0).
 
@@ -135,6 +147,8 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.empty(config.num_experts)) if config.bias else None
         bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.expert_bias else None
         self.register_buffer("expert_bias", bias)
+        if config.top_k == 1 and (config.norm_topk_prob or config.softmax_over == "chosen"):
+            _warn_of_constant_weights()
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:

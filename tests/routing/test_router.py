@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -351,3 +352,16 @@ def test_an_expert_far_below_the_others_has_a_finite_gradient() -> None:
     assert router.weight.grad is not None
     assert x.grad.isfinite().all()
     assert router.weight.grad.isfinite().all()
+
+
+def test_a_router_whose_weights_are_constant_warns_once(caplog: pytest.LogCaptureFixture) -> None:
+    importlib.import_module("crossdock.routing.router")._warn_of_constant_weights.cache_clear()
+    for config in (RouterConfig(4, 2), RouterConfig(4, 1, norm_topk_prob=False)):
+        Router(H, config)
+    assert caplog.messages == []
+    for config in (RouterConfig(4, 1), RouterConfig(4, 1, norm_topk_prob=False, softmax_over="chosen")):
+        router = Router(H, config)
+        routing = router(torch.randn(T, H))
+        torch.testing.assert_close(routing.weights, torch.ones(T, 1))
+    (said,) = caplog.messages
+    assert "top_k = 1 with normalised weights" in said
