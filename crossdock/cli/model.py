@@ -129,7 +129,10 @@ def evaluate_command(arguments: list[str], options: argparse.Namespace) -> int:
         )
         result = evaluate(model, batches, device)
         if rank == 0:
-            _write(f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  tokens {result.targets:,}\n")
+            _write(
+                f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  tokens {result.targets:,}  "
+                f"max/mean load {result.max_mean_load:.2f}\n"
+            )
 
     return _on_ranks("eval", arguments, options, parsed, check, evaluate)
 

@@ -13,15 +13,20 @@ from transformers import PreTrainedModel
 from crossdock.data import IGNORED_LABEL, Batch
 from crossdock.models import batch_loss
 from crossdock.moe import moe_layers
+from crossdock.routing import load_statistics
 
 __all__ = ["Evaluation", "evaluate"]
 
 
 class Evaluation(NamedTuple):
-    """The mean cross entropy over all `targets` tokens, in nats."""
+    """The mean cross entropy over all `targets` tokens, in nats.
+
+    `max_mean_load` is the busiest expert's number of routes over the mean, of the layer where that is worst.
+    """
 
     loss: float
     targets: int
+    max_mean_load: float
 
     @property
     def perplexity(self) -> float:
@@ -33,7 +38,8 @@ class Evaluation(NamedTuple):
 def evaluate(model: PreTrainedModel, batches: Iterable[Batch], device: torch.device) -> Evaluation:
     """The loss over all ranks' batches, the same on all ranks. Collective.
 
-    The model is left in the mode it was in, and what its layers counted of the evaluation is forgotten.
+    The model is left in the mode it was in, and what its layers counted of the evaluation is forgotten, before and
+    after.
 
     Args:
         model: from `build_model`, on any layout.
@@ -42,13 +48,19 @@ def evaluate(model: PreTrainedModel, batches: Iterable[Batch], device: torch.dev
     """
     was_training = model.training
     model.eval()
+    counters = [layer.load for layer in moe_layers(model).values()]
+    for counter in counters:
+        counter.reset_evaluation()
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         totals[0] += batch_loss(model, **batch.inputs(device))
         totals[1] += int((batch.labels != IGNORED_LABEL).sum())
-    dist.all_reduce(totals)
+    routes = torch.stack([counter.evaluation_tokens_per_expert for counter in counters])
+    for sums in (totals, routes):
+        dist.all_reduce(sums)
     model.train(was_training)
-    for layer in moe_layers(model).values():
-        layer.load.reset_evaluation()
+    for counter in counters:
+        counter.reset_evaluation()
     loss, targets = totals.tolist()
-    return Evaluation(loss / targets if targets else math.nan, int(targets))
+    max_mean_load = load_statistics(routes).max_mean.max().item()
+    return Evaluation(loss / targets if targets else math.nan, int(targets), max_mean_load)

@@ -63,7 +63,8 @@ def test_eval_gives_transformers_loss(
     for model in (folder / "run", folder / "run" / "hf", folder / "run" / "checkpoint" / "step-00000004"):
         assert only_rank("eval", model, *cache, "--seq-len", SEQ_LEN, "--batch-size", 3) == 0
         words = capsys.readouterr().out.split()
-        assert words[::2] == ["loss", "perplexity", "tokens"]
+        assert [*words[:6:2], *words[6:8]] == ["loss", "perplexity", "tokens", "max/mean", "load"]
+        assert 1 <= float(words[8]) <= 16
         assert float(words[1]) == pytest.approx(loss, abs=1e-4)
         assert float(words[3]) == pytest.approx(np.exp(loss), rel=1e-3)
         assert int(words[5].replace(",", "")) == targets
