@@ -10,7 +10,6 @@ from crossdock.experts.autocast import autocast_dtype
 from crossdock.experts.choice import AUTO, EXPERTS_BACKENDS, choose_backend
 from crossdock.experts.experts import ExpertParams
 from crossdock.experts.formula import SWIGLU, ExpertsFormula
-from crossdock.experts.grouped_mm import grouped_mm, grouped_mm_problem
 from crossdock.experts.scaling import scale_gradient
 
 __all__ = ["GroupedExperts"]
@@ -85,13 +84,8 @@ class GroupedExperts(nn.Module):
             params = ExpertParams(*scaled)  # type: ignore[arg-type]
         # Autocast does not know every backend's products.
         tokens, params = tokens.to(autocast_dtype(tokens)), params.to(autocast_dtype(params.down_projs))
-        if self.static_shapes:
-            if problem := grouped_mm_problem(tokens, params):
-                raise ValueError(
-                    f"static_shapes computes experts by 'grouped_mm', which {problem}; use static_shapes = false"
-                )
-            return grouped_mm(tokens, slot_ids, weights, params, self.formula, static=True)
-        return choose_backend(self.backend, tokens, params)(tokens, slot_ids, weights, params, self.formula)
+        backend = choose_backend(self.backend, tokens, params, static=self.static_shapes)
+        return backend(tokens, slot_ids, weights, params, self.formula)
 
     def extra_repr(self) -> str:
         slots, intermediate_size, hidden_size = self.down_projs.shape

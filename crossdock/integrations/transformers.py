@@ -24,8 +24,10 @@ Gradients follow transformers' conventions, not this library's (which only sums,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any
@@ -45,7 +47,14 @@ except ImportError as error:
         f"transformers {version('transformers')} is installed: pip install 'crossdock[transformers]' ({error})"
     ) from error
 
-from crossdock.dispatch import Dispatched, build_dispatcher
+from crossdock.dispatch import (
+    AUTO_DISPATCHER,
+    Dispatched,
+    DispatchOptions,
+    DispatchSituation,
+    build_dispatcher,
+    plan_dispatch,
+)
 from crossdock.experts import (
     ACTIVATIONS,
     GPT_OSS,
@@ -59,6 +68,8 @@ from crossdock.experts import (
 from crossdock.integrations.options import current_options
 
 __all__ = ["NAME", "CrossdockEP", "crossdock_experts_forward"]
+
+logger = logging.getLogger(__name__)
 
 NAME = "crossdock"
 
@@ -88,7 +99,8 @@ class CrossdockEP(EPImplementation):
         tp_mesh: 1-D, the ranks that hold the same tokens.
 
     Raises:
-        ValueError: if `experts_implementation` is `crossdock` and our experts cannot compute this module.
+        ValueError: if `experts_implementation` is `crossdock` and our experts cannot compute this module, or for
+            options that cannot work with it.
     """
 
     num_local_experts: int
@@ -99,9 +111,40 @@ class CrossdockEP(EPImplementation):
         if self._runs_our_experts():
             _formula(experts)  # refuses early
         options = current_options()
+        if options.static_shapes and not self._runs_our_experts():
+            raise ValueError(
+                f"static_shapes needs experts_implementation={NAME!r}: transformers' own compute the routes that there "
+                "are, whose number is not static; set crossdock.configure(static_shapes=False)"
+            )
         self.dispatcher = build_dispatcher(
-            options.dispatcher, ep_mesh.get_group(), self.num_local_experts, options.dispatch_options()
+            self._dispatcher_name(options.dispatcher, ep_mesh, options.dispatch_options(), experts),
+            ep_mesh.get_group(),
+            self.num_local_experts,
+            options.dispatch_options(),
         )
+
+    def _dispatcher_name(self, name: str, ep_mesh: DeviceMesh, options: DispatchOptions, experts: nn.Module) -> str:
+        """`name`, or what the rule picks for `auto`."""
+        if name != AUTO_DISPATCHER:
+            return name
+        top_k = getattr(self._config, "num_experts_per_tok", None)
+        if not isinstance(top_k, int):
+            raise ValueError(
+                f"dispatcher = 'auto' needs the number of experts per token, which {type(self._config).__name__} does "
+                "not call num_experts_per_tok; choose another, such as crossdock.configure(dispatcher='alltoall')"
+            )
+        down: Any = experts.down_proj
+        situation = DispatchSituation(
+            ep_mesh.size(),
+            self.num_local_experts * ep_mesh.size(),
+            top_k,
+            self._config.hidden_size,
+            down.dtype,
+            torch.device(ep_mesh.device_type),
+        )
+        plan = plan_dispatch(name, 1, situation, options)
+        _tell_once(f"dispatcher: {plan}")
+        return plan.dispatcher
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum over each token's experts.
@@ -185,8 +228,14 @@ def crossdock_experts_forward(
     params = params.to(autocast_dtype(params.down_projs))
     tokens = hidden_states.to(params.down_projs.dtype)
     slot_ids = top_k_index.masked_fill(top_k_index >= len(params.down_projs), -1)
-    backend = choose_backend(current_options().experts, tokens, params)
+    options = current_options()
+    backend = choose_backend(options.experts, tokens, params, static=options.static_shapes)
     return backend(tokens, slot_ids, top_k_weights, params, formula).to(hidden_states.dtype)
+
+
+@cache
+def _tell_once(message: str) -> None:
+    logger.info(message)
 
 
 def _params(experts: nn.Module) -> ExpertParams:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import crossdock
+from crossdock.dispatch import DeepEPOptions
 from crossdock.integrations.options import PluginOptions, current_options
 
 
@@ -38,8 +39,38 @@ def test_configure_refuses_what_is_unknown_and_sets_nothing(option: str) -> None
     with pytest.raises(ValueError, match=f"{option} = 'fast' is unknown; valid: .*{valid[option]}"):
         crossdock.configure(**{**valid, option: "fast"})
     assert current_options() == PluginOptions()
-    with pytest.raises(ValueError, match="ranks_per_node = -1 must be 0 or more"):
-        crossdock.configure(ranks_per_node=-1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"ranks_per_node": -1}, "ranks_per_node = -1: must be 0 or more"),
+        ({"deepep_num_sms": 3, "dispatcher": "deepep"}, "deepep_num_sms = 3: must be 0, or an even number above"),
+        ({"deepep_num_sms": 8}, "deepep_num_sms = 8: needs dispatcher = deepep or auto, not alltoall"),
+        ({"wire_directions": "both"}, "wire_directions = 'both': needs a wire_dtype"),
+        ({"static_shapes": True, "experts": "eager"}, "static_shapes = True: needs experts = auto or grouped_mm"),
+        ({"static_shapes": True, "dispatcher": "hierarchical"}, "static_shapes = True: needs dispatcher = auto"),
+        ({"dispatcher": "local"}, "dispatcher = 'local': transformers has no dispatcher with ep_size = 1"),
+    ],
+)
+def test_configure_refuses_what_does_not_go_together_and_sets_nothing(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=f"crossdock.configure: {said}"):
+        crossdock.configure(**options)
+    assert current_options() == PluginOptions()
+
+
+def test_options_of_deepep_and_static_shapes_reach_the_dispatcher() -> None:
+    options = crossdock.configure(
+        dispatcher="deepep",
+        deepep_api="elastic",
+        deepep_num_sms=8,
+        deepep_fp8_dispatch=True,
+        deepep_expand=True,
+        deepep_max_tokens_per_rank=64,
+    )
+    assert options.dispatch_options().deepep == DeepEPOptions("elastic", 8, True, True, 64)
+    crossdock.configure(**asdict(PluginOptions()))
+    assert crossdock.configure(dispatcher="auto", static_shapes=True).dispatch_options().static_shapes
 
 
 def test_configure_needs_no_transformers() -> None:

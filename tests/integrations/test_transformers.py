@@ -3,14 +3,18 @@ process, in fp32, for families with and without an adapter of ours."""
 
 from __future__ import annotations
 
+import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from crossdock.dispatch import free_deepep_buffers
+from tests.dispatch.deepep_double import Double
 from tests.integrations.tiny_models import data_rank, full, load, loss_and_gradients, token_ids, write_model
 from tests.ranks import RankPool
 
@@ -144,24 +148,64 @@ def test_bf16_mixed_precision_of_fsdp_is_as_exact_as_transformers_own(ranks: Ran
         assert max(distances[1:]) < 1.3 * distances[0]
 
 
-def _step_on_a_wire(folder: str, wire: str) -> Step:
+def _steps_with(folder: str, experts: list[str], options: dict[str, Any]) -> list[Step | str]:
     import crossdock
+    from crossdock.integrations.options import PluginOptions
 
-    crossdock.configure(wire_dtype=wire, wire_directions="both")  # type: ignore[arg-type]
+    crossdock.configure(**options)
     try:
-        (step,) = _steps(folder, [({**SHARDED, "ep_implementation": "crossdock"}, "crossdock")])
+        return _steps(folder, [({**SHARDED, "ep_implementation": "crossdock"}, name) for name in experts])
     finally:
-        crossdock.configure(wire_dtype="same", wire_directions="tokens")
-    assert not isinstance(step, str), step
-    return step
+        crossdock.configure(**asdict(PluginOptions()))
 
 
 def test_tokens_travel_on_the_wire_that_is_configured(ranks: RankPool, tmp_path: Path) -> None:
     folder = str(write_model(tmp_path, "qwen3_moe"))
-    (exact, _), (rounded, _) = (ranks.run(2, _step_on_a_wire, folder, wire) for wire in ("same", "bf16"))
+    wires: list[dict[str, Any]] = [{}, {"wire_dtype": "bf16", "wire_directions": "both"}]
+    ((exact,), _), ((rounded,), _) = (ranks.run(2, _steps_with, folder, ["crossdock"], wire) for wire in wires)
+    assert not isinstance(exact, str), exact
+    assert not isinstance(rounded, str), rounded
     for name, gradient in exact[1].items():
         assert np.linalg.norm(rounded[1][name] - gradient) <= 5e-2 * np.linalg.norm(gradient), name
     assert abs(rounded[0] - exact[0]) > 0, "nothing was rounded"
+
+
+@pytest.mark.parametrize("options", [{"dispatcher": "auto"}, {"static_shapes": True}], ids=["auto", "static"])
+def test_auto_and_static_shapes_give_what_alltoall_gives(
+    ranks: RankPool, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    folder = str(write_model(tmp_path, "qwen3_moe"))
+    expected = ranks.run(2, _steps_with, folder, ["crossdock"], {})
+    for (ours,), (theirs,) in zip(ranks.run(2, _steps_with, folder, ["crossdock"], options), expected, strict=True):
+        assert not isinstance(ours, str), ours
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-6)
+        _assert_same_gradients(ours, theirs)
+
+
+def test_options_that_cannot_work_are_refused_when_the_model_is_loaded(ranks: RankPool, tmp_path: Path) -> None:
+    folder = str(write_model(tmp_path, "qwen3_moe"))
+    for options, said in (
+        ({"static_shapes": True}, "static_shapes needs experts_implementation='crossdock'"),
+        ({"dispatcher": "deepep"}, "needs the package deep_ep"),
+    ):
+        for (message,) in ranks.run(2, _steps_with, folder, ["eager"], options):
+            assert isinstance(message, str)
+            assert said in message
+
+
+def _steps_by_deepep(folder: str) -> list[Step | str]:
+    sys.modules["deep_ep"] = cast(Any, Double())
+    try:
+        return _steps_with(folder, ["crossdock"], {"dispatcher": "deepep", "deepep_num_sms": 8})
+    finally:
+        del sys.modules["deep_ep"]
+        free_deepep_buffers()
+
+
+def test_deepep_says_what_it_does_not_take(ranks: RankPool, tmp_path: Path) -> None:
+    for (message,) in ranks.run(2, _steps_by_deepep, str(write_model(tmp_path, "qwen3_moe"))):
+        assert isinstance(message, str)
+        assert "dispatcher 'deepep' sends bfloat16, not torch.float32; use 'alltoall'" in message
 
 
 def test_experts_that_ours_cannot_compute_are_refused_when_the_model_is_loaded(ranks: RankPool, tmp_path: Path) -> None:
