@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from crossdock.experts.experts import ExpertParams
@@ -20,7 +21,7 @@ def check_arguments(tokens: Tensor, slot_ids: Tensor, params: ExpertParams) -> N
             raise ValueError(f"{name} must be {tokens.dtype} as tokens, not {tensor.dtype}")
     num_slots = len(params.down_projs)
     if slot_ids.is_cpu and slot_ids.numel():
-        least, most = (int(end) for end in slot_ids.aminmax())
+        least, most = torch.stack(slot_ids.aminmax()).tolist()
         if least < -1 or most >= num_slots:
             wrong = least if least < -1 else most
             raise ValueError(f"slot_ids has {wrong}; ids are 0 to {num_slots - 1}, or -1 for no route")
