@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import io
 import os
 import tomllib
 from collections.abc import Sequence
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
-import tyro
 
 from crossdock.checkpoint import find_checkpoint
 from crossdock.config.settings import ASSETS_FOLDER, Config, ConfigError, setting_types
@@ -38,6 +35,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """
     base = Config() if path is None else read_toml(path)
     if "--help" in overrides or "-h" in overrides:
+        import tyro  # The page of help alone needs it, and takes a quarter of a second to load it.
+
         tyro.cli(Config, prog="crossdock train [CONFIG.toml]", default=base, args=["--help"])
     config = _override(base, overrides)
     folder = absolute(config.job.dump_folder)
@@ -128,10 +127,7 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
 
 
 def _override(config: Config, arguments: Sequence[str]) -> Config:
-    """`config` with `--section.key value`, `--section.key=value`, `--section.switch`, `--section.no-switch` in turn.
-
-    A list is written `a,b,c`.
-    """
+    """`config` with `--section.key value`, `--section.key=value`, `--section.switch`, `--section.no-switch` in turn."""
     settings, rest = setting_types(), list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -139,46 +135,48 @@ def _override(config: Config, arguments: Sequence[str]) -> Config:
             raise ConfigError(
                 "argument", argument, "does not belong here: settings are --section.key value, after the config file"
             )
-        option, equals, value = argument[2:].partition("=")
+        option, equals, written = argument[2:].partition("=")
         has_value = bool(equals) or (bool(rest) and not rest[0].startswith("--"))
         if has_value and not equals:
-            value = rest.pop(0)
+            written = rest.pop(0)
         name = option.replace("-", "_")
         switch = name.removeprefix("no_").replace(".no_", ".")
-        shown = switch.replace("_", "-")
-        off = shown.replace(".", ".no-")
         if settings.get(switch) is bool:
             if has_value:
-                raise ConfigError(switch, value, f"is a switch, without a value: --{shown} or --{off}")
-            canonical = f"--{shown if name == switch else off}"
+                shown = switch.replace("_", "-")
+                off = shown.replace(".", ".no-")
+                raise ConfigError(switch, written, f"is a switch, without a value: --{shown} or --{off}")
+            name, value = switch, name == switch
         elif name not in settings:
-            raise _unknown(name, value)
+            raise _unknown(name, written)
         elif not has_value:
-            raise ConfigError(name, value, f"has no value; must be {_expected(settings[name])}")
-        elif get_origin(settings[name]) is tuple:
-            config = _with_list(config, name, settings[name], value)
-            continue
+            raise ConfigError(name, written, f"has no value; must be {_expected(settings[name])}")
         else:
-            canonical = f"--{name}={value}"
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):  # The one message is ours.
-                config = tyro.cli(Config, default=config, args=[canonical])
-        except SystemExit:
-            raise ConfigError(name, value, f"must be {_expected(settings[name])}") from None
+            value = _parsed(name, settings[name], written)
+        section, _, key = name.partition(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{key: value})})
     return config
 
 
-def _with_list(config: Config, name: str, hint: Any, value: str) -> Config:
-    """`config` with a list that is written `a,b`; the empty string is the empty list."""
-    section, _, key = name.partition(".")
-    item_type = get_args(hint)[0]
-    try:
-        words = [word.strip() for word in value.split(",")] if value else []
-        items = [item_type(word) if item_type in (int, float) else word for word in words]
-    except ValueError:
-        raise ConfigError(name, value, f"must be {_expected(hint)}") from None
-    typed = _typed(name, hint, items)
-    return replace(config, **{section: replace(getattr(config, section), **{key: typed})})
+def _parsed(name: str, hint: Any, written: str) -> Any:
+    """The value of a setting as the command line has it: `a,b` is a list, the empty string an empty one."""
+    if get_origin(hint) is tuple:
+        words = [word.strip() for word in written.split(",")] if written else []
+        try:
+            return tuple(_parsed(name, get_args(hint)[0], word) for word in words)
+        except ConfigError as error:
+            raise ConfigError(name, error.value, f"must be {_expected(hint)}") from None
+    for option in get_args(hint) if type(None) in get_args(hint) else (hint,):
+        if option is type(None) and written == "None":
+            return None
+        if get_origin(option) is Literal and written in get_args(option):
+            return written
+        if option in (int, float, str):
+            try:
+                return option(written)
+            except ValueError:
+                continue
+    raise ConfigError(name, written, f"must be {_expected(hint)}")
 
 
 def _expected(hint: Any) -> str:
