@@ -12,7 +12,8 @@ from tests.ranks import RankPool
 from tests.tiny import run_trainer, write_assets
 
 GLOBAL_BATCH = 8
-LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 4)]  # (ranks, ep); ep_shard is their quotient
+# (ranks, ep); ep_shard is their quotient
+LAYOUTS = [(2, 1), (2, 2), (4, 2), pytest.param(4, 4, marks=pytest.mark.slow), (8, 4)]
 BALANCE = [
     *("--moe.sequence-aux-loss-coeff", "0.01"),
     *("--moe.z-loss-coeff", "0.001"),
@@ -25,6 +26,7 @@ def _run(ranks: RankPool, folder: Path, world_size: int, ep: int, *overrides: st
     settings = [
         *("--training.local-batch-size", str(GLOBAL_BATCH // world_size)),
         *("--parallelism.expert-parallel-degree", str(ep)),
+        *("--training.steps", "10", "--lr-scheduler.warmup-steps", "3"),
         *BALANCE,
         *overrides,
     ]
@@ -52,7 +54,12 @@ def float64_reference(ranks: RankPool, folder: Path) -> list[dict[str, Any]]:
     return _run(ranks, folder, 1, 1, "--training.dtype", "float64")
 
 
-@pytest.mark.parametrize(("world_size", "ep"), LAYOUTS[1:])
+@pytest.fixture(scope="module")
+def float32_reference(ranks: RankPool, folder: Path) -> list[dict[str, Any]]:
+    return _run(ranks, folder, 1, 1)
+
+
+@pytest.mark.parametrize(("world_size", "ep"), LAYOUTS)
 def test_float64_trajectory_equals_one_process(
     ranks: RankPool, folder: Path, float64_reference: list[dict[str, Any]], world_size: int, ep: int
 ) -> None:
@@ -86,11 +93,11 @@ def test_recompute_and_accumulation_change_nothing(
     np.testing.assert_array_equal(results[0]["bias"][-1], float64_reference[0]["bias"][-1])
 
 
-@pytest.mark.parametrize(("world_size", "ep"), [(2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize(("world_size", "ep"), [pytest.param(2, 2, marks=pytest.mark.slow), (4, 2), (4, 4)])
 def test_float32_trajectory_equals_one_process_until_a_near_tie_flips(
-    ranks: RankPool, folder: Path, world_size: int, ep: int
+    ranks: RankPool, folder: Path, float32_reference: list[dict[str, Any]], world_size: int, ep: int
 ) -> None:
-    reference, results = (_run(ranks, folder, size, degree) for size, degree in ((1, 1), (world_size, ep)))
+    reference, results = float32_reference, _run(ranks, folder, world_size, ep)
     differs = (_tokens(results, "expert_ids") != _tokens(reference, "expert_ids")).any(axis=-1)  # [steps, L, T]
     flipped = differs.any(axis=(1, 2))
     agreeing = int(flipped.argmax()) if flipped.any() else len(flipped)
@@ -105,7 +112,7 @@ def test_float32_trajectory_equals_one_process_until_a_near_tie_flips(
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
-def test_bfloat16_learns(ranks: RankPool, folder: Path) -> None:
+def test_bfloat16_learns(ranks: RankPool, folder: Path, float32_reference: list[dict[str, Any]]) -> None:
     results = _run(ranks, folder, 2, 2, "--training.dtype", "bfloat16")
-    reference = _run(ranks, folder, 1, 1)
-    np.testing.assert_allclose(_series(results, "loss"), _series(reference, "loss"), rtol=2e-2)
+    np.testing.assert_allclose(_series(results, "loss"), _series(float32_reference, "loss"), rtol=2e-2)
+    assert _series(results, "loss")[-1] < _series(results, "loss")[0] - 0.5
