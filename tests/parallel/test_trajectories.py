@@ -75,7 +75,7 @@ def test_float64_trajectory_equals_one_process(
     assert losses[-1] < losses[0] - 0.5, "the run did not learn"
 
 
-@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("mode", [pytest.param("full", marks=pytest.mark.slow), "selective"])
 def test_recompute_and_accumulation_change_nothing(
     ranks: RankPool, folder: Path, float64_reference: list[dict[str, Any]], mode: str
 ) -> None:

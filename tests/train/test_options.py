@@ -89,13 +89,17 @@ def _transformers_loss(hf_folder: Path, batch: tuple[torch.Tensor, torch.Tensor]
 
 
 @pytest.mark.parametrize("assets", ["hf", "mixed", "tied"])
-def test_the_first_loss_is_that_of_transformers(ranks: RankPool, folder: Path, steps: list[Any], assets: str) -> None:
-    expected = _transformers_loss(folder / assets, steps[0])
-    for world_size, options in ((1, []), (2, []), (2, [EP2])):
-        name = f"first-{assets}-{world_size}-{len(options)}"
-        losses = _train(ranks, folder, name, FROM_HF, *options, world_size=world_size, assets=assets)
-        assert losses[0] == pytest.approx(expected, rel=1e-5)
-        assert losses[-1] < losses[0]
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [pytest.param(1, (), marks=pytest.mark.slow), pytest.param(2, (), marks=pytest.mark.slow), (2, (EP2,))],
+)
+def test_the_first_loss_is_that_of_transformers(
+    ranks: RankPool, folder: Path, steps: list[Any], assets: str, world_size: int, options: tuple[str, ...]
+) -> None:
+    name = f"first-{assets}-{world_size}-{len(options)}"
+    losses = _train(ranks, folder, name, FROM_HF, *options, world_size=world_size, assets=assets)
+    assert losses[0] == pytest.approx(_transformers_loss(folder / assets, steps[0]), rel=1e-5)
+    assert losses[-1] < losses[0]
 
 
 def test_drawn_weights_are_not_those_of_the_folder(ranks: RankPool, folder: Path, steps: list[Any]) -> None:
@@ -169,7 +173,7 @@ def _is_expert(name: str) -> bool:
     return ".mlp.experts." in name
 
 
-@pytest.mark.parametrize("frozen", ["router", "experts", "router experts"])
+@pytest.mark.parametrize("frozen", ["router", "experts", pytest.param("router experts", marks=pytest.mark.slow)])
 def test_what_is_frozen_stays_and_all_else_moves(
     ranks: RankPool, folder: Path, plain: list[float], frozen: str
 ) -> None:
