@@ -56,7 +56,7 @@ class MoEConfig:
     overlap_chunks: int = 0
     """Parts of a rank's tokens, one of which travels while experts compute another; 0: picked as `auto` is."""
     ranks_per_node: int = 0
-    """Expert-parallel ranks that make a node, for `hierarchical`; 0: the GPUs of a machine, or all ranks."""
+    """Consecutive expert-parallel ranks that make a node, for `hierarchical`; 0: those launched on one machine."""
     deepep_api: Literal["auto", "elastic", "buffer"] = "auto"
     """Of deep_ep: `ElasticBuffer`, the older `Buffer`, or the first of them that there is."""
     deepep_num_sms: int = 0

@@ -7,6 +7,7 @@ while rows travel, in the forward pass and, mirrored, in the backward pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode
 
 from crossdock.comm.wire import UNTOUCHED, Wire
 
@@ -21,6 +24,7 @@ __all__ = [
     "EXCHANGE_OPS",
     "Pending",
     "Splits",
+    "Tally",
     "attach_exchange",
     "exchange",
     "exchange_counts",
@@ -37,6 +41,9 @@ _wait = torch.ops._c10d_functional.wait_tensor.default
 
 _all_reduce = torch.ops._c10d_functional.all_reduce.default
 _all_gather = torch.ops._c10d_functional.all_gather_into_tensor.default
+
+Tally = Callable[[Sequence[int], int], None]
+"""Is told of everything that is sent, once it is: rows for each rank of the group, and the bytes of a row."""
 
 # What selective recompute must save, so that it never repeats an exchange.
 EXCHANGE_OPS = (_all_to_all, _all_reduce, _all_gather, _wait)
@@ -66,51 +73,68 @@ class Splits(NamedTuple):
         return Splits(send=self.recv, recv=self.send)
 
 
-def exchange_counts(send_counts: Tensor, facts: Sequence[int], group_name: str) -> tuple[Splits, list[list[int]]]:
+def exchange_counts(
+    send_counts: Tensor, facts: Sequence[int], group_name: str, tally: Tally | None = None
+) -> tuple[Splits, list[list[int]]]:
     """Tell every rank how many rows to expect. One collective and one device-to-host copy.
 
     Args:
         send_counts: `[R]` int64, rows that this rank sends to each rank.
         facts: travel along with each of them; as many on all ranks.
         group_name: name of the process group.
+        tally: of what is sent.
 
     Returns:
         The counts; and each of the facts, as it came from every rank.
     """
     sent = torch.stack([send_counts, *(torch.full_like(send_counts, fact) for fact in facts)], dim=1)
-    received = _wait(_all_to_all(sent, [1] * len(sent), [1] * len(sent), group_name))
+    one_each = [1] * len(sent)
+    received = _wait(_start(sent, Splits(one_each, one_each), group_name, tally))
     (send, *_), (recv, *theirs) = torch.stack([sent, received]).transpose(1, 2).tolist()
     return Splits(send, recv), theirs
 
 
-def exchange(rows: Tensor, splits: Splits, group_name: str, wire: Wire = UNTOUCHED) -> Pending[Tensor]:
+def exchange(
+    rows: Tensor, splits: Splits, group_name: str, wire: Wire = UNTOUCHED, tally: Tally | None = None
+) -> Pending[Tensor]:
     """Send `rows` `[sum(splits.send), H]` to their ranks; the result is `[sum(splits.recv), H]`, in rank order.
 
     Differentiable in `rows`: the backward pass sends gradients the opposite way, with the same splits. Takes part in
     the collective whatever the counts, zero included. Rows travel as `wire` says, gradients as `wire.back`
-    does; what that rounds off has no part in the gradient.
+    does; what that rounds off has no part in the gradient. `tally` is told of both.
     """
     hidden_size = rows.shape[-1]
     placeholder = _AwaitGradient.apply(rows, wire.back)
-    travelling = _start(wire.encode(rows.detach()), splits, group_name)
+    travelling = _start(wire.encode(rows.detach()), splits, group_name, tally)
 
     def finish() -> Tensor:
-        return _Finish.apply(placeholder, travelling, splits, group_name, wire, hidden_size, rows.dtype)  # type: ignore[return-value]
+        return _Finish.apply(placeholder, travelling, splits, group_name, wire, hidden_size, rows.dtype, tally)  # type: ignore[return-value]
 
     return Pending(finish)
 
 
-def attach_exchange(rows: Tensor, received: Tensor, splits: Splits, group_name: str) -> Tensor:
+def attach_exchange(
+    rows: Tensor, received: Tensor, splits: Splits, group_name: str, tally: Tally | None = None
+) -> Tensor:
     """Give `received`, which is `rows` after an exchange by other means, the gradient that `exchange` would have.
 
     For values that travelled packed with others: `rows [sum(splits.send), K]`, `received [sum(splits.recv), K]`.
+    `tally` is told of the gradient alone.
     """
     placeholder = _AwaitGradient.apply(rows, UNTOUCHED)
-    return _Finish.apply(placeholder, received, splits, group_name, UNTOUCHED, rows.shape[-1], rows.dtype)  # type: ignore[return-value]
+    return _Finish.apply(placeholder, received, splits, group_name, UNTOUCHED, rows.shape[-1], rows.dtype, tally)  # type: ignore[return-value]
 
 
-def _start(rows: Tensor, splits: Splits, group_name: str) -> Tensor:
+def _start(rows: Tensor, splits: Splits, group_name: str, tally: Tally | None) -> Tensor:
+    _tell(tally, splits.send, rows)
     return _all_to_all(rows.contiguous(), splits.recv, splits.send, group_name)
+
+
+def _tell(tally: Tally | None, per_rank: Sequence[int], rows: Tensor) -> None:
+    """Tell of `rows` that the next op sends. Selective recompute sends none: it hands out what it has saved."""
+    if tally is None or any(isinstance(mode, _CachedTorchDispatchMode) for mode in _get_current_dispatch_mode_stack()):
+        return
+    tally(per_rank, math.prod(rows.shape[1:]) * rows.dtype.itemsize)
 
 
 class _AwaitGradient(Function):
@@ -143,49 +167,55 @@ class _Finish(Function):
         wire: Wire,
         hidden_size: int,
         dtype: torch.dtype,
+        tally: Tally | None,
     ) -> Tensor:
-        ctx.splits, ctx.group_name, ctx.wire = splits, group_name, wire.back
+        ctx.splits, ctx.group_name, ctx.wire, ctx.tally = splits, group_name, wire.back, tally
         return wire.decode(_wait(travelling), hidden_size, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        travelling = _start(ctx.wire.encode(grads[0]), ctx.splits.reversed, ctx.group_name)
-        return travelling, *(None,) * 6
+        travelling = _start(ctx.wire.encode(grads[0]), ctx.splits.reversed, ctx.group_name, ctx.tally)
+        return travelling, *(None,) * 7
 
 
-def gather_rows(rows: Tensor, counts: list[int], group_name: str, wire: Wire = UNTOUCHED) -> Pending[Tensor]:
+def gather_rows(
+    rows: Tensor, counts: list[int], group_name: str, wire: Wire = UNTOUCHED, tally: Tally | None = None
+) -> Pending[Tensor]:
     """All ranks' `rows` `[counts[own rank], H]` in rank order, `[sum(counts), H]`, on every rank.
 
     Differentiable: the gradients of this rank's rows on all ranks are summed, as `scatter_sum` does. Rows travel as
-    `wire` says, gradients as `wire.back` does.
+    `wire` says, gradients as `wire.back` does. `tally` is told of both.
     """
-    return _transfer(rows, _GATHER, _SCATTER, counts, group_name, wire)
+    return _transfer(rows, _GATHER, _SCATTER, counts, group_name, wire, tally)
 
 
-def scatter_sum(rows: Tensor, counts: list[int], group_name: str, wire: Wire = UNTOUCHED) -> Pending[Tensor]:
+def scatter_sum(
+    rows: Tensor, counts: list[int], group_name: str, wire: Wire = UNTOUCHED, tally: Tally | None = None
+) -> Pending[Tensor]:
     """The sum over the ranks of their `rows` `[sum(counts), H]` that are this rank's, `[counts[own rank], H]`.
 
-    In rank order and in fp32 (float64 stays), rounded once. Differentiable: gradients are gathered. `wire` as in
-    `gather_rows`.
+    In rank order and in fp32 (float64 stays), rounded once. Differentiable: gradients are gathered. `wire` and
+    `tally` as in `gather_rows`.
     """
-    return _transfer(rows, _SCATTER, _GATHER, counts, group_name, wire)
+    return _transfer(rows, _SCATTER, _GATHER, counts, group_name, wire, tally)
 
 
 class _Transfer(NamedTuple):
     """Rows to all ranks, or back from them.
 
     Attributes:
-        start: of encoded rows, counts and the group's name; what it returns travels.
+        start: of encoded rows, counts, the group's name and the tally; what it returns travels.
         finish: of what travelled, decoded, and counts.
     """
 
-    start: Callable[[Tensor, list[int], str], Tensor]
+    start: Callable[[Tensor, list[int], str, Tally | None], Tensor]
     finish: Callable[[Tensor, list[int]], Tensor]
 
 
-def _start_gather(rows: Tensor, counts: list[int], group_name: str) -> Tensor:
+def _start_gather(rows: Tensor, counts: list[int], group_name: str, tally: Tally | None) -> Tensor:
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
+    _tell(tally, [len(padded)] * len(counts), padded)
     return _all_gather(padded, len(counts), group_name)
 
 
@@ -194,9 +224,9 @@ def _finish_gather(rows: Tensor, counts: list[int]) -> Tensor:
     return torch.cat([rows[:count] for rows, count in zip(per_rank, counts, strict=True)])
 
 
-def _start_scatter(rows: Tensor, counts: list[int], group_name: str) -> Tensor:
+def _start_scatter(rows: Tensor, counts: list[int], group_name: str, tally: Tally | None) -> Tensor:
     group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
-    return _all_to_all(rows.contiguous(), [counts[group.rank()]] * len(counts), counts, group_name)
+    return _start(rows, Splits(counts, [counts[group.rank()]] * len(counts)), group_name, tally)
 
 
 def _finish_scatter(rows: Tensor, counts: list[int]) -> Tensor:
@@ -209,12 +239,18 @@ _SCATTER = _Transfer(_start_scatter, _finish_scatter)
 
 
 def _transfer(
-    rows: Tensor, transfer: _Transfer, reverse: _Transfer, counts: list[int], group_name: str, wire: Wire
+    rows: Tensor,
+    transfer: _Transfer,
+    reverse: _Transfer,
+    counts: list[int],
+    group_name: str,
+    wire: Wire,
+    tally: Tally | None,
 ) -> Pending[Tensor]:
-    travelling = transfer.start(wire.encode(rows.detach()), counts, group_name)
+    travelling = transfer.start(wire.encode(rows.detach()), counts, group_name, tally)
 
     def finish() -> Tensor:
-        return _FinishTransfer.apply(rows, travelling, transfer, reverse, counts, group_name, wire)  # type: ignore[return-value]
+        return _FinishTransfer.apply(rows, travelling, transfer, reverse, counts, group_name, wire, tally)  # type: ignore[return-value]
 
     return Pending(finish)
 
@@ -232,16 +268,17 @@ class _FinishTransfer(Function):
         counts: list[int],
         group_name: str,
         wire: Wire,
+        tally: Tally | None,
     ) -> Tensor:
-        ctx.reverse, ctx.counts, ctx.group_name, ctx.wire = reverse, counts, group_name, wire.back
+        ctx.reverse, ctx.counts, ctx.group_name, ctx.wire, ctx.tally = reverse, counts, group_name, wire.back, tally
         return transfer.finish(wire.decode(_wait(travelling), rows.shape[-1], rows.dtype), counts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
-        travelling = ctx.reverse.start(ctx.wire.encode(grad), ctx.counts, ctx.group_name)
+        travelling = ctx.reverse.start(ctx.wire.encode(grad), ctx.counts, ctx.group_name, ctx.tally)
         received = ctx.wire.decode(_wait(travelling), grad.shape[-1], grad.dtype)
-        return ctx.reverse.finish(received, ctx.counts), *(None,) * 6
+        return ctx.reverse.finish(received, ctx.counts), *(None,) * 7
 
 
 def sum_over_ranks(values: Tensor, group_name: str) -> Tensor:

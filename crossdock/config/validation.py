@@ -18,7 +18,7 @@ from crossdock.checkpoint import CheckpointError, HFCheckpoint, find_checkpoint
 from crossdock.config.reading import RUN_CONFIG_FILE, absolute, read_toml
 from crossdock.config.settings import Config, ConfigError, setting_types
 from crossdock.data import DataError, check_source, mixture_quotas, open_tokenizer, vocabulary_size
-from crossdock.dispatch import choose_deepep_api, load_deepep, node_size
+from crossdock.dispatch import choose_deepep_api, find_nodes, load_deepep
 from crossdock.models import FAMILIES, ModelError, build_model, resolve_hf_config
 from crossdock.models.family import DEEPEP_SUFFIX
 from crossdock.moe import moe_layers
@@ -47,8 +47,10 @@ def validate(config: Config, world_size: int) -> ParallelDims:
     valid = f"needs {ep} = 1, not {dims.ep}; use auto or alltoall"
     _require(config, "moe.dispatcher", config.moe.dispatcher != "local" or dims.ep == 1, valid)
     if config.moe.dispatcher == "hierarchical" and dims.ep > 1:
-        node = node_size(dims.ep, config.moe.ranks_per_node)
-        _require(config, "moe.ranks_per_node", dims.ep % node == 0, f"{node} must divide {ep} = {dims.ep}")
+        for first in range(0, world_size, dims.ep):  # each group of expert-parallel ranks
+            nodes = find_nodes(range(first, first + dims.ep), config.moe.ranks_per_node)
+            valid = f"must divide {ep} = {dims.ep}, whose ranks are on nodes {nodes}"
+            _require(config, "moe.ranks_per_node", nodes.size is not None, valid)
     _require(config, ep, dims.ep <= most, f"at most {most}, the model's experts")
     sizes = (model.hidden_size, model.moe_intermediate_size)
     working = expert_parallel_degrees(model, world_size)

@@ -3,7 +3,7 @@
 from crossdock.dispatch.agreement import RankFailure, RankMismatch
 from crossdock.dispatch.allgather import AllGatherDispatcher
 from crossdock.dispatch.alltoall import AllToAllDispatcher
-from crossdock.dispatch.building import DISPATCHERS, STATIC_DISPATCHERS, build_dispatcher, node_size
+from crossdock.dispatch.building import DISPATCHERS, STATIC_DISPATCHERS, build_dispatcher
 from crossdock.dispatch.checks import wrong_id
 from crossdock.dispatch.deepep import DEEPEP_OPS, DeepEPDispatcher
 from crossdock.dispatch.deepep_api import DeepEPOptions
@@ -11,10 +11,11 @@ from crossdock.dispatch.deepep_buffers import choose_deepep_api, free_deepep_buf
 from crossdock.dispatch.dispatcher import Dispatched, Dispatcher
 from crossdock.dispatch.hierarchical import HierarchicalDispatcher
 from crossdock.dispatch.local import LocalDispatcher
+from crossdock.dispatch.nodes import Nodes, find_nodes
 from crossdock.dispatch.options import DispatchOptions
 from crossdock.dispatch.plan import AUTO_DISPATCHER, LOCAL_PLAN, DispatchPlan, DispatchSituation, plan_dispatch
 from crossdock.dispatch.static import StaticDispatcher
-from crossdock.dispatch.traffic import Traffic, least_traffic
+from crossdock.dispatch.traffic import Traffic
 
 __all__ = [
     "AUTO_DISPATCHER",
@@ -33,16 +34,16 @@ __all__ = [
     "Dispatcher",
     "HierarchicalDispatcher",
     "LocalDispatcher",
+    "Nodes",
     "RankFailure",
     "RankMismatch",
     "StaticDispatcher",
     "Traffic",
     "build_dispatcher",
     "choose_deepep_api",
+    "find_nodes",
     "free_deepep_buffers",
-    "least_traffic",
     "load_deepep",
-    "node_size",
     "plan_dispatch",
     "wrong_id",
 ]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from crossdock.comm import Splits, Wire, exchange_counts
+from crossdock.comm import Splits, Tally, Wire, exchange_counts
 from crossdock.dispatch.checks import check_inputs
 
 __all__ = ["Agreement", "RankFailure", "RankMismatch"]
@@ -115,6 +115,7 @@ class Agreement:
         chunks: parts that a rank's tokens are dispatched in, each by a call.
         check_ids: look at ids on every device; on a CPU, where it costs no sync, they are looked at anyway.
         whole: the ranks that hold the experts, where `group` is one hop between some of them.
+        tally: of what is sent.
     """
 
     def __init__(
@@ -126,11 +127,12 @@ class Agreement:
         chunks: int = 1,
         check_ids: bool = False,
         whole: dist.ProcessGroup | None = None,
+        tally: Tally | None = None,
     ) -> None:
         whole = whole or group
         self.group_name, self.num_ranks = group.group_name, group.size()
         self.slots_per_rank, self.num_slots = slots_per_rank, slots_per_rank * group.size()
-        self.wire, self.chunks, self.check_ids = wire, chunks, check_ids
+        self.wire, self.chunks, self.check_ids, self.tally = wire, chunks, check_ids, tally
         self._device_types = {device.type for device in group._device_types}
         self._whole = dist.get_process_group_ranks(whole)
         self._places = [self._whole.index(rank) for rank in dist.get_process_group_ranks(group)]
@@ -168,7 +170,7 @@ class Agreement:
         own = _Signature(
             x.shape[1], slot_ids.shape[1], self.slots_per_rank, self.chunks, x.dtype, weights.dtype, self.wire
         ).pack()
-        splits, (sizes, kinds, tokens) = exchange_counts(send_counts, (*own, len(x)), self.group_name)
+        splits, (sizes, kinds, tokens) = exchange_counts(send_counts, (*own, len(x)), self.group_name, self.tally)
         signatures = list(zip(sizes, kinds, strict=True))
         failed = [-1 - count for count in splits.recv if count < 0]
         if failed:
@@ -191,4 +193,5 @@ class Agreement:
         fallback = torch.device("cpu" if "cpu" in self._device_types else min(self._device_types))
         device = next((device for device in devices if device.type in self._device_types), fallback)
         failed = cause.rank if isinstance(cause, RankFailure) else self._place
-        exchange_counts(torch.full((self.num_ranks,), -1 - failed, device=device), (0, 0, 0), self.group_name)
+        counts = torch.full((self.num_ranks,), -1 - failed, device=device)
+        exchange_counts(counts, (0, 0, 0), self.group_name, self.tally)

@@ -12,17 +12,20 @@ from crossdock.comm import UNTOUCHED, Pending, Wire, gather_rows, scatter_sum
 from crossdock.dispatch.agreement import Agreement
 from crossdock.dispatch.checks import check_results
 from crossdock.dispatch.dispatcher import Dispatched
-from crossdock.dispatch.traffic import Traffic, TrafficMeter
+from crossdock.dispatch.needs import needed_ranks
+from crossdock.dispatch.nodes import Nodes
+from crossdock.dispatch.traffic import Needs, Traffic, TrafficMeter
 
 __all__ = ["AllGatherDispatcher", "AllGatherHandle"]
 
 
 class AllGatherHandle(NamedTuple):
-    """Tokens of each rank, and of this one; `H`."""
+    """Tokens of each rank, and of this one; `H`; what the tokens of this one need."""
 
     counts: list[int]
     num_tokens: int
     hidden_size: int
+    needs: Needs
 
 
 class AllGatherDispatcher:
@@ -34,7 +37,7 @@ class AllGatherDispatcher:
     Args:
         group: the expert-parallel ranks.
         slots_per_rank: `P/R`.
-        ranks_per_node: consecutive ranks that make a node, for `traffic`; all of them if `None`.
+        nodes: of the ranks, for `traffic`; one if `None`.
         wire: what rows look like while they travel.
         chunks: parts that a rank's tokens are dispatched in, each by a call.
         debug_checks: look at ids on a GPU too, where it costs a sync.
@@ -46,7 +49,7 @@ class AllGatherDispatcher:
         self,
         group: dist.ProcessGroup,
         slots_per_rank: int,
-        ranks_per_node: int | None = None,
+        nodes: Nodes | None = None,
         *,
         wire: Wire = UNTOUCHED,
         chunks: int = 1,
@@ -55,12 +58,14 @@ class AllGatherDispatcher:
         self.group_name, self.num_ranks, self.rank = group.group_name, group.size(), group.rank()
         self.slots_per_rank = slots_per_rank
         self.wire = wire
-        self.agreement = Agreement(group, slots_per_rank, wire, chunks=chunks, check_ids=debug_checks)
-        self.meter = TrafficMeter(group, ranks_per_node)
+        self.meter = TrafficMeter(group, nodes)
+        self.agreement = Agreement(
+            group, slots_per_rank, wire, chunks=chunks, check_ids=debug_checks, tally=self.meter.metadata
+        )
 
     @property
     def traffic(self) -> Traffic:
-        return self.meter.sent
+        return self.meter.traffic
 
     def dispatch(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
         self.agreement.check(x, slot_ids, weights)
@@ -73,19 +78,20 @@ class AllGatherDispatcher:
         return tokens
 
     def _gather(self, x: Tensor, slot_ids: Tensor, weights: Tensor, counts: list[int]) -> Pending[Dispatched]:
-        padded = [max(counts)] * self.num_ranks
-        self.meter.rows(padded, self.wire.row_bytes(x.shape[1], x.dtype))
-        self.meter.about_routes(padded, slot_ids.shape[1] * (slot_ids.dtype.itemsize + weights.dtype.itemsize))
-        ids = gather_rows(slot_ids, counts, self.group_name)
-        all_weights = gather_rows(weights, counts, self.group_name)
-        tokens = gather_rows(x, counts, self.group_name, self.wire)
+        needs = self.meter.needs(needed_ranks(slot_ids, self.slots_per_rank, self.num_ranks))
+        ids = gather_rows(slot_ids, counts, self.group_name, tally=self.meter.metadata)
+        all_weights = gather_rows(weights, counts, self.group_name, tally=self.meter.metadata)
+        tokens = gather_rows(x, counts, self.group_name, self.wire, self.meter.rows(needs))
 
         def finish() -> Dispatched:
             own_ids = ids.wait() - self.rank * self.slots_per_rank
             foreign = (own_ids < 0) | (own_ids >= self.slots_per_rank)
             own_weights = all_weights.wait().masked_fill(foreign, 0)
             return Dispatched(
-                tokens.wait(), own_ids.masked_fill(foreign, -1), own_weights, AllGatherHandle(counts, *x.shape)
+                tokens.wait(),
+                own_ids.masked_fill(foreign, -1),
+                own_weights,
+                AllGatherHandle(counts, len(x), x.shape[1], needs),
             )
 
         return Pending(finish)
@@ -95,5 +101,4 @@ class AllGatherDispatcher:
 
     def combine(self, y: Tensor, handle: Any) -> Pending[Tensor]:
         check_results(y, sum(handle.counts), handle.hidden_size)
-        self.meter.rows(handle.counts, self.wire.back.row_bytes(y.shape[1], y.dtype))
-        return scatter_sum(y, handle.counts, self.group_name, self.wire.back)
+        return scatter_sum(y, handle.counts, self.group_name, self.wire.back, self.meter.rows(handle.needs))

@@ -14,19 +14,21 @@ from crossdock.dispatch.agreement import Agreement
 from crossdock.dispatch.checks import check_results
 from crossdock.dispatch.dispatcher import Dispatched
 from crossdock.dispatch.needs import needed_ranks
-from crossdock.dispatch.traffic import Traffic, TrafficMeter
+from crossdock.dispatch.nodes import Nodes
+from crossdock.dispatch.traffic import Needs, Traffic, TrafficMeter
 
 __all__ = ["AllToAllDispatcher", "AllToAllHandle"]
 
 
 class AllToAllHandle(NamedTuple):
     """Which token each sent row is, `token [S]` int64, sorted by (destination rank, token); the exchange's splits; `T`
-    and `H`."""
+    and `H`; what the tokens need."""
 
     token: Tensor
     splits: Splits
     num_tokens: int
     hidden_size: int
+    needs: Needs
 
 
 class AllToAllDispatcher:
@@ -38,7 +40,7 @@ class AllToAllDispatcher:
     Args:
         group: the expert-parallel ranks.
         slots_per_rank: `P/R`.
-        ranks_per_node: consecutive ranks that make a node, for `traffic`; all of them if `None`.
+        nodes: of the ranks, for `traffic`; one if `None`.
         wire: what rows look like while they travel.
         chunks: parts that a rank's tokens are dispatched in, each by a call.
         debug_checks: look at ids on a GPU too, where it costs a sync.
@@ -51,7 +53,7 @@ class AllToAllDispatcher:
         self,
         group: dist.ProcessGroup,
         slots_per_rank: int,
-        ranks_per_node: int | None = None,
+        nodes: Nodes | None = None,
         *,
         wire: Wire = UNTOUCHED,
         chunks: int = 1,
@@ -59,36 +61,59 @@ class AllToAllDispatcher:
         whole: dist.ProcessGroup | None = None,
     ) -> None:
         self.group_name, self.num_ranks = group.group_name, group.size()
+        self.rank = group.rank()
         self.wire = wire
-        self.agreement = Agreement(group, slots_per_rank, wire, chunks=chunks, check_ids=debug_checks, whole=whole)
-        self.meter = TrafficMeter(group, ranks_per_node)
+        self.meter = TrafficMeter(group, nodes)
+        self.agreement = Agreement(
+            group,
+            slots_per_rank,
+            wire,
+            chunks=chunks,
+            check_ids=debug_checks,
+            whole=whole,
+            tally=self.meter.metadata,
+        )
         self.slots_per_rank = slots_per_rank
         self.id_dtype = torch.int16 if slots_per_rank <= torch.iinfo(torch.int16).max else torch.int32
 
     @property
     def traffic(self) -> Traffic:
-        return self.meter.sent
+        return self.meter.traffic
 
-    def dispatch(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
+    def dispatch(
+        self, x: Tensor, slot_ids: Tensor, weights: Tensor, own_tokens: slice | None = None
+    ) -> Pending[Dispatched]:
+        """As every dispatcher's.
+
+        Args:
+            own_tokens: on the hop within a node, those of this rank. The others have entered the node here, and could
+                have done so at any rank that they need.
+        """
         self.agreement.check(x, slot_ids, weights)
-        destination, token, send_counts = self._rows_by_rank(slot_ids)
-        splits, _ = self.agreement.exchange_counts(send_counts, x, slot_ids, weights)
-        handle = AllToAllHandle(token, splits, *x.shape)
+        needed = needed_ranks(slot_ids, self.slots_per_rank, self.num_ranks)
+        # The distinct (destination rank, token) pairs, sorted.
+        destination, token = needed.t().nonzero().unbind(1)
+        splits, _ = self.agreement.exchange_counts(needed.sum(dim=0), x, slot_ids, weights)
+        rows = sum(splits.send) - splits.send[self.rank]
+        if own_tokens is not None:
+            entered = len(x) - (own_tokens.stop - own_tokens.start)
+            rows = sum(splits.send) - entered - needed[own_tokens, self.rank].count_nonzero()
+        handle = AllToAllHandle(token, splits, len(x), x.shape[1], self.meter.needs(needed, rows))
 
         row_ids = slot_ids[token] - (destination * self.slots_per_rank)[:, None]
         own = (row_ids >= 0) & (row_ids < self.slots_per_rank)
         row_ids = row_ids.masked_fill(~own, -1).to(self.id_dtype)
         row_weights = weights[token].masked_fill(~own, 0)
         packed = _pack(row_ids, row_weights.detach())
-        self.meter.rows(splits.send, self.wire.row_bytes(x.shape[1], x.dtype))
-        self.meter.about_routes(splits.send, packed.shape[1])
-        routes = exchange(packed, splits, self.group_name)
-        rows: Any = _Spread.apply(x, token, splits.send)
-        tokens = exchange(rows, splits, self.group_name, self.wire)
+        routes = exchange(packed, splits, self.group_name, tally=self.meter.metadata)
+        spread: Any = _Spread.apply(x, token, splits.send)
+        tokens = exchange(spread, splits, self.group_name, self.wire, self.meter.rows(handle.needs))
 
         def finish() -> Dispatched:
             ids, received_weights = _unpack(routes.wait(), slot_ids.shape[1], self.id_dtype, weights.dtype)
-            received_weights = attach_exchange(row_weights, received_weights, splits, self.group_name)
+            received_weights = attach_exchange(
+                row_weights, received_weights, splits, self.group_name, self.meter.metadata
+            )
             return Dispatched(tokens.wait(), ids.long(), received_weights, handle)
 
         return Pending(finish)
@@ -97,17 +122,10 @@ class AllToAllDispatcher:
         self.agreement.refuse(device, cause=cause)
 
     def combine(self, y: Tensor, handle: AllToAllHandle) -> Pending[Tensor]:
-        token, splits, num_tokens, hidden_size = handle
+        token, splits, num_tokens, hidden_size, needs = handle
         check_results(y, sum(splits.recv), hidden_size)
-        self.meter.rows(splits.recv, self.wire.back.row_bytes(y.shape[1], y.dtype))
-        rows = exchange(y, splits.reversed, self.group_name, self.wire.back)
+        rows = exchange(y, splits.reversed, self.group_name, self.wire.back, self.meter.rows(needs))
         return Pending(lambda: _Gather.apply(rows.wait(), token, splits.send, num_tokens))  # type: ignore[arg-type]
-
-    def _rows_by_rank(self, slot_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The distinct (destination rank, token) pairs of `slot_ids [T, K]`, sorted, two `[S]`; their counts `[R]`."""
-        by_rank = needed_ranks(slot_ids, self.slots_per_rank, self.num_ranks).t()
-        destination, token = by_rank.nonzero().unbind(1)
-        return destination, token, by_rank.sum(dim=1)
 
 
 def _pack(ids: Tensor, weights: Tensor) -> Tensor:

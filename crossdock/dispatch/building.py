@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-import torch
 import torch.distributed as dist
 
 from crossdock.dispatch.allgather import AllGatherDispatcher
@@ -14,16 +13,17 @@ from crossdock.dispatch.deepep import DeepEPDispatcher
 from crossdock.dispatch.dispatcher import Dispatcher
 from crossdock.dispatch.hierarchical import HierarchicalDispatcher
 from crossdock.dispatch.local import LocalDispatcher
+from crossdock.dispatch.nodes import Nodes, find_nodes
 from crossdock.dispatch.options import DispatchOptions
 from crossdock.dispatch.static import StaticDispatcher
 
-__all__ = ["DISPATCHERS", "STATIC_DISPATCHERS", "build_dispatcher", "node_size"]
+__all__ = ["DISPATCHERS", "STATIC_DISPATCHERS", "build_dispatcher"]
 
-# Process group of the expert-parallel ranks, slots per rank, ranks per node (a size of the group at most), options.
-DispatcherBuilder = Callable[[dist.ProcessGroup, int, int, DispatchOptions], Dispatcher]
+# Process group of the expert-parallel ranks, slots per rank, their nodes, options.
+DispatcherBuilder = Callable[[dist.ProcessGroup, int, Nodes, DispatchOptions], Dispatcher]
 
 
-def _local(group: dist.ProcessGroup, slots: int, node: int, options: DispatchOptions) -> Dispatcher:
+def _local(group: dist.ProcessGroup, slots: int, nodes: Nodes, options: DispatchOptions) -> Dispatcher:
     if group.size() > 1:
         raise ValueError(
             f"dispatcher 'local' is for one rank that holds all experts, not for {group.size()}; use 'auto' or "
@@ -32,40 +32,43 @@ def _local(group: dist.ProcessGroup, slots: int, node: int, options: DispatchOpt
     return LocalDispatcher(slots, debug_checks=options.debug_checks)
 
 
-def _allgather(group: dist.ProcessGroup, slots: int, node: int, options: DispatchOptions) -> Dispatcher:
+def _allgather(group: dist.ProcessGroup, slots: int, nodes: Nodes, options: DispatchOptions) -> Dispatcher:
     kind = StaticDispatcher if options.static_shapes else AllGatherDispatcher
-    return kind(group, slots, node, wire=options.wire, chunks=options.overlap_chunks, debug_checks=options.debug_checks)
+    return kind(
+        group, slots, nodes, wire=options.wire, chunks=options.overlap_chunks, debug_checks=options.debug_checks
+    )
 
 
-def _alltoall(group: dist.ProcessGroup, slots: int, node: int, options: DispatchOptions) -> Dispatcher:
+def _alltoall(group: dist.ProcessGroup, slots: int, nodes: Nodes, options: DispatchOptions) -> Dispatcher:
     if options.static_shapes:
-        return _allgather(group, slots, node, options)
+        return _allgather(group, slots, nodes, options)
     return AllToAllDispatcher(
-        group, slots, node, wire=options.wire, chunks=options.overlap_chunks, debug_checks=options.debug_checks
+        group, slots, nodes, wire=options.wire, chunks=options.overlap_chunks, debug_checks=options.debug_checks
     )
 
 
-def _hierarchical(group: dist.ProcessGroup, slots: int, node: int, options: DispatchOptions) -> Dispatcher:
-    if group.size() % node:
+def _hierarchical(group: dist.ProcessGroup, slots: int, nodes: Nodes, options: DispatchOptions) -> Dispatcher:
+    if nodes.size is None:
+        asked = f"ranks_per_node = {options.ranks_per_node}" if options.ranks_per_node else "the launch"
         raise ValueError(
-            f"ranks_per_node = {node} must divide the {group.size()} ranks that hold the experts, for dispatcher "
-            "'hierarchical'; use 'alltoall'"
+            f"{asked} must give all nodes as many consecutive ones of the {group.size()} ranks that hold the experts, "
+            f"for dispatcher 'hierarchical'; they are on nodes {nodes}; use 'alltoall'"
         )
-    if node in (1, group.size()):
-        return _alltoall(group, slots, node, options)
+    if nodes.size in (1, group.size()):
+        return _alltoall(group, slots, nodes, options)
     return HierarchicalDispatcher(
-        group, slots, node, wire=options.wire, chunks=options.overlap_chunks, debug_checks=options.debug_checks
+        group, slots, nodes.size, wire=options.wire, chunks=options.overlap_chunks, debug_checks=options.debug_checks
     )
 
 
-def _deepep(group: dist.ProcessGroup, slots: int, node: int, options: DispatchOptions) -> Dispatcher:
+def _deepep(group: dist.ProcessGroup, slots: int, nodes: Nodes, options: DispatchOptions) -> Dispatcher:
     if options.wire.dtype != "same":
         raise ValueError(
             f"dispatcher 'deepep' has no wire_dtype = {options.wire.dtype!r}; deepep_fp8_dispatch = true sends tokens "
             "in fp8"
         )
     return DeepEPDispatcher(
-        group, slots, node, options.deepep, chunks=options.overlap_chunks, debug_checks=options.debug_checks
+        group, slots, nodes, options.deepep, chunks=options.overlap_chunks, debug_checks=options.debug_checks
     )
 
 
@@ -95,8 +98,8 @@ def build_dispatcher(
         options: the same on all ranks.
 
     Raises:
-        ValueError: for an unknown name, `local` with several ranks, options that it does not have, where nodes that do
-            not divide the group matter, or where `deepep` lacks its library.
+        ValueError: for an unknown name, `local` with several ranks, options that it does not have, where nodes that are
+            not alike matter, or where `deepep` lacks its library.
     """
     options = options or DispatchOptions()
     if name not in DISPATCHERS:
@@ -105,9 +108,5 @@ def build_dispatcher(
         raise ValueError(f"static_shapes needs dispatcher {' or '.join(STATIC_DISPATCHERS)}, not {name}")
     if group.size() == 1:
         name = "local"
-    return DISPATCHERS[name](group, slots_per_rank, node_size(group.size(), options.ranks_per_node), options)
-
-
-def node_size(num_ranks: int, ranks_per_node: int) -> int:
-    """Of `num_ranks` expert-parallel ranks, how many make a node; `ranks_per_node` as in `DispatchOptions`."""
-    return min(ranks_per_node or torch.cuda.device_count() or num_ranks, num_ranks)
+    nodes = find_nodes(dist.get_process_group_ranks(group), options.ranks_per_node)
+    return DISPATCHERS[name](group, slots_per_rank, nodes, options)

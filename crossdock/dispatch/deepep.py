@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ from crossdock.dispatch.deepep_api import Buffers, DeepEPOptions, Template
 from crossdock.dispatch.deepep_buffers import choose_deepep_api, load_deepep, shared_buffers
 from crossdock.dispatch.dispatcher import Dispatched
 from crossdock.dispatch.needs import needed_ranks
-from crossdock.dispatch.traffic import Traffic, TrafficMeter
+from crossdock.dispatch.nodes import Nodes
+from crossdock.dispatch.traffic import Needs, Traffic, TrafficMeter
 from crossdock.kernels import dequantize_fp8
 
 __all__ = ["DEEPEP_OPS", "DeepEPDispatcher", "DeepEPHandle", "deepep_problem"]
@@ -66,6 +68,7 @@ class DeepEPHandle(NamedTuple):
     """The library's handle, taken apart: `template` is the rest of it, `None` where recompute needs none.
 
     `splits`: rows that this rank sent to each and received from each. `num_rows`: `U`. `hidden_size`: `H`.
+    `needs`: what this rank's tokens need.
     """
 
     layout: tuple[Tensor, ...]
@@ -73,6 +76,7 @@ class DeepEPHandle(NamedTuple):
     splits: Splits
     num_rows: int
     hidden_size: int
+    needs: Needs
 
 
 class DeepEPDispatcher:
@@ -84,7 +88,7 @@ class DeepEPDispatcher:
     Args:
         group: the expert-parallel ranks.
         slots_per_rank: `P/R`.
-        ranks_per_node: consecutive ranks that make a node, for `traffic`; all of them if `None`.
+        nodes: of the ranks, for `traffic`; one if `None`.
         options: the same on all ranks.
         chunks: parts that a rank's tokens are dispatched in, each by a call.
         debug_checks: look at ids, which costs a sync.
@@ -102,7 +106,7 @@ class DeepEPDispatcher:
         self,
         group: dist.ProcessGroup,
         slots_per_rank: int,
-        ranks_per_node: int | None = None,
+        nodes: Nodes | None = None,
         options: DeepEPOptions | None = None,
         *,
         chunks: int = 1,
@@ -113,23 +117,27 @@ class DeepEPDispatcher:
         self.num_ranks, self.slots_per_rank = group.size(), slots_per_rank
         self.options = options or DeepEPOptions()
         self.dtypes = tuple(dtypes)
-        self.agreement = Agreement(group, slots_per_rank, UNTOUCHED, chunks=chunks, check_ids=debug_checks)
-        self.meter = TrafficMeter(group, ranks_per_node)
+        self.rank = group.rank()
+        self.meter = TrafficMeter(group, nodes)
+        self.agreement = Agreement(
+            group, slots_per_rank, UNTOUCHED, chunks=chunks, check_ids=debug_checks, tally=self.meter.metadata
+        )
         if problem := _problem_of_slots(self.num_ranks * slots_per_rank, slots_per_rank):
             raise ValueError(f"dispatcher 'deepep' {problem}; use 'alltoall'")
         self.buffers = shared_buffers(load_deepep() if library is None else library, group, self.options)
 
     @property
     def traffic(self) -> Traffic:
-        return self.meter.sent
+        return self.meter.traffic
 
     def dispatch(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
         self.agreement.check(x, slot_ids, weights)
         if problem := _problem_of_tokens(x.shape[1], slot_ids.shape[1], x.dtype, self.dtypes):
             self.refuse(x.device)
             raise ValueError(f"x and slot_ids: dispatcher 'deepep' {problem}; use 'alltoall'")
-        send_counts = needed_ranks(slot_ids, self.slots_per_rank, self.num_ranks).sum(dim=0)
-        splits, tokens_of_ranks = self.agreement.exchange_counts(send_counts, x, slot_ids, weights)
+        needed = needed_ranks(slot_ids, self.slots_per_rank, self.num_ranks)
+        splits, tokens_of_ranks = self.agreement.exchange_counts(needed.sum(dim=0), x, slot_ids, weights)
+        needs = self.meter.needs(needed, sum(splits.send) - splits.send[self.rank])
         weights = weights.to(torch.promote_types(x.dtype, torch.float32))
         flight = _Flight()
         x, weights = _Send.apply(flight, slot_ids, x, weights)  # type: ignore[misc]
@@ -137,13 +145,15 @@ class DeepEPDispatcher:
             tokens, scales, ids, row_weights, per_slot, *layout = _dispatch_op(
                 x.detach(), slot_ids, weights.detach(), [], call.number
             )
-        self._count(splits, x, slot_ids.shape[1])
+        if call.ran:
+            self._count_tokens(splits, needs, x, slot_ids.shape[1])
 
         def finish() -> Dispatched:
             call.land()
             rows = dequantize_fp8(tokens, scales, x.dtype) if scales.shape[1] else tokens
-            handle = DeepEPHandle(tuple(layout), call.template, splits, len(rows), rows.shape[1])
+            handle = DeepEPHandle(tuple(layout), call.template, splits, len(rows), rows.shape[1], needs)
             own_weights = row_weights.masked_fill(ids < 0, 0)
+            flight.count = partial(self._count_back, handle, own_weights.shape[1], x.dtype)
             arrived: Any = _Receive.apply(flight, self.buffers, handle, ids, x, weights, rows, own_weights)
             return Dispatched(
                 arrived[0], ids, arrived[1], handle, tokens_per_slot=per_slot, grouped=self.options.expand
@@ -160,7 +170,10 @@ class DeepEPDispatcher:
         y = _SendBack.apply(flight, handle.layout, y)  # type: ignore[assignment]
         with _calling(self.buffers, template=handle.template) as call:
             (out,) = _combine_op(y.detach(), None, handle.layout, call.number)
-        self.meter.rows(handle.splits.recv, y.shape[1] * y.dtype.itemsize)
+        if call.ran:
+            self._count_back(handle, 0, y.dtype)
+        row_bytes = y.shape[1] * y.dtype.itemsize
+        flight.count = partial(self.meter.rows(handle.needs), handle.splits.send, row_bytes)
 
         def finish() -> Tensor:
             call.land()
@@ -168,19 +181,29 @@ class DeepEPDispatcher:
 
         return Pending(finish)
 
-    def _count(self, splits: Splits, x: Tensor, top_k: int) -> None:
+    def _count_tokens(self, splits: Splits, needs: Needs, x: Tensor, top_k: int) -> None:
         hidden = x.shape[1]
         # FP8: a byte per value, and an fp32 scale for each 128.
         row_bytes = hidden + hidden // 32 if self.options.fp8_dispatch else hidden * x.dtype.itemsize
-        self.meter.rows(splits.send, row_bytes)
-        self.meter.about_routes(splits.send, 12 * top_k)
+        self.meter.rows(needs)(splits.send, row_bytes)
+        self.meter.metadata(splits.send, 12 * top_k)
+
+    def _count_back(self, handle: DeepEPHandle, num_weights: int, dtype: torch.dtype) -> None:
+        """Rows that go back, with so many gradients of weights each."""
+        self.meter.rows(handle.needs)(handle.splits.recv, handle.hidden_size * dtype.itemsize)
+        self.meter.metadata(handle.splits.recv, 4 * num_weights)
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Flight:
-    """An exchange of gradients, from the node that starts it to the node that waits for it."""
+    """An exchange of gradients, from the node that starts it, and counts it, to the node that waits for it."""
 
     def __init__(self) -> None:
         self.event: Any = None
+        self.count: Callable[[], None] = _nothing
 
     def land(self) -> None:
         """Let the current stream wait for the exchange, once."""
@@ -196,6 +219,7 @@ class _Call(_Flight):
         super().__init__()
         self.number, self.buffers, self.inputs = number, buffers, inputs
         self.template: Template | None = None
+        self.ran = False
 
 
 # Operators take numbers, not objects: the calls that are being made, by number. An entry is there during its call.
@@ -227,6 +251,7 @@ def _run_dispatch(
 ) -> list[Tensor]:
     """Start sending `x [T, H]`: by `slot_ids [T, K]`, or, without, where the tokens of the call's handle went."""
     call = _CALLS[number]
+    call.ran = True
     if slot_ids is None or weights is None:
         rows, call.event = call.buffers.dispatch_again(x, call.inputs["template"], layout)
         return [rows]
@@ -238,6 +263,7 @@ def _run_dispatch(
 def _run_combine(y: Tensor, weights: Tensor | None, layout: Sequence[Tensor], number: int) -> list[Tensor]:
     """Start sending `y [U, H]`, and `weights [U, K']` if any, back to be summed per token."""
     call = _CALLS[number]
+    call.ran = True
     out, out_weights, call.event = call.buffers.combine(y, weights, call.inputs["template"], layout)
     return [out] if out_weights is None else [out, out_weights]
 
@@ -292,6 +318,7 @@ class _Receive(Function):
         grad_weights = grads[1].masked_fill(slot_ids < 0, 0)
         with _calling(ctx.buffers, template=ctx.template) as call:
             grad_x, grad_weights = _combine_op(grads[0], grad_weights, layout, call.number)
+        ctx.flight.count()
         # What is returned is still on its way; nothing but `_Send` lies between.
         ctx.flight.event = call.event
         return None, None, None, None, grad_x, grad_weights, None, None
@@ -327,6 +354,7 @@ class _Collect(Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         with _calling(ctx.buffers, template=ctx.template) as call:
             (grad_y,) = _dispatch_op(grads[0], None, None, ctx.sent.saved_tensors, call.number)
+        ctx.flight.count()
         # What is returned is still on its way; nothing but `_SendBack` lies between.
         ctx.flight.event = call.event
         return None, None, None, None, grad_y, None

@@ -44,7 +44,7 @@ class Dispatcher(Protocol):
 
     @property
     def traffic(self) -> Traffic:
-        """What this rank has sent since the dispatcher was made."""
+        """What this rank has sent since the dispatcher was made, and the least for that. May wait for the GPU."""
         ...
 
     def dispatch(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:

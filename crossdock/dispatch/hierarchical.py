@@ -13,6 +13,7 @@ from crossdock.comm import UNTOUCHED, Pending, Wire
 from crossdock.dispatch.agreement import RankFailure
 from crossdock.dispatch.alltoall import AllToAllDispatcher, AllToAllHandle
 from crossdock.dispatch.dispatcher import Dispatched
+from crossdock.dispatch.nodes import Nodes
 from crossdock.dispatch.traffic import Traffic
 
 __all__ = ["HierarchicalDispatcher", "HierarchicalHandle"]
@@ -55,10 +56,11 @@ class HierarchicalDispatcher:
         debug_checks: bool = False,
     ) -> None:
         between, within = _groups(group, ranks_per_node)
+        nodes, self.node = Nodes.consecutive(between.size(), 1), between.rank()
         self.between = AllToAllDispatcher(
             between,
             slots_per_rank * ranks_per_node,
-            1,
+            nodes,
             wire=wire,
             chunks=chunks,
             debug_checks=debug_checks,
@@ -81,7 +83,11 @@ class HierarchicalDispatcher:
 
         def finish() -> Dispatched:
             entered = arriving.wait()
-            arrived = self.within.dispatch(entered.tokens, entered.slot_ids, entered.weights).wait()
+            from_nodes = entered.handle.splits.recv
+            first = sum(from_nodes[: self.node])
+            own = slice(first, first + from_nodes[self.node])
+            arriving_there = self.within.dispatch(entered.tokens, entered.slot_ids, entered.weights, own)
+            arrived = arriving_there.wait()
             handle = HierarchicalHandle(entered.handle, arrived.handle)
             return Dispatched(arrived.tokens, arrived.slot_ids, arrived.weights, handle)
 

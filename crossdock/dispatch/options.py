@@ -15,8 +15,8 @@ class DispatchOptions:
     """Options of all dispatchers; the same on all ranks.
 
     Attributes:
-        ranks_per_node: consecutive ranks of the group that make a node; 0: one per GPU of this machine, all of them
-            where there is none. More than the group has: all of them.
+        ranks_per_node: consecutive ranks of the group that make a node; 0: as they were launched (`find_nodes`). More
+            than the group has: all of them.
         wire: what rows look like while they travel; `deepep` has options of its own.
         static_shapes: worst-case buffers and no host sync, for `allgather` and `alltoall` (`StaticDispatcher`).
         debug_checks: look at ids on a GPU too, where it costs a sync.

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from crossdock.dispatch.building import node_size
 from crossdock.dispatch.deepep import deepep_problem
+from crossdock.dispatch.nodes import Nodes, find_nodes
 from crossdock.dispatch.options import DispatchOptions
 
 __all__ = ["AUTO_DISPATCHER", "LOCAL_PLAN", "DispatchPlan", "DispatchSituation", "plan_dispatch"]
@@ -32,6 +32,7 @@ class DispatchSituation:
         dtype: of activations.
         device: where tokens are.
         tokens_per_rank: `T`, of a forward pass; `None` where it is not known.
+        ranks: of the group, in the world; 0 to `R - 1` if `None`.
     """
 
     num_ranks: int
@@ -41,6 +42,10 @@ class DispatchSituation:
     dtype: torch.dtype
     device: torch.device
     tokens_per_rank: int | None = None
+    ranks: tuple[int, ...] | None = None
+
+    def nodes(self, options: DispatchOptions) -> Nodes:
+        return find_nodes(self.ranks or range(self.num_ranks), options.ranks_per_node)
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def plan_dispatch(
         return LOCAL_PLAN
     if name == AUTO_DISPATCHER:
         dispatcher, reason = _dispatcher(situation, options)
-    elif name == "hierarchical" and node_size(situation.num_ranks, options.ranks_per_node) in (1, situation.num_ranks):
+    elif name == "hierarchical" and situation.nodes(options).size in (1, situation.num_ranks):
         dispatcher, reason = (
             "alltoall",
             "hierarchical as set, but there is one node, or one rank in each; ranks_per_node",
@@ -94,7 +99,7 @@ def plan_dispatch(
 
 
 def _dispatcher(situation: DispatchSituation, options: DispatchOptions) -> tuple[str, str]:
-    ranks, node = situation.num_ranks, node_size(situation.num_ranks, options.ranks_per_node)
+    ranks, node = situation.num_ranks, situation.nodes(options).size
     if options.static_shapes:
         return "alltoall", "static_shapes makes it an all-gather"
     if situation.device.type == "cuda" and options.wire.dtype == "same":
@@ -105,7 +110,7 @@ def _dispatcher(situation: DispatchSituation, options: DispatchOptions) -> tuple
         without = f", without deepep ({problem})"
     else:
         without = ""
-    if node in (1, ranks) or ranks % node:
+    if node in (None, 1, ranks):
         where = "all ranks are one node" if node == ranks else f"{ranks} ranks are not nodes of several ranks each"
         return "alltoall", f"{where}{without}"
     # Of rows that uniform routing sends between nodes: one per other rank that a token needs, against one per node.

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from crossdock.comm import UNTOUCHED, Pending, Wire
-from crossdock.dispatch.allgather import AllGatherDispatcher, AllGatherHandle
+from crossdock.dispatch.allgather import AllGatherDispatcher
 from crossdock.dispatch.checks import check_inputs
 from crossdock.dispatch.dispatcher import Dispatched
+from crossdock.dispatch.nodes import Nodes
 
 __all__ = ["StaticDispatcher"]
 
@@ -29,7 +30,7 @@ class StaticDispatcher(AllGatherDispatcher):
     Args:
         group: the expert-parallel ranks.
         slots_per_rank: `P/R`.
-        ranks_per_node: consecutive ranks that make a node, for `traffic`; all of them if `None`.
+        nodes: of the ranks, for `traffic`; one if `None`.
         wire: what rows look like while they travel.
         chunks: parts that a rank's tokens are dispatched in, each by a call.
         debug_checks: exchange counts and look at ids in every call, which costs a sync.
@@ -42,13 +43,13 @@ class StaticDispatcher(AllGatherDispatcher):
         self,
         group: dist.ProcessGroup,
         slots_per_rank: int,
-        ranks_per_node: int | None = None,
+        nodes: Nodes | None = None,
         *,
         wire: Wire = UNTOUCHED,
         chunks: int = 1,
         debug_checks: bool = False,
     ) -> None:
-        super().__init__(group, slots_per_rank, ranks_per_node, wire=wire, chunks=chunks, debug_checks=debug_checks)
+        super().__init__(group, slots_per_rank, nodes, wire=wire, chunks=chunks, debug_checks=debug_checks)
         self.debug_checks = debug_checks
         self.max_tokens: int | None = None
 
@@ -80,7 +81,7 @@ class StaticDispatcher(AllGatherDispatcher):
 
         def finish() -> Dispatched:
             arrived = arriving.wait()
-            handle = AllGatherHandle(arrived.handle.counts, *x.shape)
+            handle = arrived.handle._replace(num_tokens=len(x))
             return Dispatched(arrived.tokens, arrived.slot_ids, arrived.weights, handle)
 
         return Pending(finish)

@@ -2,34 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Traffic", "TrafficMeter", "least_traffic"]
+from crossdock.comm import Tally
+from crossdock.dispatch.nodes import Nodes
+
+__all__ = ["Needs", "Traffic", "TrafficMeter"]
 
 
 @dataclass
 class Traffic:
-    """Bytes that this rank sent to other ranks, forward passes only; to itself nothing counts.
+    """Bytes that this rank sent to other ranks, forward and backward; to itself nothing counts.
 
-    A backward pass sends the tokens' bytes once more in each direction, and the weights' gradients, no ids. Under
-    activation checkpointing, a forward pass that is run again counts again, though a selective one sends nothing.
+    What really travelled: a forward pass that activation checkpointing runs again counts again as far as it sends
+    again, which a selective one does not. The least counts with it, exchange by exchange, each in the size that its
+    rows have on the wire: tokens, results, and the gradients of both.
+
+    The least: a token crosses once to every other node that holds one of its slots, and once to every further rank
+    that does, from a rank of the same node; and so back. No dispatcher sends fewer rows between nodes, or fewer in all.
+    Fewer within nodes are possible, for more between them. It counts where the tokens are, though others send a part:
+    compare sums over the ranks.
 
     Attributes:
-        within: rows of tokens and results to ranks of the same node.
-        between: the same to ranks of other nodes.
-        metadata: ids and weights of routes, and counts, to all other ranks.
+        within: rows to ranks of the same node.
+        between: rows to ranks of other nodes.
+        metadata: to all other ranks: counts, ids and weights of routes, gradients of weights.
+        least_within, least_between: of rows.
     """
 
     within: int = 0
     between: int = 0
     metadata: int = 0
+    least_within: int = 0
+    least_between: int = 0
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def __sub__(self, other: Traffic) -> Traffic:
+        return Traffic(*(getattr(self, field.name) - getattr(other, field.name) for field in fields(self)))
+
+
+class Needs(NamedTuple):
+    """Rows that tokens need at least, in one direction: in all, and those of them between nodes.
+
+    Where the host does not know them, tensors of no dimension on the tokens' device.
+    """
+
+    rows: int | Tensor
+    between: int | Tensor
 
 
 class TrafficMeter:
@@ -37,51 +64,68 @@ class TrafficMeter:
 
     Args:
         group: the ranks that it sends to.
-        ranks_per_node: consecutive ranks of the group that make a node; all of them if `None`.
+        nodes: of the group's ranks; one if `None`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, ranks_per_node: int | None = None) -> None:
-        self.rank, self.ranks_per_node = group.rank(), ranks_per_node or group.size()
-        self.sent = Traffic()
+    def __init__(self, group: dist.ProcessGroup, nodes: Nodes | None = None) -> None:
+        self.rank, self.nodes = group.rank(), nodes or Nodes.consecutive(group.size(), group.size())
+        self._sent = Traffic()
+        self._least = Needs(0, 0)
 
-    def rows(self, per_rank: list[int], row_bytes: int) -> None:
-        """Count rows of `row_bytes` sent to each rank of the group."""
-        for other, count in enumerate(per_rank):
-            if other // self.ranks_per_node != self.rank // self.ranks_per_node:
-                self.sent.between += count * row_bytes
-            elif other != self.rank:
-                self.sent.within += count * row_bytes
+    @property
+    def traffic(self) -> Traffic:
+        """So far. May wait for the GPU."""
+        rows, between = (int(of_bytes) for of_bytes in self._least)
+        return self._sent + Traffic(least_within=rows - between, least_between=between)
 
-    def about_routes(self, per_rank: list[int], row_bytes: int) -> None:
-        """Count `row_bytes` of metadata for each row sent, and 32 bytes of what ranks agree on for each rank."""
-        others = len(per_rank) - 1
-        self.sent.metadata += (sum(per_rank) - per_rank[self.rank]) * row_bytes + 32 * others
+    def needs(self, needed: Tensor, rows: int | Tensor | None = None) -> Needs:
+        """What tokens need. No sync.
+
+        Args:
+            needed: `[T, R]` bool, whether a token needs a rank.
+            rows: of them, to other ranks; where the caller knows.
+        """
+        if rows is None:
+            rows = needed.count_nonzero() - needed[:, self.rank].count_nonzero()
+        if self.nodes.count == 1:
+            return Needs(rows, 0)
+        if self.nodes.size == 1:
+            return Needs(rows, rows)
+        own = self.nodes.of_ranks[self.rank]
+        if self.nodes.size:
+            by_node = needed.unflatten(1, (-1, self.nodes.size)).any(dim=2)
+        else:
+            ranks = range(len(self.nodes.of_ranks))
+            of_nodes = [
+                [rank for rank in ranks if self.nodes.of_ranks[rank] == node] for node in range(self.nodes.count)
+            ]
+            by_node = torch.stack([needed[:, members].any(dim=1) for members in of_nodes], dim=1)
+        return Needs(rows, by_node.count_nonzero() - by_node[:, own].count_nonzero())
+
+    def rows(self, needs: Needs) -> Tally:
+        """What counts the rows of tokens, results or gradients that need so many."""
+
+        def count(per_rank: Sequence[int], row_bytes: int) -> None:
+            self._count(per_rank, row_bytes)
+            self._least = Needs(*map(lambda total, more: _plus(total, more, row_bytes), self._least, needs))
+
+        return count
+
+    def metadata(self, per_rank: Sequence[int], row_bytes: int) -> None:
+        """Count what goes along with rows: a `Tally`."""
+        self._sent.metadata += (sum(per_rank) - per_rank[self.rank]) * row_bytes
+
+    def _count(self, per_rank: Sequence[int], row_bytes: int) -> None:
+        node = self.nodes.of_ranks[self.rank]
+        in_all = sum(per_rank) - per_rank[self.rank]
+        here = sum(rows for rows, other in zip(per_rank, self.nodes.of_ranks, strict=True) if other == node)
+        within = here - per_rank[self.rank]
+        self._sent.within += within * row_bytes
+        self._sent.between += (in_all - within) * row_bytes
 
 
-def least_traffic(slot_ids: Tensor, slots_per_rank: int, row_bytes: int, rank: int, ranks_per_node: int) -> Traffic:
-    """What these tokens' rows cost at least, there and back, without metadata.
-
-    A token must cross to every other node that holds one of its slots once; within nodes, to every rank once: to the
-    other ranks of this node here, and from the rank where it enters another node to the others there. `within` counts
-    both, though other ranks send the latter.
-
-    Args:
-        slot_ids: `[T, K]` global slots of this rank's tokens, `-1` is no route.
-        slots_per_rank: `P/R`.
-        row_bytes: of a token's row.
-        rank: this rank's place in the group.
-        ranks_per_node: consecutive ranks that make a node.
-    """
-    ranks = slot_ids.clamp_min(0) // slots_per_rank
-    routed = slot_ids >= 0
-
-    def distinct(places: Tensor, own: int) -> Tensor:
-        """Of each token, how many distinct places other than `own`."""
-        places = torch.where(routed, places, own)
-        places = torch.cat([places, places.new_full((len(places), 1), own)], dim=1).sort(dim=1).values
-        return (places[:, 1:] != places[:, :-1]).sum()
-
-    other_nodes = distinct(ranks // ranks_per_node, rank // ranks_per_node)
-    other_ranks = distinct(ranks, rank)
-    within = (other_ranks - other_nodes).clamp_min(0)
-    return Traffic(2 * row_bytes * int(within), 2 * row_bytes * int(other_nodes))
+def _plus(total: int | Tensor, more: int | Tensor, times: int) -> int | Tensor:
+    """`total + more * times`, of tensors in one kernel."""
+    if isinstance(total, Tensor) and isinstance(more, Tensor):
+        return torch.add(total, more, alpha=times)
+    return total + more * times

@@ -23,7 +23,7 @@ class PluginOptions:
     dispatcher: str = "alltoall"
     """How tokens travel: `auto`, `alltoall`, `allgather`, `hierarchical` or `deepep`."""
     ranks_per_node: int = 0
-    """Expert-parallel ranks that make a node, for `hierarchical`; 0: the GPUs of a machine, or all ranks."""
+    """Consecutive expert-parallel ranks that make a node, for `hierarchical`; 0: those launched on one machine."""
     wire_dtype: WireDtype = "same"
     """What tokens travel in: `same`, `bf16`, `fp16`, or `fp8` with a scale for every 128 values."""
     wire_directions: Literal["tokens", "both"] = "tokens"

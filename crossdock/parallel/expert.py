@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -56,6 +57,7 @@ class ExpertParallel(ParallelStyle):
             self.dtype or module.experts.down_projs.dtype,
             torch.device(device_mesh.device_type),
             self.tokens_per_rank,
+            tuple(dist.get_process_group_ranks(group)),
         )
         plan = plan_dispatch(config.dispatcher, config.overlap_chunks, situation, options)
         options = replace(options, overlap_chunks=plan.overlap_chunks)

@@ -6,16 +6,19 @@ import json
 import os
 import sys
 import time
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from crossdock.dispatch import Traffic
 from crossdock.routing import StepLoad, load_statistics
 
-__all__ = ["MetricsLog", "ProgressDisplay", "last_logged_step", "load_metrics", "memory_use", "say"]
+__all__ = ["MetricsLog", "ProgressDisplay", "last_logged_step", "load_metrics", "memory_use", "say", "traffic_metrics"]
 
 
 def memory_use(device: torch.device) -> tuple[float, float]:
@@ -44,6 +47,20 @@ def load_metrics(load: StepLoad) -> dict[str, float]:
         "load_entropy": entropy,
         "dead_experts": int(dead),
         "dropped_routes": int(dropped),
+    }
+
+
+def traffic_metrics(traffic: Traffic, device: torch.device) -> dict[str, int]:
+    """Bytes that all ranks sent, of what each sent. Collective, over the default process group."""
+    sums = torch.tensor(astuple(traffic), device=device)
+    dist.all_reduce(sums)
+    in_all = Traffic(*sums.tolist())
+    return {
+        "bytes_within_nodes": in_all.within,
+        "bytes_between_nodes": in_all.between,
+        "least_bytes_within_nodes": in_all.least_within,
+        "least_bytes_between_nodes": in_all.least_between,
+        "metadata_bytes": in_all.metadata,
     }
 
 

@@ -22,13 +22,14 @@ from crossdock.checkpoint import (
 )
 from crossdock.config import ASSETS_FOLDER, Config
 from crossdock.data import IGNORED_LABEL, Batch, TokenBatches, evaluation_batches
+from crossdock.dispatch import Traffic
 from crossdock.models import FAMILIES, batch_loss, count_parameters, export_hf, left_out
 from crossdock.moe import finish_step, moe_layers, set_batch_totals
 from crossdock.parallel import ParallelDims, clip_grad_norm_, plain_name
 from crossdock.routing import CollapseMonitor
 from crossdock.tools.evaluate import evaluate
 from crossdock.train.flops import Speed
-from crossdock.train.metrics import load_metrics, memory_use, say
+from crossdock.train.metrics import load_metrics, memory_use, say, traffic_metrics
 from crossdock.train.optimizer import build_optimizer, learning_rate_factor
 from crossdock.train.preparing import build_training_model, prepare_run_tokens, write_settings
 from crossdock.train.record import RunRecord, lock_folder
@@ -190,6 +191,7 @@ class Trainer:
         """
         config = self.config.training
         set_batch_totals(self.model, self.batches.global_batch_size, tokens, dist.group.WORLD)
+        sent_before = self._traffic()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
             share = batch_loss(self.model, **batch.inputs(self.device)) / max(targets, 1)
@@ -197,6 +199,7 @@ class Trainer:
             loss += share.detach()
         norm = clip_grad_norm_(self.model.parameters(), config.max_norm).item()
         sums, memory = self._gather_metrics(loss)
+        sent = traffic_metrics(self._traffic() - sent_before, self.device)
 
         self.step += 1
         self.samples += self.batches.global_batch_size
@@ -219,6 +222,7 @@ class Trainer:
             "lr": rate,
             **memory,
             **load_metrics(load),
+            **sent,
             "tokens": tokens,
             "skipped_steps": self.skipped_steps,
         }, load.routes
@@ -247,6 +251,10 @@ class Trainer:
         values, largest = gathered[:, :-2].sum(dim=0).tolist(), gathered[:, -2:].amax(dim=0).tolist()
         sums = dict(zip(["loss", *auxiliary], values, strict=True))
         return sums, dict(zip(["memory_gib", "memory_percent"], largest, strict=True))
+
+    def _traffic(self) -> Traffic:
+        """What this rank has sent so far for its MoE layers; at a moment when the GPU has been waited for anyway."""
+        return sum((layer.dispatcher.traffic for layer in self.layers), Traffic())
 
     def _stop_after_bad_steps(self) -> None:
         if self.skipped_in_a_row >= self.config.training.max_skipped_steps:

@@ -25,6 +25,8 @@ from crossdock.dispatch import (
     DeepEPDispatcher,
     DeepEPOptions,
     Dispatcher,
+    Nodes,
+    Traffic,
     build_dispatcher,
     free_deepep_buffers,
     load_deepep,
@@ -191,7 +193,8 @@ def _train(blocks: nn.ModuleList) -> list[np.ndarray]:
 
 
 def _recompute() -> dict[str, Any]:
-    results: dict[str, Any] = {"alltoall": _train(_blocks(MoEConfig(), torch.float64))}
+    blocks = _blocks(MoEConfig(), torch.float64)
+    results: dict[str, Any] = {"alltoall": (_train(blocks), _rows_sent(blocks))}
     for options in (DeepEPOptions(), DeepEPOptions(expand=True), DeepEPOptions(api="buffer")):
         for mode in ("none", "full", "selective"):
             double = Double(EXACT)
@@ -207,17 +210,25 @@ def _recompute() -> dict[str, Any]:
             gc.enable()
             free_deepep_buffers()
             assert all(buffer.destroyed for buffer in double.buffers)
-            results[f"{options.api} {options.expand} {mode}"] = (grads, dict(double.calls))
+            results[f"{options.api} {options.expand} {mode}"] = (grads, dict(double.calls), _rows_sent(blocks))
     return results
+
+
+def _rows_sent(blocks: nn.Module) -> list[Traffic]:
+    return [replace(layer.dispatcher.traffic, metadata=0) for layer in moe_layers(blocks).values()]
 
 
 def test_selective_recompute_repeats_no_exchange(ranks: RankPool) -> None:
     """Under full recompute rows arrive in another order the second time; the backward pass goes by that order."""
     exchanges = 2 * 2  # layers, micro-batches
     for results in ranks.run(4, _recompute):
-        expected = results.pop("alltoall")
+        expected, rows_sent = results.pop("alltoall")
         assert len(results) == 9
-        for name, (grads, calls) in results.items():
+        for name, (grads, calls, rows_sent_here) in results.items():
+            if name.endswith("full"):
+                assert rows_sent_here[0].within > rows_sent[0].within
+            else:
+                assert rows_sent_here == rows_sent, name
             for ours, theirs in zip(grads, expected, strict=True):
                 np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11, err_msg=name)
             times = 2 if name.endswith("full") else 1
@@ -289,7 +300,7 @@ def _growth() -> list[list[Any]]:
     for api in ("elastic", "buffer"):
         double = Double()
         options = DeepEPOptions(api=api)
-        first, second = (DeepEPDispatcher(_group(), SLOTS, 1, options, library=double) for _ in range(2))
+        first, second = (DeepEPDispatcher(_group(), SLOTS, Nodes((0, 1)), options, library=double) for _ in range(2))
         outputs, made = [], []
         # The last rank alone has more tokens the second time; the third fits.
         for dispatcher, more in ((first, 0), (second, 40), (first, 30)):
@@ -313,10 +324,12 @@ def test_a_buffer_grows_on_all_ranks_and_handles_keep_theirs(ranks: RankPool) ->
     for rank, (elastic, plain) in enumerate(ranks.run(2, _growth)):
         assert elastic[:3] == [[1, 2, 2], [4, 88], {2.0}]
         assert plain[:3] == [[1, 1, 1], [None], {2.0}]
-        # Of the first and third time: a row per token to the other rank, and one back for each of its.
+        # Of the first and third time, forward and backward: a row per token to the other rank, and one back for each of
+        # its.
         sent = (4 + 4, 4 + 34)
         assert elastic[3] == plain[3]
-        assert elastic[3].between == (sent[rank] + sent[1 - rank]) * H * 2
+        assert elastic[3].between == 2 * (sent[rank] + sent[1 - rank]) * H * 2
+        assert elastic[3].least_between == 4 * sent[rank] * H * 2
         assert elastic[3].within == 0
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from crossdock.dispatch import Dispatcher, DispatchOptions, LocalDispatcher, build_dispatcher, least_traffic
+from crossdock.dispatch import Dispatcher, DispatchOptions, LocalDispatcher, build_dispatcher
 from tests.dispatch.recorder import Recorder
 from tests.ranks import RankPool
 
@@ -344,7 +344,7 @@ def test_unknown_dispatcher_is_refused_with_the_valid_names() -> None:
 
 
 def _traffic() -> list[Any]:
-    """Of 8 ranks on 4 nodes: what `alltoall` and `hierarchical` sent, the least, and what it says of a wrong node."""
+    """Of 8 ranks on 4 nodes: what `alltoall` and `hierarchical` sent, and what it says of a wrong node."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     group = dist.group.WORLD
     assert group is not None
@@ -360,7 +360,6 @@ def _traffic() -> list[Any]:
         arrived = dispatcher.dispatch(x, slot_ids, weights).wait()
         dispatcher.combine(arrived.tokens, arrived.handle).wait()
         results.append(dispatcher.traffic)
-    results.append(least_traffic(slot_ids, slots_per_rank, 2 * width, rank, RANKS_PER_NODE))
     with pytest.raises(ValueError, match=r"ranks_per_node = 3.*8 ranks.*alltoall"):
         build_dispatcher("hierarchical", group, slots_per_rank, DispatchOptions(3))
     return results
@@ -371,7 +370,7 @@ def test_bytes_sent_are_the_least(ranks: RankPool) -> None:
     world_size, slots_per_rank, row_bytes = 8, 16, 2 * 1024
     by_rank = ranks.run(world_size, _traffic)
     rows, pairs, entering, within, between = 0, 0, 0, 0, 0
-    for rank, (slot_ids, plain, hierarchical, least) in enumerate(by_rank):
+    for rank, (slot_ids, plain, hierarchical) in enumerate(by_rank):
         destinations = _destinations(slot_ids, slots_per_rank)
         rows += sum(slot // slots_per_rank != rank for slots in slot_ids.tolist() for slot in slots if slot >= 0)
         others = sum(len(ranks - {rank}) for ranks in destinations)
@@ -381,15 +380,19 @@ def test_bytes_sent_are_the_least(ranks: RankPool) -> None:
         # Arrived rows go back to where they came from: what a rank sends back is what it received.
         assert hierarchical.between < plain.between
         assert plain.metadata <= 0.03 * (plain.within + plain.between)
-        assert least.between == 2 * row_bytes * sum(map(len, nodes))
+        for traffic in (plain, hierarchical):
+            assert traffic.least_between == 2 * row_bytes * sum(map(len, nodes))
+        assert plain.least_within + plain.least_between == 2 * row_bytes * others
         within += hierarchical.within
         between += hierarchical.between
-    sent = sum(plain.within + plain.between for _, plain, _, _ in by_rank)
+    sent = sum(plain.within + plain.between for _, plain, _ in by_rank)
     assert sent == 2 * row_bytes * pairs, "the minimum: unique pairs of token and rank"
     assert sent < 0.70 * 2 * row_bytes * rows, "a third less than a copy per route"
     assert between == 2 * row_bytes * entering
-    assert sum(least.between for *_, least in by_rank) == between
-    assert within >= sum(least.within for *_, least in by_rank)
+    for traffics in zip(*(result[1:] for result in by_rank), strict=True):
+        assert sum(traffic.least_between for traffic in traffics) == between
+        assert sum(traffic.least_within for traffic in traffics) == 2 * row_bytes * pairs - between
+    assert within >= 2 * row_bytes * pairs - between
 
 
 def _threads_after_nodes() -> int:

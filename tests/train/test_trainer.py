@@ -86,6 +86,12 @@ def test_recorded_loads_are_the_routes_of_the_global_batch(ranks: RankPool, fold
     assert (counts.sum(axis=2) == 8 * 32 * 2).all(), "every token of the global batch takes two routes"
     worst = (counts.max(axis=2) / counts.mean(axis=2)).max(axis=1)
     np.testing.assert_allclose(worst, [line["max_mean_load"] for line in result["metrics"][1::2]])
+    for line in result["metrics"]:
+        assert 0 < line["bytes_within_nodes"] == line["least_bytes_within_nodes"], "of this step alone"
+        # 32 values of 4 bytes; there and back, forward and backward, over two layers, at most once per token.
+        assert line["bytes_within_nodes"] <= 8 * 32 * 32 * 4 * 4 * 2
+        assert line["bytes_between_nodes"] == line["least_bytes_between_nodes"] == 0
+        assert 0 < line["metadata_bytes"] < line["bytes_within_nodes"]
     whole = counts.copy()
     shutil.rmtree(folder / "loads" / "checkpoint" / "step-00000006")
     _train(ranks, folder, "loads", 2, *every_second, *ep2)
