@@ -26,13 +26,21 @@ from crossdock.moe import moe_layers
 from crossdock.parallel import local_part, local_with_offsets, plain_name
 from crossdock.placement import EMPTY
 
-__all__ = ["DTYPES", "INDEX_FILE", "SINGLE_FILE", "HFCheckpoint", "HFKeys", "views_of"]
+__all__ = ["DTYPES", "INDEX_FILE", "SINGLE_FILE", "HFCheckpoint", "HFKeys", "Part", "views_of"]
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 # No header of a real checkpoint comes near; a file that is none may claim any size.
 _MOST_HEADER_BYTES = 100 * 2**20
 _SHOWN = 8
+
+# Names of packed experts, by ours.
+_PACKED = {
+    "gate_and_up_projs": "gate_up_proj",
+    "down_projs": "down_proj",
+    "gate_and_up_bias": "gate_up_proj_bias",
+    "down_bias": "down_proj_bias",
+}
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -43,12 +51,22 @@ DTYPES: Mapping[str, torch.dtype] = {
 """The floating dtypes that can be read and written, by safetensors' names."""
 
 
-class _Part(NamedTuple):
-    """A tensor of a checkpoint and where it goes: these columns of a parameter (or expert), `None` for all."""
+class Part(NamedTuple):
+    """A tensor of a checkpoint and where it goes.
+
+    Attributes:
+        name: of the tensor.
+        columns: of a parameter (or expert) that it makes up; `None` for all.
+        transposed: whether it lies the other way round there.
+        expert: which of its rows is meant, where it has a row for each expert.
+        interleaved: whether its columns are gate and up in turn.
+    """
 
     name: str
-    columns: slice | None
-    transposed: bool
+    columns: slice | None = None
+    transposed: bool = False
+    expert: int | None = None
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,10 @@ class HFKeys:
         renamed: pairs (part of a parameter's name here, there).
         gate, up, down: names of an expert's three matrices, after the name of the module that holds the experts; `{}`
             stands for the logical expert. They are `[I, H]`, `[I, H]` and `[H, I]`.
+        packed: whether all experts are in one tensor instead: `gate_up_proj [E, H, 2I]` and `down_proj [E, I, H]`, and
+            `{...}_bias` where there are biases.
+        interleaved: whether a packed tensor's gate and up columns take turns.
+        expert_bias: whether the router's expert bias is among the tensors.
         ignored: regular expressions of names that a checkpoint may hold and nobody needs.
     """
 
@@ -66,9 +88,12 @@ class HFKeys:
     gate: str = "{}.gate_proj.weight"
     up: str = "{}.up_proj.weight"
     down: str = "{}.down_proj.weight"
+    packed: bool = False
+    interleaved: bool = False
+    expert_bias: bool = False
     ignored: Sequence[str] = (r"rotary_emb\.inv_freq$",)
 
-    def parts(self, name: str, expert: int | None, shape: Sequence[int]) -> list[_Part]:
+    def parts(self, name: str, expert: int | None, shape: Sequence[int]) -> list[Part]:
         """The tensors that make up a parameter, or the matrix `[A, B]` that an `expert` has in it.
 
         Args:
@@ -77,15 +102,18 @@ class HFKeys:
             shape: of the parameter or matrix.
         """
         if expert is None:
-            return [_Part(self._there(name), None, False)]
+            return [Part(self._there(name))]
         module, _, parameter = name.rpartition(".")
         module = self._there(f"{module}.")
+        if self.packed:
+            interleaved = self.interleaved and parameter.startswith("gate_and_up")
+            return [Part(module + _PACKED[parameter], expert=expert, interleaved=interleaved)]
         if parameter == "down_projs":
-            return [_Part(module + self.down.format(expert), None, True)]
+            return [Part(module + self.down.format(expert), transposed=True)]
         size = shape[1] // 2
         return [
-            _Part(module + self.gate.format(expert), slice(0, size), True),
-            _Part(module + self.up.format(expert), slice(size, 2 * size), True),
+            Part(module + self.gate.format(expert), slice(0, size), transposed=True),
+            Part(module + self.up.format(expert), slice(size, 2 * size), transposed=True),
         ]
 
     def _there(self, name: str) -> str:
@@ -172,7 +200,7 @@ class HFCheckpoint:
         try:
             with ExitStack() as stack:
                 files: dict[str, Any] = {}
-                for name, expert, view in views_of(model):
+                for name, expert, view in views_of(model, keys):
                     local, offsets = local_with_offsets(view)
                     for part in keys.parts(name, expert, view.shape):
                         file = self.tensors[part.name].file
@@ -185,13 +213,23 @@ class HFCheckpoint:
         _clear_empty_slots(model)
 
 
-def views_of(model: nn.Module) -> Iterator[tuple[str, int | None, Tensor]]:
-    """Name, expert and value of every parameter, of experts row by row: views of what this rank has, or DTensors."""
+def views_of(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, int | None, Tensor]]:
+    """Name, expert and value of every parameter, of experts row by row: views of what this rank has, or DTensors.
+
+    Expert biases come last, where `keys` has them.
+    """
     rows = ExpertRows(model)
     for name, parameter in model.named_parameters():
         is_expert = rows.is_expert(parameter)
         for row, view in rows.split(name, parameter, parameter.detach()).items():
             yield (*_split_row(row, is_expert), view)
+    yield from ((name, None, bias) for name, bias in _expert_biases(model, keys))
+
+
+def _expert_biases(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, Tensor]]:
+    for name, layer in moe_layers(model).items():
+        if keys.expert_bias and layer.router.expert_bias is not None:
+            yield plain_name(f"{name}.router.expert_bias"), layer.router.expert_bias
 
 
 def _global_parts(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -200,10 +238,14 @@ def _global_parts(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, tuple[i
     for name, parameter in model.named_parameters():
         is_expert = rows.is_expert(parameter)
         shape = tuple(parameter.shape[1:] if is_expert else parameter.shape)
-        for row in rows.all_names(name, parameter, parameter):
+        names = rows.all_names(name, parameter, parameter)
+        for row in names:
             for part in keys.parts(*_split_row(row, is_expert), shape):
                 whole = shape if part.columns is None else (shape[0], part.columns.stop - part.columns.start)
+                whole = whole if part.expert is None else (len(names), *whole)
                 yield part.name, whole[::-1] if part.transposed else whole
+    for name, bias in _expert_biases(model, keys):
+        yield keys.parts(name, None, ())[0].name, tuple(bias.shape)
 
 
 def _split_row(name: str, is_expert: bool) -> tuple[str, int | None]:
@@ -220,7 +262,7 @@ def _second_names(model: nn.Module) -> set[str]:
     return {plain_name(name) for name in every} - {plain_name(name) for name, _ in model.named_parameters()}
 
 
-def _read_part(stored: Any, part: _Part, local: Tensor, offsets: tuple[int, ...]) -> None:
+def _read_part(stored: Any, part: Part, local: Tensor, offsets: tuple[int, ...]) -> None:
     """Copy what `local` covers of a stored tensor; `offsets` says where `local` starts in the parameter."""
     ranges = [(start, start + size) for start, size in zip(offsets, local.shape, strict=True)]
     if part.columns is not None:
@@ -228,6 +270,14 @@ def _read_part(stored: Any, part: _Part, local: Tensor, offsets: tuple[int, ...]
         local = local[:, first - offsets[1] : last - offsets[1]]
         ranges[1] = (first - part.columns.start, last - part.columns.start)
     if local.numel() == 0:
+        return
+    if part.expert is not None:
+        *others, last = ranges
+        read = (0, stored.get_shape()[-1]) if part.interleaved else last
+        values = stored[tuple(slice(*bounds) for bounds in ((part.expert, part.expert + 1), *others, read))][0]
+        if part.interleaved:
+            values = torch.cat([values[..., ::2], values[..., 1::2]], dim=-1)[..., slice(*last)]
+        local.copy_(values)
         return
     values = stored[tuple(slice(*bounds) for bounds in (reversed(ranges) if part.transposed else ranges))]
     local.copy_(values.t() if part.transposed else values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from crossdock.checkpoint.folders import CheckpointError
-from crossdock.checkpoint.hf import DTYPES, INDEX_FILE, SINGLE_FILE, HFKeys, views_of
+from crossdock.checkpoint.hf import DTYPES, INDEX_FILE, SINGLE_FILE, HFKeys, Part, views_of
 from crossdock.comm import raise_together
 from crossdock.moe import moe_layers
+from crossdock.parallel import plain_name
 
 __all__ = ["save_hf"]
 
@@ -28,7 +29,8 @@ def save_hf(model: nn.Module, keys: HFKeys, folder: Path, dtypes: Mapping[str, s
     """Write the weights of `model` into an existing folder, with an index. Collective; on any layout.
 
     The experts are written by the ranks that hold them (the first of those that share them), all else by the first
-    rank, in files of some 2 GiB: no rank holds more than that beside its part of the model.
+    rank, in files of some 2 GiB: no rank holds more than that beside its part of the model. Where a layer's experts are
+    packed in one tensor, all ranks hold that for a moment and the first one writes it.
 
     Args:
         model: its weights.
@@ -47,16 +49,13 @@ def save_hf(model: nn.Module, keys: HFKeys, folder: Path, dtypes: Mapping[str, s
     error: Exception | None = None
     # First of all, since it makes FSDP shard again what a forward pass has left gathered.
     model.state_dict()
-    for name, expert, view in views_of(model):
+    for part, view, of_one_expert in _parts_of(model, keys):
         # Collective: it goes on after an error, since other ranks wait for this one's part.
         whole = view.full_tensor() if isinstance(view, DTensor) else view
-        if error is not None or not (rank == 0 if expert is None else writes_experts):
+        if error is not None or not (writes_experts if of_one_expert else rank == 0):
             continue
         try:
-            for part in keys.parts(name, expert, view.shape):
-                piece = whole if part.columns is None else whole[:, part.columns]
-                dtype = DTYPES[dtypes.get(part.name, default_dtype)]
-                writer.add(part.name, (piece.t() if part.transposed else piece).to("cpu", dtype))
+            writer.add(part.name, _as_stored(part, whole).to("cpu", DTYPES[dtypes.get(part.name, default_dtype)]))
         except (OSError, RuntimeError, SafetensorError) as caught:  # RuntimeError: no memory for it.
             error = caught
     try:
@@ -75,6 +74,29 @@ def save_hf(model: nn.Module, keys: HFKeys, folder: Path, dtypes: Mapping[str, s
         except OSError as caught:
             error = CheckpointError(f"cannot write the weights below {folder}: {caught}")
     raise_together(error)
+
+
+def _parts_of(model: nn.Module, keys: HFKeys) -> Iterator[tuple[Part, Tensor, bool]]:
+    """Every tensor of a checkpoint, what it is made of, and whether that is one expert, on the ranks that hold it."""
+    for name, expert, view in views_of(model, keys):
+        if expert is None or not keys.packed:
+            yield from ((part, view, expert is not None) for part in keys.parts(name, expert, view.shape))
+    if not keys.packed:
+        return
+    for layer_name, layer in moe_layers(model).items():
+        for name, parameter in layer.experts.named_parameters():
+            (part,) = keys.parts(plain_name(f"{layer_name}.experts.{name}"), 0, parameter.shape[1:])
+            slots = torch.tensor(layer.placement.expert_to_slot, device=parameter.device)
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            yield part, whole.detach()[slots], False
+
+
+def _as_stored(part: Part, whole: Tensor) -> Tensor:
+    """What a checkpoint's tensor holds of a parameter, an expert of it, or (packed) all its experts."""
+    if part.interleaved:
+        return torch.stack(whole.chunk(2, dim=-1), dim=-1).flatten(-2)
+    piece = whole if part.columns is None else whole[:, part.columns]
+    return piece.t() if part.transposed else piece
 
 
 class _Writer:

@@ -19,7 +19,7 @@ from crossdock.config.reading import RUN_CONFIG_FILE, absolute, read_toml
 from crossdock.config.settings import Config, ConfigError, setting_types
 from crossdock.data import DataError, check_source, mixture_quotas, open_tokenizer, vocabulary_size
 from crossdock.dispatch import choose_deepep_api, find_nodes, load_deepep
-from crossdock.models import FAMILIES, ModelError, build_model, resolve_hf_config
+from crossdock.models import FAMILIES, ExpertSizes, ModelError, build_model, resolve_hf_config
 from crossdock.models.family import DEEPEP_SUFFIX
 from crossdock.moe import moe_layers
 from crossdock.moe_config import MoEConfigError
@@ -43,7 +43,8 @@ def validate(config: Config, world_size: int) -> ParallelDims:
         dims = ParallelDims.from_config(config.parallelism, world_size)
     except LayoutError as error:
         raise ConfigError(f"parallelism.{error.field}", error.value, error.valid) from None
-    ep, most = "parallelism.expert_parallel_degree", model.num_experts
+    sizes = FAMILIES[config.model.name].expert_sizes(model)
+    ep, most = "parallelism.expert_parallel_degree", sizes.num_experts
     valid = f"needs {ep} = 1, not {dims.ep}; use auto or alltoall"
     _require(config, "moe.dispatcher", config.moe.dispatcher != "local" or dims.ep == 1, valid)
     if config.moe.dispatcher == "hierarchical" and dims.ep > 1:
@@ -52,10 +53,9 @@ def validate(config: Config, world_size: int) -> ParallelDims:
             valid = f"must divide {ep} = {dims.ep}, whose ranks are on nodes {nodes}"
             _require(config, "moe.ranks_per_node", nodes.size is not None, valid)
     _require(config, ep, dims.ep <= most, f"at most {most}, the model's experts")
-    sizes = (model.hidden_size, model.moe_intermediate_size)
-    working = expert_parallel_degrees(model, world_size)
+    working = expert_parallel_degrees(sizes, world_size)
     valid = f"one of {', '.join(map(str, working))}" if working else "there is none for this number of ranks"
-    why = f"{world_size} ranks / expert_parallel_degree must divide the experts' sizes {sizes[0]} and {sizes[1]}"
+    why = f"{world_size} ranks / expert_parallel_degree must divide the experts' sizes {sizes[1]} and {sizes[2]}"
     _require(config, ep, dims.ep in working, f"{valid}: {why}")
     batch, total = config.training.local_batch_size, config.training.global_batch_size
     step = batch * dims.dp_replicate * dims.dp_shard
@@ -64,13 +64,13 @@ def validate(config: Config, world_size: int) -> ParallelDims:
     return dims
 
 
-def expert_parallel_degrees(model: PreTrainedConfig, world_size: int) -> list[int]:
+def expert_parallel_degrees(sizes: ExpertSizes, world_size: int) -> list[int]:
     """The degrees that work, ascending: no rank without an expert, and matrices that divide evenly over `ep_shard`."""
-    sizes = (model.hidden_size, model.moe_intermediate_size)
     return [
         degree
-        for degree in range(1, min(world_size, model.num_experts) + 1)
-        if world_size % degree == 0 and not any(size % (world_size // degree) for size in sizes)
+        for degree in range(1, min(world_size, sizes.num_experts) + 1)
+        if world_size % degree == 0
+        and not any(size % (world_size // degree) for size in (sizes.hidden_size, sizes.intermediate_size))
     ]
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -14,16 +12,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from crossdock.checkpoint import HFCheckpoint
 from crossdock.models.assets import export_hf, left_out, write_assets
 from crossdock.models.attention import register_wide_attention
-from crossdock.models.family import DEEPEP_SUFFIX, Family, Kernels, ModelConfig
+from crossdock.models.families import FAMILIES
+from crossdock.models.family import DEEPEP_SUFFIX, ExpertSizes, Family, Kernels, ModelConfig
 from crossdock.models.initial import initialise_weights
 from crossdock.models.loss import LossHead, batch_loss, token_loss
-from crossdock.models.qwen3 import Qwen3
 from crossdock.moe import moe_layers
 from crossdock.moe_config import MoEConfig
 from crossdock.parallel import local_part
 
 __all__ = [
     "FAMILIES",
+    "ExpertSizes",
     "Family",
     "LossHead",
     "ModelConfig",
@@ -39,8 +38,6 @@ __all__ = [
     "token_loss",
     "write_assets",
 ]
-
-FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in (Qwen3(),)})
 
 
 class ModelError(ValueError):
@@ -68,6 +65,8 @@ def resolve_hf_config(config: ModelConfig) -> PreTrainedConfig:
     flavor = config.flavor.removesuffix(DEEPEP_SUFFIX)
     if not flavor and config.hf_assets_path:
         return _config_of_folder(family, Path(config.hf_assets_path))
+    if not family.flavors:
+        raise ModelError("flavor", config.flavor, f"{family.name} has none; name a folder in hf_assets_path instead")
     if (flavor or "debug") not in family.flavors:
         raise ModelError("flavor", config.flavor, f"one of {', '.join(family.flavors)}, each also with -deepep")
     return family.hf_config(flavor or "debug")
@@ -106,7 +105,9 @@ def build_model(
     Raises:
         ImportError: where the package of `attn_implementation` is not installed.
     """
-    if attn_implementation == "eager" and dtype == torch.float64:
+    if family.own_attention:
+        attn_implementation = "eager" if attn_implementation == "sdpa" else attn_implementation
+    elif attn_implementation == "eager" and dtype == torch.float64:
         attn_implementation = register_wide_attention()
     hf_config = copy.deepcopy(hf_config)
     hf_config._attn_implementation = attn_implementation

@@ -89,9 +89,9 @@ def write_assets(
     (folder / _DTYPES_FILE).write_text(json.dumps(_dtypes_of(model, weights)._asdict(), indent=2) + "\n")
 
 
-def left_out(model: PreTrainedModel) -> str:
+def left_out(model: PreTrainedModel, keys: HFKeys) -> str:
     """What an export leaves out of a model, in brackets, for a message; empty where that is nothing."""
-    biased = any(layer.router.expert_bias is not None for layer in moe_layers(model).values())
+    biased = not keys.expert_bias and any(layer.router.expert_bias is not None for layer in moe_layers(model).values())
     return " (without the expert bias, for which its format has no place)" if biased else ""
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from crossdock.models.norm import RMSNorm
 from crossdock.moe import moe_layers
 from crossdock.parallel import local_with_offsets, plain_name
 from crossdock.placement import EMPTY
@@ -18,6 +19,8 @@ __all__ = ["initialise_weights"]
 @torch.no_grad()
 def initialise_weights(model: nn.Module, seed: int, std: float) -> None:
     """Fill all parameters of `model` in place: matrices from N(0, std^2), vectors named `weight` with 1, others with 0.
+
+    A norm that adds 1 to its weight gets 0 too.
 
     Each row of a matrix, and each expert, has a generator of its own, seeded by (seed, name of the parameter, row or
     logical expert). A rank draws only the rows it holds, so the model never exists as a whole, and the values depend
@@ -33,11 +36,13 @@ def initialise_weights(model: nn.Module, seed: int, std: float) -> None:
         for layer in moe_layers(model).values()
         for parameter in layer.experts.parameters()
     }
+    norms = (module for module in model.modules() if isinstance(module, RMSNorm))
+    around_zero = {norm.weight for norm in norms if norm.formula.offset}
     generator = torch.Generator()
     for name, parameter in model.named_parameters():
         local, offsets = local_with_offsets(parameter)
         if parameter.ndim == 1:
-            local.fill_(1.0 if name.endswith("weight") else 0.0)
+            local.fill_(1.0 if name.endswith("weight") and parameter not in around_zero else 0.0)
             continue
         if parameter in expert_ids:
             rows: Iterator[tuple[int, int]] = ((s, e) for s, e in enumerate(expert_ids[parameter]) if e != EMPTY)

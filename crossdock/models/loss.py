@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossdock.data import IGNORED_LABEL
-from crossdock.models.family import Kernels
+from crossdock.models.norm import Kernels
 
 __all__ = ["LossHead", "batch_loss", "token_loss"]
 

@@ -33,4 +33,4 @@ def export(source: ModelSource, destination: Path, device: torch.device, dtype: 
     """
     model = open_model(source, device)
     export_hf(model, source.family.hf_keys, source.assets, destination, dtype)
-    return left_out(model)
+    return left_out(model, source.family.hf_keys)

@@ -112,8 +112,9 @@ def find_model(path: Path) -> ModelSource:
 
 def check_ranks(source: ModelSource, world_size: int) -> None:
     """Raises ConfigError where the model cannot be spread over `world_size` ranks."""
-    if not expert_parallel_degrees(source.hf_config, world_size):
-        working = [str(n) for n in range(1, world_size) if expert_parallel_degrees(source.hf_config, n)]
+    sizes = source.family.expert_sizes(source.hf_config)
+    if not expert_parallel_degrees(sizes, world_size):
+        working = [str(n) for n in range(1, world_size) if expert_parallel_degrees(sizes, n)]
         raise ConfigError(
             "--nproc", world_size, f"this model's sizes do not divide over it; use {' or '.join(working)}"
         )
@@ -136,7 +137,7 @@ def open_model(
     """
     world_size = dist.get_world_size()
     model = build_model(source.family, source.hf_config, source.moe, source.dtype)
-    ep = max(expert_parallel_degrees(source.hf_config, world_size))
+    ep = max(expert_parallel_degrees(source.family.expert_sizes(source.hf_config), world_size))
     mesh = ParallelDims(world_size, ep=ep).build_mesh(device.type)
     parallelize(model, mesh, param_dtype=compute_dtype, reshard_after_forward=False)
     weights = source.weights if isinstance(source.weights, HFCheckpoint) else None

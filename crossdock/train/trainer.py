@@ -293,7 +293,7 @@ class Trainer:
         except CheckpointError as error:
             self._tell(f"{error}; crossdock export {self.folder} DESTINATION tries again")
             return
-        self._tell(f"Hugging Face model: {destination}{left_out(self.model)}")
+        self._tell(f"Hugging Face model: {destination}{left_out(self.model, keys)}")
 
     def _global_batch_size(self) -> int:
         training = self.config.training

@@ -34,7 +34,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "unreadable" / "config.json").write_text("{")
     write_assets(folder / "empty_config")
     (folder / "empty_config" / "config.json").write_text("{}")
-    write_hf_model(folder / "gelu", hidden_act="gelu")
+    write_hf_model(folder / "tanh", hidden_act="tanh")
     write_assets(folder / "negative", num_hidden_layers=-1, num_experts="many")
     write_assets(folder / "broken_run" / "hf_assets")
     (folder / "broken_run" / "config.toml").write_text("[training\n")
@@ -69,7 +69,7 @@ MISTAKES = [
     ("generate foreign --prompt a", "foreign'", "qwen3_moe"),
     ("generate unreadable --prompt a", "unreadable'", "config.json"),
     ("generate empty_config --prompt a", "empty_config'", "model_type None"),
-    ("generate gelu --prompt a", "gelu'", "hidden_act"),
+    ("generate tanh --prompt a", "tanh'", "hidden_act"),
     ("generate negative --prompt a", "negative'", "config.json"),
     ("generate broken_run --prompt a", "broken_run", "valid TOML"),
     ("generate hf --prompt ''", "--prompt", "0 tokens; the model takes 1 to 19"),

@@ -1,0 +1,49 @@
+"""gpt-oss: softmax over the chosen, biases everywhere, a clamped gate (openai/gpt-oss, model card)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossdock.checkpoint import HFKeys
+from crossdock.experts import GPT_OSS, QUICK_GELU_ALPHA, ExpertParams
+from crossdock.models.family import Block, Family
+from crossdock.models.norm import NormFormula
+from crossdock.routing import RouterConfig
+
+__all__ = ["GptOss"]
+
+
+class GptOss(Family):
+    """Adapter of the family `gpt_oss`."""
+
+    name = "gpt_oss"
+    model_type = "gpt_oss"
+    block = "GptOssMLP"
+    norm = "GptOssRMSNorm"
+    norm_formula = NormFormula(rounds_first=False)
+    returns_scores = True
+    own_attention = True  # sinks
+    hf_keys = HFKeys(packed=True, interleaved=True)
+
+    def read_block(self, block: Any, config: Any) -> Block:
+        experts = block.experts
+        if experts.alpha != QUICK_GELU_ALPHA:
+            raise ValueError(f"swiglu_alpha is {experts.alpha}; experts compute {QUICK_GELU_ALPHA} alone")
+        params = ExpertParams(
+            _halves_apart(experts.gate_up_proj),
+            experts.down_proj,
+            _halves_apart(experts.gate_up_proj_bias),
+            experts.down_proj_bias,
+        )
+        router = RouterConfig(config.num_local_experts, config.num_experts_per_tok, softmax_over="chosen", bias=True)
+        formula = replace(GPT_OSS, limit=experts.limit)
+        return Block(router, block.router.weight, params, formula, gate_bias=block.router.bias)
+
+
+def _halves_apart(interleaved: Tensor) -> Tensor:
+    """`[..., 2I]` with gate and up in turn to gate first, up after."""
+    return torch.cat([interleaved[..., ::2], interleaved[..., 1::2]], dim=-1)

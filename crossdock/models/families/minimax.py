@@ -1,0 +1,38 @@
+"""MiniMax-M2: sigmoid with an expert bias, Mixtral's names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from crossdock.models.families.parts import MIXTRAL_KEYS, packed_experts
+from crossdock.models.family import Block, Family, formula_of
+from crossdock.routing import RouterConfig
+
+__all__ = ["MiniMaxM2"]
+
+
+class MiniMaxM2(Family):
+    """Adapter of the family `minimax_m2`."""
+
+    name = "minimax_m2"
+    model_type = "minimax_m2"
+    block = "MiniMaxM2SparseMoeBlock"
+    norm = "MiniMaxM2RMSNorm"
+    hf_keys = replace(MIXTRAL_KEYS, expert_bias=True)
+
+    def read_block(self, block: Any, config: Any) -> Block:
+        router = RouterConfig(
+            config.num_local_experts,
+            config.num_experts_per_tok,
+            "sigmoid",
+            expert_bias=True,
+            input_jitter=config.router_jitter_noise,
+        )
+        return Block(
+            router,
+            block.gate.weight,
+            packed_experts(block.experts),
+            formula_of(config.hidden_act),
+            expert_bias=block.e_score_correction_bias,
+        )

@@ -1,0 +1,25 @@
+"""OLMoE: softmax before top-k, weights not normalised (arXiv 2409.02060)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from crossdock.models.families.parts import QWEN_KEYS, packed_experts, softmax_router
+from crossdock.models.family import Block, Family, formula_of
+
+__all__ = ["Olmoe"]
+
+
+class Olmoe(Family):
+    """Adapter of the family `olmoe`."""
+
+    name = "olmoe"
+    model_type = "olmoe"
+    block = "OlmoeSparseMoeBlock"
+    norm = "OlmoeRMSNorm"
+    hf_keys = QWEN_KEYS
+
+    def read_block(self, block: Any, config: Any) -> Block:
+        return Block(
+            softmax_router(config), block.gate.weight, packed_experts(block.experts), formula_of(config.hidden_act)
+        )
