@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from crossdock.config import Config, ConfigError, check_settings, load_config, to_toml, validate
+from crossdock.models import FAMILIES
 from tests.tiny import write_assets
 
 
@@ -455,6 +456,13 @@ def test_a_config_json_that_makes_no_model_is_refused(wrong: dict[str, Any], tmp
     folder = write_assets(tmp_path / "assets", **wrong)
     error = refusal(assets_config(folder))
     assert (error.field, error.value) == ("model.hf_assets_path", str(folder))
+
+
+def test_a_folder_of_another_family_names_the_setting(tmp_path: Path) -> None:
+    error = refusal(assets_config(write_assets(tmp_path / "assets", model_type="mixtral")))
+    assert "set model.name = mixtral" in error.valid
+    error = refusal(assets_config(write_assets(tmp_path / "other", model_type="llama")))
+    assert all(family.model_type in error.valid for family in FAMILIES.values())
 
 
 def test_a_vocabulary_holds_every_token(tmp_path: Path) -> None:

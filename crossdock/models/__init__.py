@@ -81,11 +81,13 @@ def _config_of_folder(family: Family, folder: Path) -> PreTrainedConfig:
             "hf_assets_path", str(folder), f"a folder with a readable config.json ({error}), or set model.flavor"
         ) from None
     if model_type != family.model_type:
+        known = {each.model_type: name for name, each in FAMILIES.items()}
+        named = f"set model.name = {known[model_type]}" if model_type in known else f"known: {', '.join(known)}"
         raise ModelError(
             "hf_assets_path",
             str(folder),
-            f"a folder whose config.json has model_type {family.model_type!r}, not {model_type!r}; "
-            "set model.flavor to use its tokenizer alone",
+            f"a folder whose config.json has model_type {family.model_type!r}, not {model_type!r} ({named}); or set "
+            "model.flavor to use its tokenizer alone",
         )
     return family.hf_config_from(folder)
 
