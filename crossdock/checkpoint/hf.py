@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from crossdock.checkpoint.experts import ExpertRows
 from crossdock.checkpoint.folders import CheckpointError
 from crossdock.comm import raise_together
+from crossdock.experts import halves_apart
 from crossdock.moe import moe_layers
 from crossdock.parallel import local_part, local_with_offsets, plain_name
 from crossdock.placement import EMPTY
@@ -276,7 +277,7 @@ def _read_part(stored: Any, part: Part, local: Tensor, offsets: tuple[int, ...])
         read = (0, stored.get_shape()[-1]) if part.interleaved else last
         values = stored[tuple(slice(*bounds) for bounds in ((part.expert, part.expert + 1), *others, read))][0]
         if part.interleaved:
-            values = torch.cat([values[..., ::2], values[..., 1::2]], dim=-1)[..., slice(*last)]
+            values = halves_apart(values)[..., slice(*last)]
         local.copy_(values)
         return
     values = stored[tuple(slice(*bounds) for bounds in (reversed(ranges) if part.transposed else ranges))]

@@ -12,6 +12,7 @@ from crossdock.experts.formula import (
     SWIGLU,
     ActivationName,
     ExpertsFormula,
+    halves_apart,
 )
 from crossdock.experts.grouped_mm import grouped_mm
 from crossdock.experts.module import GroupedExperts
@@ -38,5 +39,6 @@ __all__ = [
     "cpu",
     "eager",
     "grouped_mm",
+    "halves_apart",
     "load_factors",
 ]

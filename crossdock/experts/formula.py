@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "GPT_OSS", "QUICK_GELU_ALPHA", "SWIGLU", "ActivationName", "ExpertsFormula"]
+__all__ = ["ACTIVATIONS", "GPT_OSS", "QUICK_GELU_ALPHA", "SWIGLU", "ActivationName", "ExpertsFormula", "halves_apart"]
 
 _aten = torch.ops.aten
 QUICK_GELU_ALPHA = 1.702
@@ -129,6 +129,11 @@ class ExpertsFormula:
             return pre_activation, None
         gate, up = pre_activation.chunk(2, dim=-1)
         return gate, up
+
+
+def halves_apart(interleaved: Tensor) -> Tensor:
+    """`[..., 2I]` with gate and up in turn to gate first, up after."""
+    return torch.cat([interleaved[..., ::2], interleaved[..., 1::2]], dim=-1)
 
 
 SWIGLU = ExpertsFormula()

@@ -64,6 +64,7 @@ from crossdock.experts import (
     ExpertsFormula,
     autocast_dtype,
     choose_backend,
+    halves_apart,
 )
 from crossdock.integrations.options import current_options
 
@@ -248,14 +249,9 @@ def _params(experts: nn.Module) -> ExpertParams:
         gate_up, down = gate_up.mT, down.mT
     biases = [getattr(module, f"{name}_bias") if module.has_bias else None for name in (first, "down_proj")]
     if not module.is_concatenated:
-        gate_up = _halves_apart(gate_up)
-        biases[0] = None if biases[0] is None else _halves_apart(biases[0])
+        gate_up = halves_apart(gate_up)
+        biases[0] = None if biases[0] is None else halves_apart(biases[0])
     return ExpertParams(gate_up, down, *biases)
-
-
-def _halves_apart(interleaved: Tensor) -> Tensor:
-    """`[..., 2I]` with gate and up in turn to gate first, up after."""
-    return torch.cat([interleaved[..., ::2], interleaved[..., 1::2]], dim=-1)
 
 
 def _formula(experts: nn.Module) -> ExpertsFormula:

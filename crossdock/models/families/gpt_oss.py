@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from crossdock.checkpoint import HFKeys
-from crossdock.experts import GPT_OSS, QUICK_GELU_ALPHA, ExpertParams
+from crossdock.experts import GPT_OSS, QUICK_GELU_ALPHA, ExpertParams, halves_apart
 from crossdock.models.family import Block, Family
 from crossdock.models.norm import NormFormula
 from crossdock.routing import RouterConfig
@@ -34,16 +31,11 @@ class GptOss(Family):
         if experts.alpha != QUICK_GELU_ALPHA:
             raise ValueError(f"swiglu_alpha is {experts.alpha}; experts compute {QUICK_GELU_ALPHA} alone")
         params = ExpertParams(
-            _halves_apart(experts.gate_up_proj),
+            halves_apart(experts.gate_up_proj),
             experts.down_proj,
-            _halves_apart(experts.gate_up_proj_bias),
+            halves_apart(experts.gate_up_proj_bias),
             experts.down_proj_bias,
         )
         router = RouterConfig(config.num_local_experts, config.num_experts_per_tok, softmax_over="chosen", bias=True)
         formula = replace(GPT_OSS, limit=experts.limit)
         return Block(router, block.router.weight, params, formula, gate_bias=block.router.bias)
-
-
-def _halves_apart(interleaved: Tensor) -> Tensor:
-    """`[..., 2I]` with gate and up in turn to gate first, up after."""
-    return torch.cat([interleaved[..., ::2], interleaved[..., 1::2]], dim=-1)
