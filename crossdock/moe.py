@@ -208,6 +208,8 @@ class MoE(nn.Module):
             raise ValueError(f"the router chose expert {wrong}; valid are 0 to {self.num_experts - 1}, or -1 for none")
 
     def _check(self, x: Tensor, padding_mask: Tensor | None) -> None:
+        if not isinstance(x, Tensor):
+            raise ValueError(f"x is a {type(x).__name__}; it must be a tensor [..., S, {self.hidden_size}]")
         if x.dim() == 0:
             raise ValueError(f"x is a scalar; it must be [..., S, {self.hidden_size}]")
         if x.shape[-1] != self.hidden_size:

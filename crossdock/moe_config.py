@@ -118,6 +118,9 @@ class MoEConfig:
             value = getattr(self, name)
             if get_origin(hint) is Literal and value not in get_args(hint):
                 raise ValueError(f"{name} = {value!r} is unknown; valid: {', '.join(map(str, get_args(hint)))}")
+            types = {int: (int,), float: (int, float), bool: (bool,)}.get(hint)
+            if types is not None and type(value) not in types:
+                raise MoEConfigError(name, value, f"must be of type {hint.__name__}")
 
     def check(self, family: RouterConfig | None = None) -> None:
         """Look at the settings together.
@@ -136,9 +139,15 @@ class MoEConfig:
             for name in names.split():
                 self._require(name, holds(getattr(self, name)), f"must be {valid}")
         for field in fields(self):
+            usual = getattr(self, field.name) == field.default
             unused = field.name.startswith("deepep_") and self.dispatcher not in ("deepep", AUTO_DISPATCHER)
             valid = f"needs dispatcher = deepep or {AUTO_DISPATCHER}, not {self.dispatcher}"
-            self._require(field.name, not unused or getattr(self, field.name) == field.default, valid)
+            self._require(field.name, usual or not unused, valid)
+            travels = field.name in ("overlap_chunks", "ranks_per_node", "wire_dtype", "wire_directions")
+            valid = "needs a dispatcher other than local, where nothing travels"
+            self._require(field.name, usual or not travels or self.dispatcher != "local", valid)
+        valid = "needs another dispatcher than deepep; deepep_fp8_dispatch = true sends tokens in fp8"
+        self._require("wire_dtype", self.dispatcher != "deepep" or self.wire_dtype == "same", valid)
         valid = "auto or elastic with deepep_expand: Buffer has no expand mode"
         self._require("deepep_api", not self.deepep_expand or self.deepep_api != "buffer", valid)
         both = self.wire_directions == "both"

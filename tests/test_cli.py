@@ -88,7 +88,7 @@ MISTAKES = [
     ("train --moe.expert-bias true", "moe.expert_bias", "'true'", "--moe.no-expert-bias"),
     ("train --training.steps 5 key.toml", "argument", "'key.toml'", "--section.key value"),
     ("train -x", "argument", "'-x'", "--section.key value"),
-    ("train --model.name mixtral", "model.name", "'mixtral'", "qwen3"),
+    ("train --model.name abacus", "model.name", "'abacus'", "qwen3"),
     ("train --model.flavor debugg", "model.flavor", "'debugg'", "30B-A3B"),
     ("train --model.flavor debug-deepep", "model.flavor", "'debug-deepep'", "alltoall"),
     ("train --moe.dispatcher deepep", "moe.dispatcher", "'deepep'", "github.com/deepseek-ai/DeepEP"),

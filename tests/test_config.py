@@ -412,6 +412,18 @@ def test_no_more_ranks_than_experts() -> None:
     assert "8" in error.valid
 
 
+def test_a_launcher_knows_its_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`hierarchical` needs as many ranks of a group on each machine: what counts is how many are launched there."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    config = load_config(None, ["--moe.dispatcher", "hierarchical", "--parallelism.expert-parallel-degree", "6"])
+    for ranks_per_machine in (2, 3, 6):
+        validate(config, 6, ranks_per_machine)
+    with pytest.raises(ConfigError, match="on machines 0 0 0 0 1 1; use alltoall") as caught:
+        validate(config, 6, 4)
+    assert caught.value.field == "moe.dispatcher"
+
+
 def test_expert_shards_must_divide_the_sizes() -> None:
     error = refusal(load_config(None, ["--parallelism.expert-parallel-degree", "-1"]), 7)
     assert error.field == "parallelism.expert_parallel_degree"

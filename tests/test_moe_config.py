@@ -61,6 +61,16 @@ TOGETHER: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "what to drop of none": ({"drop_policy": "position"}, "needs a capacity_factor", {"capacity_factor": 1.5}),
     "a step of no bias": ({"expert_bias_rate": 0.01}, "needs expert_bias = true", {"expert_bias": True}),
     "a seed of no draw": ({"debug_force_zipf_seed": 3}, "needs debug_force_zipf", {"debug_force_zipf": 0.0}),
+    "a wire to nowhere": (
+        {"wire_dtype": "fp8", "dispatcher": "local"},
+        "needs a dispatcher other than local",
+        {"dispatcher": "alltoall"},
+    ),
+    "a wire beside DeepEP's": (
+        {"wire_dtype": "fp8", "dispatcher": "deepep"},
+        "deepep_fp8_dispatch",
+        {"dispatcher": "alltoall"},
+    ),
     "static, in two hops": (
         {"static_shapes": True, "dispatcher": "hierarchical"},
         "needs dispatcher = auto or local or allgather or alltoall, not hierarchical",
@@ -95,3 +105,19 @@ def test_what_the_family_has_needs_no_setting_of_the_user() -> None:
     assert (layer.router.config.capacity_factor, layer.router.config.drop_policy) == (1.25, "position")
     own = MoEConfig(capacity_factor=2.0).router_config(family)
     assert (own.capacity_factor, own.drop_policy) == (2.0, "probs")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("ranks_per_node", "2", "int"),
+        ("overlap_chunks", 1.5, "int"),
+        ("capacity_factor", None, "float"),
+        ("expert_bias", "yes", "bool"),
+        ("static_shapes", 1, "bool"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name: str, value: Any, kind: str) -> None:
+    with pytest.raises(MoEConfigError, match=f"{name} = {value!r}: must be of type {kind}"):
+        MoEConfig(**{name: value})
+    MoEConfig(capacity_factor=2, z_loss_coeff=1)  # whole numbers are numbers

@@ -85,7 +85,8 @@ def _config(arguments: list[str], options: argparse.Namespace) -> int:
     if options.nproc is None:
         check_settings(config)
     else:
-        validate(config, machines_of(options).world_size)
+        machines = machines_of(options)
+        validate(config, machines.world_size, machines.nproc)
     print(to_toml(config), end="")
     return 0
 
@@ -106,7 +107,7 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
             first = ENDED_FOLDER not in os.environ and os.environ["RANK"] == "0"
             return train_rank(_with_run_folder(config, path, first=first), os.environ)
         machines = machines_of(options)
-        dims = validate(config, machines.world_size)
+        dims = validate(config, machines.world_size, machines.nproc)
         check_gpus(machines, config.training.dtype)
         if config.parallelism.expert_parallel_degree == -1:
             print(f"expert_parallel_degree = -1: {dims.ep} on {dims.world_size} ranks", flush=True)

@@ -28,12 +28,13 @@ from crossdock.parallel import LayoutError, ParallelDims
 __all__ = ["check_settings", "check_writable", "expert_parallel_degrees", "validate"]
 
 
-def validate(config: Config, world_size: int) -> ParallelDims:
+def validate(config: Config, world_size: int, ranks_per_machine: int = 0) -> ParallelDims:
     """Check everything that can be known before a process group exists; returns the layout.
 
     Args:
         config: to check.
         world_size: ranks over all machines.
+        ranks_per_machine: for a launcher, whose ranks will know; 0: what this process was told.
 
     Raises:
         ConfigError: for the first setting that cannot work.
@@ -49,9 +50,14 @@ def validate(config: Config, world_size: int) -> ParallelDims:
     _require(config, "moe.dispatcher", config.moe.dispatcher != "local" or dims.ep == 1, valid)
     if config.moe.dispatcher == "hierarchical" and dims.ep > 1:
         for first in range(0, world_size, dims.ep):  # each group of expert-parallel ranks
-            nodes = find_nodes(range(first, first + dims.ep), config.moe.ranks_per_node)
-            valid = f"must divide {ep} = {dims.ep}, whose ranks are on nodes {nodes}"
-            _require(config, "moe.ranks_per_node", nodes.size is not None, valid)
+            nodes = find_nodes(range(first, first + dims.ep), config.moe.ranks_per_node, ranks_per_machine)
+            valid = f"must divide {ep} = {dims.ep}"
+            _require(config, "moe.ranks_per_node", nodes.size is not None or not config.moe.ranks_per_node, valid)
+            valid = (
+                f"needs as many expert-parallel ranks on each machine, but ranks {first} to {first + dims.ep - 1} are "
+                f"on machines {nodes}; use alltoall, or set moe.ranks_per_node"
+            )
+            _require(config, "moe.dispatcher", nodes.size is not None, valid)
     _require(config, ep, dims.ep <= most, f"at most {most}, the model's experts")
     working = expert_parallel_degrees(sizes, world_size)
     valid = f"one of {', '.join(map(str, working))}" if working else "there is none for this number of ranks"

@@ -49,10 +49,10 @@ def _alltoall(group: dist.ProcessGroup, slots: int, nodes: Nodes, options: Dispa
 
 def _hierarchical(group: dist.ProcessGroup, slots: int, nodes: Nodes, options: DispatchOptions) -> Dispatcher:
     if nodes.size is None:
-        asked = f"ranks_per_node = {options.ranks_per_node}" if options.ranks_per_node else "the launch"
         raise ValueError(
-            f"{asked} must give all nodes as many consecutive ones of the {group.size()} ranks that hold the experts, "
-            f"for dispatcher 'hierarchical'; they are on nodes {nodes}; use 'alltoall'"
+            f"dispatcher 'hierarchical' with ranks_per_node = {options.ranks_per_node} needs nodes of as many "
+            f"consecutive ranks each; the {group.size()} ranks that hold the experts are on nodes {nodes}; use "
+            "'alltoall'"
         )
     if nodes.size in (1, group.size()):
         return _alltoall(group, slots, nodes, options)

@@ -41,7 +41,7 @@ class Nodes:
         return " ".join(map(str, self.of_ranks))
 
 
-def find_nodes(ranks: Sequence[int], ranks_per_node: int) -> Nodes:
+def find_nodes(ranks: Sequence[int], ranks_per_node: int, ranks_per_machine: int = 0) -> Nodes:
     """The nodes of a group: what is set, or what the launch says. Without communication, the same on all ranks.
 
     torchrun numbers the ranks of a machine consecutively and starts as many on each, which it tells them all in
@@ -51,11 +51,13 @@ def find_nodes(ranks: Sequence[int], ranks_per_node: int) -> Nodes:
     Args:
         ranks: the group's, in the world.
         ranks_per_node: consecutive ranks of the group that make a node; 0: as they were launched.
+        ranks_per_machine: how many are launched on each; 0: what the launch has told this process.
     """
     if ranks_per_node:
         return Nodes.consecutive(len(ranks), ranks_per_node)
     # The launcher's word, like the rank itself: torch passes on the latter alone.
-    launched = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    launched = ranks_per_machine or (int(told) if told.isdecimal() else 0)
     if not launched:
         return Nodes.consecutive(len(ranks), torch.cuda.device_count() or len(ranks))
     machines = [rank // launched for rank in ranks]

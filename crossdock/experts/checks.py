@@ -7,19 +7,18 @@ from torch import Tensor
 
 from crossdock.experts.experts import ExpertParams
 
-__all__ = ["check_arguments"]
+__all__ = ["check_dtypes", "check_ids"]
 
 
-def check_arguments(tokens: Tensor, slot_ids: Tensor, params: ExpertParams) -> None:
-    """Look at what `ExpertsBackend` takes: dtypes, and ids on a CPU, where it costs no sync.
-
-    Raises:
-        ValueError: for parameters in another dtype than `tokens`, or for ids of slots that there are none of.
-    """
+def check_dtypes(tokens: Tensor, params: ExpertParams) -> None:
+    """Raises ValueError for parameters in another dtype than `tokens`."""
     for name, tensor in params._asdict().items():
         if tensor is not None and tensor.dtype != tokens.dtype:
             raise ValueError(f"{name} must be {tokens.dtype} as tokens, not {tensor.dtype}")
-    num_slots = len(params.down_projs)
+
+
+def check_ids(slot_ids: Tensor, num_slots: int) -> None:
+    """Raises ValueError for ids of slots that there are none of, on a CPU, where it costs no sync."""
     if slot_ids.is_cpu and slot_ids.numel():
         least, most = torch.stack(slot_ids.aminmax()).tolist()
         if least < -1 or most >= num_slots:

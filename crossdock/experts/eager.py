@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crossdock.experts.checks import check_arguments
+from crossdock.experts.checks import check_dtypes, check_ids
 from crossdock.experts.experts import ExpertParams
 from crossdock.experts.formula import SWIGLU, ExpertsFormula
 
@@ -16,7 +16,8 @@ def eager(
     tokens: Tensor, slot_ids: Tensor, weights: Tensor, params: ExpertParams, formula: ExpertsFormula = SWIGLU
 ) -> Tensor:
     """Contract and shapes: `ExpertsBackend`. Any floating dtype, float64 too, on any device."""
-    check_arguments(tokens, slot_ids, params)
+    check_dtypes(tokens, params)
+    check_ids(slot_ids, len(params.down_projs))
     wide = torch.promote_types(tokens.dtype, torch.float32)
     y = torch.zeros_like(tokens, dtype=wide)
     num_slots = len(params.down_projs)

@@ -49,6 +49,10 @@ def grouped_mm_problem(tokens: Tensor, params: ExpertParams) -> str | None:
     for name, size in (("hidden_size", tokens.shape[1]), ("intermediate_size", params.down_projs.shape[1])):
         if size * tokens.dtype.itemsize % _ALIGNMENT_BYTES:
             return f"needs rows of a multiple of {_ALIGNMENT_BYTES} bytes; {name} = {size} in {tokens.dtype} is none"
+    for name, matrices in (("gate_and_up_projs", params.gate_and_up_projs), ("down_projs", params.down_projs)):
+        steps = [step for step in matrices.stride() if step != 1]
+        if 1 not in matrices.stride()[1:] or any(step * matrices.itemsize % _ALIGNMENT_BYTES for step in steps):
+            return f"needs matrices aligned to {_ALIGNMENT_BYTES} bytes; {name} has strides {matrices.stride()}"
     return None
 
 

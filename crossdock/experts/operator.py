@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from crossdock.experts.checks import check_arguments
+from crossdock.experts.checks import check_dtypes, check_ids
 from crossdock.experts.experts import ExpertParams, ExpertsBackend
 from crossdock.experts.formula import SWIGLU, ExpertsFormula
 
@@ -85,6 +85,7 @@ def make_backend(name: str, forward: Forward, backward: Backward, *, static: boo
 
     def run(tokens: Tensor, slot_ids: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         params, formula = ExpertParams(*rest[:_NUM_PARAMS]), ExpertsFormula(*rest[_NUM_PARAMS:])
+        check_ids(slot_ids, len(params.down_projs))  # in here, where tracing does not look
         y, kept = forward(tokens, slot_ids, weights, params, formula)
         return y, kept.pre_activations, kept.route, kept.counts
 
@@ -154,7 +155,7 @@ def make_backend(name: str, forward: Forward, backward: Backward, *, static: boo
     def backend(
         tokens: Tensor, slot_ids: Tensor, weights: Tensor, params: ExpertParams, formula: ExpertsFormula = SWIGLU
     ) -> Tensor:
-        check_arguments(tokens, slot_ids, params)
+        check_dtypes(tokens, params)
         y, *_ = op(
             tokens,
             slot_ids,

@@ -33,6 +33,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -117,6 +118,8 @@ class CrossdockEP(EPImplementation):
                 f"static_shapes needs experts_implementation={NAME!r}: transformers' own compute the routes that there "
                 "are, whose number is not static; set crossdock.configure(static_shapes=False)"
             )
+        module: Any = experts
+        module.crossdock_static_shapes = options.static_shapes
         self.dispatcher = build_dispatcher(
             self._dispatcher_name(options.dispatcher, ep_mesh, options.dispatch_options(), experts),
             ep_mesh.get_group(),
@@ -142,6 +145,7 @@ class CrossdockEP(EPImplementation):
             self._config.hidden_size,
             down.dtype,
             torch.device(ep_mesh.device_type),
+            ranks=tuple(dist.get_process_group_ranks(ep_mesh.get_group())),
         )
         plan = plan_dispatch(name, 1, situation, options)
         _tell_once(f"dispatcher: {plan}")
@@ -229,8 +233,8 @@ def crossdock_experts_forward(
     params = params.to(autocast_dtype(params.down_projs))
     tokens = hidden_states.to(params.down_projs.dtype)
     slot_ids = top_k_index.masked_fill(top_k_index >= len(params.down_projs), -1)
-    options = current_options()
-    backend = choose_backend(options.experts, tokens, params, static=options.static_shapes)
+    static = getattr(experts, "crossdock_static_shapes", False)  # as its dispatcher was made
+    backend = choose_backend(current_options().experts, tokens, params, static=static)
     return backend(tokens, slot_ids, top_k_weights, params, formula).to(hidden_states.dtype)
 
 

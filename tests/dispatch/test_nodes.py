@@ -98,6 +98,6 @@ def test_hierarchical_needs_nodes_that_are_alike(ranks: RankPool) -> None:
         assert whole == "HierarchicalDispatcher"
         assert strided == "AllToAllDispatcher", "each on a machine of its own"
     for whole, strided in ranks.run(6, _build, 4):
-        assert "the launch must give all nodes as many consecutive ones of the 6 ranks" in whole
+        assert "ranks_per_node = 0 needs nodes of as many consecutive ranks each; the 6 ranks" in whole
         assert "nodes 0 0 0 0 1 1; use 'alltoall'" in whole
-        assert "of the 3 ranks" in strided
+        assert "the 3 ranks" in strided

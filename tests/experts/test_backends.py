@@ -465,3 +465,34 @@ def test_gradients_lie_in_memory_as_parameters_do(name: str, backend: ExpertsBac
     for parameter in ("gate_and_up_projs", "down_projs"):
         assert results[parameter].stride() == getattr(params, parameter).stride(), name
         torch.testing.assert_close(results[parameter], expected[parameter])
+
+
+@pytest.mark.parametrize(("name", "backend"), [(name, each) for name, each in BACKENDS if name != "eager"])
+def test_compiles_whole(name: str, backend: ExpertsBackend) -> None:
+    """A function of one's own around a backend is one graph, and gives the same numbers."""
+    inputs = _inputs("missing routes", torch.float32)
+    for param in inputs.params[:2]:
+        param.requires_grad_()  # type: ignore[union-attr]
+
+    def call(tokens: Tensor, slot_ids: Tensor, weights: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return backend(tokens * 2, slot_ids, weights, ExpertParams(first, second)) * 2
+
+    arguments = (inputs.tokens, inputs.slot_ids, inputs.weights, *inputs.params[:2])
+    compiled: Any = torch.compile(call, fullgraph=True, backend="aot_eager")
+    ours, theirs = compiled(*arguments), call(*arguments)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6, msg=name)
+    grads = [torch.autograd.grad(y.sum(), inputs.params[:2]) for y in (ours, theirs)]  # type: ignore[arg-type]
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_matrices_that_grouped_mm_cannot_take_are_for_eager() -> None:
+    inputs = _inputs("plain", torch.float32)
+    first, second = inputs.params[:2]
+    assert first is not None
+    off = first.new_zeros(*first.shape[:2], first.shape[2] + 1)[..., :-1].copy_(first)
+    params = ExpertParams(off, second)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="gate_and_up_projs has strides"):
+        grouped_mm(inputs.tokens, inputs.slot_ids, inputs.weights, params)
+    assert choose_backend("grouped_mm", inputs.tokens, params) is eager
+    transposed = ExpertParams(*(param.mT.contiguous().mT for param in inputs.params[:2]))  # type: ignore[union-attr]
+    assert choose_backend("grouped_mm", inputs.tokens, transposed) is grouped_mm
