@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from crossdock.models.families.parts import QWEN_KEYS, packed_experts, sigmoid_router
-from crossdock.models.family import Block, Family, formula_of
+from crossdock.models.families.parts import QWEN_KEYS, gated_block, sigmoid_router
+from crossdock.models.family import Block, Family
 from crossdock.routing import RouterConfig
 
 __all__ = ["DEEPSEEK_V3_KEYS", "DeepseekV2", "DeepseekV3"]
@@ -41,11 +41,10 @@ class DeepseekV2(Family):
         )
 
     def read_block(self, block: Any, config: Any) -> Block:
-        return Block(
+        return gated_block(
+            block,
+            config,
             self.router(config),
-            block.gate.weight,
-            packed_experts(block.experts),
-            formula_of(config.hidden_act),
             expert_bias=getattr(block.gate, "e_score_correction_bias", None),
             shared=block.shared_experts,
         )

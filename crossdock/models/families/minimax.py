@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from crossdock.models.families.parts import MIXTRAL_KEYS, packed_experts
-from crossdock.models.family import Block, Family, formula_of
+from crossdock.models.families.parts import MIXTRAL_KEYS, gated_block
+from crossdock.models.family import Block, Family
 from crossdock.routing import RouterConfig
 
 __all__ = ["MiniMaxM2"]
@@ -29,10 +29,4 @@ class MiniMaxM2(Family):
             expert_bias=True,
             input_jitter=config.router_jitter_noise,
         )
-        return Block(
-            router,
-            block.gate.weight,
-            packed_experts(block.experts),
-            formula_of(config.hidden_act),
-            expert_bias=block.e_score_correction_bias,
-        )
+        return gated_block(block, config, router, expert_bias=block.e_score_correction_bias)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from crossdock.models.families.parts import MIXTRAL_KEYS, packed_experts
-from crossdock.models.family import Block, Family, formula_of
+from crossdock.models.families.parts import MIXTRAL_KEYS, gated_block
+from crossdock.models.family import Block, Family
 from crossdock.routing import RouterConfig
 
 __all__ = ["Mixtral"]
@@ -24,4 +24,4 @@ class Mixtral(Family):
         router = RouterConfig(
             config.num_local_experts, config.num_experts_per_tok, input_jitter=config.router_jitter_noise
         )
-        return Block(router, block.gate.weight, packed_experts(block.experts), formula_of(config.hidden_act))
+        return gated_block(block, config, router)

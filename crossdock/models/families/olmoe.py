@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from crossdock.models.families.parts import QWEN_KEYS, packed_experts, softmax_router
-from crossdock.models.family import Block, Family, formula_of
+from crossdock.models.families.parts import QWEN_KEYS, gated_block, softmax_router
+from crossdock.models.family import Block, Family
 
 __all__ = ["Olmoe"]
 
@@ -20,6 +20,4 @@ class Olmoe(Family):
     hf_keys = QWEN_KEYS
 
     def read_block(self, block: Any, config: Any) -> Block:
-        return Block(
-            softmax_router(config), block.gate.weight, packed_experts(block.experts), formula_of(config.hidden_act)
-        )
+        return gated_block(block, config, softmax_router(config))

@@ -1,4 +1,4 @@
-"""What several families share: names in checkpoints, how experts lie, how routers decide."""
+"""What several families share: names in checkpoints, how blocks lie, how routers decide."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 from crossdock.checkpoint import HFKeys
 from crossdock.experts import ExpertParams
+from crossdock.models.family import Block, formula_of
 from crossdock.routing import RouterConfig
 
-__all__ = ["MIXTRAL_KEYS", "QWEN_KEYS", "SHARED_KEYS", "packed_experts", "sigmoid_router", "softmax_router"]
+__all__ = ["MIXTRAL_KEYS", "QWEN_KEYS", "SHARED_KEYS", "gated_block", "sigmoid_router", "softmax_router"]
 
 _GATE = (".mlp.router.weight", ".mlp.gate.weight")
 
@@ -32,9 +33,17 @@ MIXTRAL_KEYS = HFKeys(
 )
 
 
-def packed_experts(experts: Any) -> ExpertParams:
-    """Of transformers' experts with `gate_up_proj [E, 2I, H]` and `down_proj [E, H, I]`: views."""
-    return ExpertParams(experts.gate_up_proj.mT, experts.down_proj.mT)
+def gated_block(block: Any, config: Any, router: RouterConfig, **more: Any) -> Block:
+    """A block with `gate` and `experts`, whose `gate_up_proj` is `[E, 2I, H]` and `down_proj` `[E, H, I]`; views.
+
+    Args:
+        block: transformers'.
+        config: the model's.
+        router: how it decides.
+        more: what else the block has, of `Block`.
+    """
+    experts = ExpertParams(block.experts.gate_up_proj.mT, block.experts.down_proj.mT)
+    return Block(router, block.gate.weight, experts, formula_of(config.hidden_act), **more)
 
 
 def softmax_router(config: Any) -> RouterConfig:

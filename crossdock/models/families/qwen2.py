@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from crossdock.models.families.parts import SHARED_KEYS, packed_experts, softmax_router
-from crossdock.models.family import Block, Family, formula_of
+from crossdock.models.families.parts import SHARED_KEYS, gated_block, softmax_router
+from crossdock.models.family import Block, Family
 
 __all__ = ["Qwen2"]
 
@@ -20,11 +20,10 @@ class Qwen2(Family):
     hf_keys = SHARED_KEYS
 
     def read_block(self, block: Any, config: Any) -> Block:
-        return Block(
+        return gated_block(
+            block,
+            config,
             softmax_router(config),
-            block.gate.weight,
-            packed_experts(block.experts),
-            formula_of(config.hidden_act),
             shared=block.shared_expert,
             shared_gate=block.shared_expert_gate,
         )

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from crossdock.models.families.parts import QWEN_KEYS, packed_experts, softmax_router
-from crossdock.models.family import Block, Family, formula_of
+from crossdock.models.families.parts import QWEN_KEYS, gated_block, softmax_router
+from crossdock.models.family import Block, Family
 
 __all__ = ["Qwen3"]
 
@@ -76,6 +76,4 @@ class Qwen3(Family):
     )
 
     def read_block(self, block: Any, config: Any) -> Block:
-        return Block(
-            softmax_router(config), block.gate.weight, packed_experts(block.experts), formula_of(config.hidden_act)
-        )
+        return gated_block(block, config, softmax_router(config))
