@@ -162,8 +162,6 @@ def _check_deepep(config: Config) -> None:
     _require(config, field, torch.cuda.is_available(), f"dispatcher 'deepep' needs a GPU; use {instead}")
     in_bf16 = config.training.dtype == "bfloat16"
     _require(config, "training.dtype", in_bf16, f"dispatcher 'deepep' needs bfloat16; or use {instead}")
-    valid = "same with dispatcher 'deepep', which has moe.deepep_fp8_dispatch"
-    _require(config, "moe.wire_dtype", config.moe.wire_dtype == "same", valid)
 
 
 def _check_trackers(config: Config) -> None:
