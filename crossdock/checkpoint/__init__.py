@@ -10,7 +10,8 @@ from crossdock.checkpoint.folders import (
     replace_folder,
     saved_world_size,
 )
-from crossdock.checkpoint.hf import DTYPES, HFCheckpoint, HFKeys
+from crossdock.checkpoint.hf import HFCheckpoint, HFKeys
+from crossdock.checkpoint.hf_files import DTYPES
 from crossdock.checkpoint.hf_saving import save_hf
 from crossdock.checkpoint.optimizer import materialise_optimizer_state
 

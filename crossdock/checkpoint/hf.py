@@ -6,33 +6,28 @@ are read before it is known that all tensors are there and fit the model.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from crossdock.checkpoint.experts import ExpertRows
 from crossdock.checkpoint.folders import CheckpointError
+from crossdock.checkpoint.hf_files import OpenFiles, read_headers
+from crossdock.checkpoint.stored import Stored, stored_tensors
 from crossdock.comm import raise_together
 from crossdock.experts import halves_apart
 from crossdock.moe import moe_layers
 from crossdock.parallel import local_part, local_with_offsets, plain_name
 from crossdock.placement import EMPTY
 
-__all__ = ["DTYPES", "INDEX_FILE", "SINGLE_FILE", "HFCheckpoint", "HFKeys", "Part", "views_of"]
+__all__ = ["HFCheckpoint", "HFKeys", "Part", "views_of"]
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-# No header of a real checkpoint comes near; a file that is none may claim any size.
-_MOST_HEADER_BYTES = 100 * 2**20
 _SHOWN = 8
 
 # Names of packed experts, by ours.
@@ -42,14 +37,6 @@ _PACKED = {
     "gate_and_up_bias": "gate_up_proj_bias",
     "down_bias": "down_proj_bias",
 }
-
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-"""The floating dtypes that can be read and written, by safetensors' names."""
 
 
 class Part(NamedTuple):
@@ -123,14 +110,6 @@ class HFKeys:
         return name
 
 
-class _Stored(NamedTuple):
-    """What a header says of a tensor."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
 @dataclass(frozen=True)
 class HFCheckpoint:
     """The weights in a folder of Hugging Face's format; made by `open`, which reads headers alone.
@@ -141,7 +120,7 @@ class HFCheckpoint:
     """
 
     folder: Path
-    tensors: Mapping[str, _Stored] = field(repr=False)
+    tensors: Mapping[str, Stored] = field(repr=False)
 
     @classmethod
     def open(cls, folder: Path) -> HFCheckpoint:
@@ -151,18 +130,7 @@ class HFCheckpoint:
             CheckpointError: for a folder without safetensors, a file that is missing, cut off or none, and a tensor
                 that is in two files or not where the index says.
         """
-        index = _read_index(folder)
-        files = sorted(set(index.values())) if index else [SINGLE_FILE]
-        tensors: dict[str, _Stored] = {}
-        for file in files:
-            for name, stored in _read_header(folder, file).items():
-                if name in tensors:
-                    raise CheckpointError(f"{folder}: {name} is in {tensors[name].file} and in {file}")
-                tensors[name] = stored
-        for name, file in index.items():
-            if name not in tensors or tensors[name].file != file:
-                raise CheckpointError(f"{folder}: {INDEX_FILE} says that {name} is in {file}, where it is not")
-        return cls(folder, tensors)
+        return cls(folder, stored_tensors(folder, read_headers(folder)))
 
     def check(self, model: nn.Module, keys: HFKeys) -> None:
         """Compare names, shapes and dtypes with what `model` holds; it may be on the meta device, on any layout.
@@ -174,10 +142,10 @@ class HFCheckpoint:
         problems = [f"{name} is missing" for name in sorted(wanted.keys() - self.tensors.keys())]
         for name in sorted(wanted.keys() & self.tensors.keys()):
             stored = self.tensors[name]
-            if stored.shape != wanted[name]:
+            if stored.problem:
+                problems.append(f"{name} {stored.problem}")
+            elif stored.shape != wanted[name]:
                 problems.append(f"{name} has shape {list(stored.shape)}, the model needs {list(wanted[name])}")
-            elif stored.dtype not in DTYPES:
-                problems.append(f"{name} is {stored.dtype}; {', '.join(DTYPES)} can be read")
         tied = {keys.parts(name, None, ())[0].name for name in _second_names(model)}
         for name in sorted(self.tensors.keys() - wanted.keys() - tied):
             if not any(re.search(pattern, name) for pattern in keys.ignored):
@@ -199,15 +167,11 @@ class HFCheckpoint:
         """
         error: Exception | None = None
         try:
-            with ExitStack() as stack:
-                files: dict[str, Any] = {}
+            with OpenFiles(self.folder) as files:
                 for name, expert, view in views_of(model, keys):
                     local, offsets = local_with_offsets(view)
                     for part in keys.parts(name, expert, view.shape):
-                        file = self.tensors[part.name].file
-                        if file not in files:
-                            files[file] = stack.enter_context(safe_open(self.folder / file, framework="pt"))
-                        _read_part(files[file].get_slice(part.name), part, local, offsets)
+                        _read_part(files, self.tensors[part.name], part, local, offsets)
         except (OSError, RuntimeError, SafetensorError) as caught:  # torch raises RuntimeError where mmap fails.
             error = CheckpointError(f"cannot read the weights in {self.folder}: {caught}")
         raise_together(error)
@@ -263,7 +227,7 @@ def _second_names(model: nn.Module) -> set[str]:
     return {plain_name(name) for name in every} - {plain_name(name) for name, _ in model.named_parameters()}
 
 
-def _read_part(stored: Any, part: Part, local: Tensor, offsets: tuple[int, ...]) -> None:
+def _read_part(files: OpenFiles, stored: Stored, part: Part, local: Tensor, offsets: tuple[int, ...]) -> None:
     """Copy what `local` covers of a stored tensor; `offsets` says where `local` starts in the parameter."""
     ranges = [(start, start + size) for start, size in zip(offsets, local.shape, strict=True)]
     if part.columns is not None:
@@ -274,13 +238,13 @@ def _read_part(stored: Any, part: Part, local: Tensor, offsets: tuple[int, ...])
         return
     if part.expert is not None:
         *others, last = ranges
-        read = (0, stored.get_shape()[-1]) if part.interleaved else last
-        values = stored[tuple(slice(*bounds) for bounds in ((part.expert, part.expert + 1), *others, read))][0]
+        read = (0, stored.shape[-1]) if part.interleaved else last
+        values = stored.read(files, [(part.expert, part.expert + 1), *others, read])[0]
         if part.interleaved:
             values = halves_apart(values)[..., slice(*last)]
         local.copy_(values)
         return
-    values = stored[tuple(slice(*bounds) for bounds in (reversed(ranges) if part.transposed else ranges))]
+    values = stored.read(files, ranges[::-1] if part.transposed else ranges)
     local.copy_(values.t() if part.transposed else values)
 
 
@@ -291,62 +255,3 @@ def _clear_empty_slots(model: nn.Module) -> None:
             for slot, expert in enumerate(layer.local_expert_ids):
                 if expert == EMPTY:
                     local[slot].zero_()
-
-
-def _read_index(folder: Path) -> dict[str, str]:
-    """The file of every tensor, empty where there is one file and no index."""
-    path = folder / INDEX_FILE
-    if not path.is_file():
-        if not (folder / SINGLE_FILE).is_file():
-            raise CheckpointError(f"{folder} holds no weights: neither {INDEX_FILE} nor {SINGLE_FILE}")
-        return {}
-    try:
-        index = json.loads(path.read_text())["weight_map"]
-        named = all(isinstance(file, str) and Path(file).name == file for file in index.values())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"cannot read {path} ({error}): it must hold a weight_map of names to files") from None
-    if not index or not named:
-        raise CheckpointError(f"{path} must hold a weight_map of names to files in the same folder")
-    return index
-
-
-def _read_header(folder: Path, file: str) -> dict[str, _Stored]:
-    """What a safetensors file says that it holds, and that it is long enough to hold it."""
-    path = folder / file
-    try:
-        with open(path, "rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length)) if 0 < length <= _MOST_HEADER_BYTES else None
-        if not isinstance(header, dict):
-            raise CheckpointError(f"{path} is no safetensors file")
-        header.pop("__metadata__", None)
-        held = path.stat().st_size - 8 - length
-        stored = {name: _Stored(file, about["dtype"], tuple(about["shape"])) for name, about in header.items()}
-        cut = [name for name, about in header.items() if about["data_offsets"][1] > held]
-        short = [name for name, about in header.items() if not _fills(about)]
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no safetensors file, or is cut off ({error})") from None
-    if cut:
-        more = f" and {len(cut) - _SHOWN} more" if len(cut) > _SHOWN else ""
-        raise CheckpointError(f"{path} is cut off: {', '.join(cut[:_SHOWN])}{more} reach beyond its end")
-    if short:
-        raise CheckpointError(
-            f"{path} is damaged: its header gives {', '.join(short[:_SHOWN])} another size than shape"
-        )
-    try:
-        # What else safetensors objects to, tensors that overlap for instance. For torch it would map the file as memory
-        # that could be written, which fails for files larger than the machine's.
-        with safe_open(path, framework="numpy"):
-            pass
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is no safetensors file, or is damaged ({error})") from None
-    return stored
-
-
-def _fills(about: Mapping[str, Any]) -> bool:
-    """Whether a header's entry gives a tensor as many bytes as its shape needs; true for dtypes that are not read."""
-    dtype = DTYPES.get(about["dtype"])
-    first, end = about["data_offsets"]
-    return dtype is None or end - first == math.prod(about["shape"]) * dtype.itemsize

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from crossdock.checkpoint.folders import CheckpointError
-from crossdock.checkpoint.hf import DTYPES, INDEX_FILE, SINGLE_FILE, HFKeys, Part, views_of
+from crossdock.checkpoint.hf import HFKeys, Part, views_of
+from crossdock.checkpoint.hf_files import DTYPES, INDEX_FILE, SINGLE_FILE
 from crossdock.comm import raise_together
 from crossdock.moe import moe_layers
 from crossdock.parallel import plain_name

@@ -19,8 +19,7 @@ from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, Qwen3MoeConfig
 
-import crossdock.checkpoint.hf as hf
-from crossdock.checkpoint import CheckpointError, HFCheckpoint, hf_saving
+from crossdock.checkpoint import CheckpointError, HFCheckpoint, hf_files, hf_saving
 from crossdock.models import FAMILIES, build_model, export_hf, materialise, write_assets
 from crossdock.moe import moe_layers
 from crossdock.moe_config import MoEConfig
@@ -192,7 +191,7 @@ class CountingFile:
 def values_read(source: str, ep: int) -> tuple[dict[str, int], dict[str, int]]:
     """How many values of each tensor this rank has read; and of each parameter, how many it holds."""
     counts: Counter[str] = Counter()
-    with mock.patch.object(hf, "safe_open", partial(CountingFile, counts)):
+    with mock.patch.object(hf_files, "safe_open", partial(CountingFile, counts)):
         model, _ = _load(Path(source), ep)
     held = {}
     for name, parameter in model.named_parameters():
@@ -243,7 +242,7 @@ def test_slots_without_an_expert_are_zero(ranks: RankPool, folders: Path) -> Non
 def load_what_vanishes(folder: str, unlucky_rank: int) -> str:
     """Load, where one rank does not find the files any more that all have checked; the message."""
     error = OSError("gone since it was checked")
-    vanished = mock.patch.object(hf, "safe_open", side_effect=error) if dist.get_rank() == unlucky_rank else None
+    vanished = mock.patch.object(hf_files, "safe_open", side_effect=error) if dist.get_rank() == unlucky_rank else None
     weights = HFCheckpoint.open(Path(folder))
     model = build_model(FAMILY, FAMILY.hf_config_from(Path(folder)), MoEConfig(), torch.float32)
     parallelize(model, ParallelDims(dist.get_world_size(), ep=2).build_mesh("cpu"))

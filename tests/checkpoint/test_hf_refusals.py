@@ -187,7 +187,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "an index that leads elsewhere": (
         _edit_index(lambda index: index["weight_map"].update({EXPERT: "../secret.safetensors"})),
-        ["weight_map of names to files in the same folder"],
+        [rf"{re.escape(EXPERT)} is in '../secret.safetensors'; it must be the name of a file in the same folder"],
     ),
     "an index without a map": (_edit_index(lambda index: index.pop("weight_map")), ["must hold a weight_map"]),
     "an index that is no JSON": (lambda folder: (folder / INDEX).write_text("{"), [rf"{INDEX} .*weight_map"]),
