@@ -10,14 +10,16 @@ from crossdock.checkpoint.folders import (
     replace_folder,
     saved_world_size,
 )
-from crossdock.checkpoint.hf import HFCheckpoint, HFKeys
+from crossdock.checkpoint.hf import HFCheckpoint, HFKeys, tensor_shapes
 from crossdock.checkpoint.hf_files import DTYPES
 from crossdock.checkpoint.hf_saving import save_hf
+from crossdock.checkpoint.hf_writing import MAX_SHARD_BYTES
 from crossdock.checkpoint.optimizer import materialise_optimizer_state
 
 __all__ = [
     "CHECKPOINT_FOLDER",
     "DTYPES",
+    "MAX_SHARD_BYTES",
     "CheckpointConfig",
     "CheckpointError",
     "Checkpointer",
@@ -30,4 +32,5 @@ __all__ = [
     "replace_folder",
     "save_hf",
     "saved_world_size",
+    "tensor_shapes",
 ]

@@ -13,7 +13,15 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from crossdock.checkpoint import DTYPES, CheckpointError, HFCheckpoint, HFKeys, replace_folder, save_hf
+from crossdock.checkpoint import (
+    DTYPES,
+    MAX_SHARD_BYTES,
+    CheckpointError,
+    HFCheckpoint,
+    HFKeys,
+    replace_folder,
+    save_hf,
+)
 from crossdock.comm import raise_together
 from crossdock.moe import moe_layers
 
@@ -104,7 +112,14 @@ def _dtypes_of(model: PreTrainedModel, weights: HFCheckpoint | None) -> _Dtypes:
 
 
 def export_hf(
-    model: PreTrainedModel, keys: HFKeys, assets: Path, destination: Path, dtype: str = "", *, replace: bool = False
+    model: PreTrainedModel,
+    keys: HFKeys,
+    assets: Path,
+    destination: Path,
+    dtype: str = "",
+    *,
+    replace: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads. Collective; on any layout.
 
@@ -117,6 +132,7 @@ def export_hf(
         destination: must not exist, unless `replace`.
         dtype: torch's name of the dtype of all tensors; empty: each tensor has the one that `assets` names.
         replace: remove what is at `destination`, when the new folder is whole.
+        max_shard_bytes: of a file's tensors.
 
     Raises:
         CheckpointError: on all ranks, if it exists or something could not be read or written.
@@ -136,7 +152,7 @@ def export_hf(
     except (OSError, ValueError) as caught:
         error = CheckpointError(f"cannot export to {destination}: {getattr(caught, 'strerror', None) or caught}")
     raise_together(error)
-    save_hf(model, keys, partial, dtypes.others, dtypes.default)
+    save_hf(model, keys, partial, dtypes.others, dtypes.default, max_shard_bytes)
     if rank == 0:
         try:
             replace_folder(partial, destination)
