@@ -15,6 +15,7 @@ from crossdock.checkpoint.hf_files import DTYPES
 from crossdock.checkpoint.hf_saving import save_hf
 from crossdock.checkpoint.hf_writing import MAX_SHARD_BYTES
 from crossdock.checkpoint.optimizer import materialise_optimizer_state
+from crossdock.checkpoint.state_dicts import expert_range, from_hf, to_hf, validate_experts
 
 __all__ = [
     "CHECKPOINT_FOLDER",
@@ -25,7 +26,9 @@ __all__ = [
     "Checkpointer",
     "HFCheckpoint",
     "HFKeys",
+    "expert_range",
     "find_checkpoint",
+    "from_hf",
     "latest_step",
     "materialise_optimizer_state",
     "read_counters",
@@ -33,4 +36,6 @@ __all__ = [
     "save_hf",
     "saved_world_size",
     "tensor_shapes",
+    "to_hf",
+    "validate_experts",
 ]

@@ -90,9 +90,9 @@ class HFKeys:
             shape: of the parameter or matrix.
         """
         if expert is None:
-            return [Part(self._there(name))]
+            return [Part(self.theirs(name))]
         module, _, parameter = name.rpartition(".")
-        module = self._there(f"{module}.")
+        module = self.theirs(f"{module}.")
         if self.packed:
             interleaved = self.interleaved and parameter.startswith("gate_and_up")
             return [Part(module + _PACKED[parameter], expert=expert, interleaved=interleaved)]
@@ -104,9 +104,16 @@ class HFKeys:
             Part(module + self.up.format(expert), slice(size, 2 * size), transposed=True),
         ]
 
-    def _there(self, name: str) -> str:
+    def theirs(self, name: str) -> str:
+        """A name of ours, or the beginning of one, in a checkpoint."""
         for ours, theirs in self.renamed:
             name = name.replace(ours, theirs)
+        return name
+
+    def ours(self, name: str) -> str:
+        """A name of a checkpoint, or the beginning of one, in our model."""
+        for ours, theirs in reversed(self.renamed):
+            name = name.replace(theirs, ours)
         return name
 
 

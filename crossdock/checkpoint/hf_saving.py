@@ -16,6 +16,7 @@ from crossdock.checkpoint.folders import CheckpointError
 from crossdock.checkpoint.hf import HFKeys, Part, views_of
 from crossdock.checkpoint.hf_writing import MAX_SHARD_BYTES, Entry, ShardWriter
 from crossdock.comm import raise_together
+from crossdock.experts import halves_interleaved
 from crossdock.moe import MoE, moe_layers
 from crossdock.parallel import plain_name
 
@@ -149,7 +150,7 @@ def _gather_packed(layer: MoE, own: Mapping[int, Tensor], part: Part, parameter:
             buffer.copy_(_whole(own[expert]))
         if layer.ep_group is not None:
             dist.broadcast(buffer, group=layer.ep_group, group_src=slot // layer.placement.slots_per_rank)
-        yield torch.stack(buffer.chunk(2, dim=-1), dim=-1).flatten(-2) if part.interleaved else buffer
+        yield halves_interleaved(buffer) if part.interleaved else buffer
 
 
 def _whole(tensor: Tensor) -> Tensor:
