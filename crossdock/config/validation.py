@@ -297,9 +297,7 @@ def _check_chat(config: Config) -> None:
     for name, entries in {"data.source": config.data.source, "validation.data": [config.validation.data]}.items():
         for entry in entries:
             if entry == "sotu" or entry.lower().endswith(".txt"):
-                raise ConfigError(
-                    name, entry, "holds text; data.format = chat needs conversations, see docs/finetune.md"
-                )
+                raise ConfigError(name, entry, "holds text, and no conversations as data.format = chat needs")
     assets = config.run_model.hf_assets_path
     needed = "data.format = chat needs a folder with a tokenizer and a chat template, as instruct models have"
     _require(config, "model.hf_assets_path", bool(assets), needed)
@@ -357,6 +355,7 @@ _FIXED = (
     "data.text_field",
     "data.messages_field",
     "data.train_on",
+    "data.chat_template",
     "data.packing",
     "data.held_out",
     "training.seed",
