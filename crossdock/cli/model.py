@@ -89,8 +89,8 @@ def evaluate_command(arguments: list[str], options: argparse.Namespace) -> int:
     parser = _parser("eval", "Loss and perplexity on a text. The text is split among the ranks.")
     parser.add_argument("--data", required=True, help="a source, as in data.source: a file, a folder, datasets:NAME")
     parser.add_argument("--format", choices=("text", "chat"), help="what the source holds (what the run has read)")
-    parser.add_argument("--text-field", help="field or column that holds a document (the run's, else text)")
-    parser.add_argument("--messages-field", help="that holds the messages (the run's, else messages)")
+    parser.add_argument("--text-field", default="text", help="field or column that holds a document (text)")
+    parser.add_argument("--messages-field", default="messages", help="that holds the messages (messages)")
     parser.add_argument(
         "--train-on", choices=("assistant", "last", "all"), help="tokens of a conversation that count (the run's)"
     )
@@ -113,7 +113,11 @@ def evaluate_command(arguments: list[str], options: argparse.Namespace) -> int:
 
         source.tokenizer()
         check_source(parsed.data)
-        if read_chat_template(parsed.chat_template) is None and _data_of(parsed, source).format == "chat":
+        chat = _data_of(parsed, source).format == "chat"
+        for name, given in {"--train-on": parsed.train_on, "--chat-template": parsed.chat_template}.items():
+            if given and not chat:
+                raise ConfigError(name, given, "needs --format chat")
+        if read_chat_template(parsed.chat_template) is None and chat:
             check_chat_template(source.assets)
         most = source.hf_config.max_position_embeddings
         if (parsed.seq_len or 1) > most:
@@ -157,16 +161,16 @@ def _data_of(parsed: argparse.Namespace, source: ModelSource) -> DataConfig:
     data = source.data
     if parsed.format not in (None, data.format):  # Rows are packed as is usual for it.
         data = replace(data, format=parsed.format, packing=None, attend_within_documents=None)
-    fields = {name: getattr(parsed, name) for name in ("text_field", "messages_field", "train_on")}
-    given = {name: value for name, value in fields.items() if value is not None}
     return replace(
         data,
         source=(parsed.data,),
         weights=(),
         held_out=0.0,
+        text_field=parsed.text_field,
+        messages_field=parsed.messages_field,
+        train_on=parsed.train_on or data.train_on,
         chat_template=parsed.chat_template,
         cache_folder=parsed.cache_folder,
-        **given,
     )
 
 
