@@ -181,7 +181,7 @@ class TooLong(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.count:,} conversations are longer than training.seq_len: their ends are cut off, and "
+            f"{self.count:,} conversations are longer than a row: their ends are cut off, and "
             f"{self.without_answer:,} of them are left out, of which no answer would remain"
         )
 
