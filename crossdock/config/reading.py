@@ -48,7 +48,13 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     model = replace(config.model, hf_assets_path=assets)
     moe = replace(config.moe, dispatcher="deepep") if model.flavor.endswith(DEEPEP_SUFFIX) else config.moe
     checkpoint = replace(config.checkpoint, initial_load_path=start)
-    data = replace(config.data, source=tuple(_absolute_source(entry) for entry in config.data.source))
+    data = replace(
+        config.data,
+        source=tuple(_absolute_source(entry) for entry in config.data.source),
+        chat_template=absolute(config.data.chat_template),
+        packing=config.data.row_packing,
+        attend_within_documents=config.data.within_documents,
+    )
     validation = replace(config.validation, data=_absolute_source(config.validation.data))
     job = replace(config.job, dump_folder=folder)
     return replace(config, job=job, model=model, data=data, moe=moe, checkpoint=checkpoint, validation=validation)
@@ -141,7 +147,7 @@ def _override(config: Config, arguments: Sequence[str]) -> Config:
             written = rest.pop(0)
         name = option.replace("-", "_")
         switch = name.removeprefix("no_").replace(".no_", ".")
-        if settings.get(switch) is bool:
+        if settings.get(switch) in (bool, bool | None):
             if has_value:
                 shown = switch.replace("_", "-")
                 off = shown.replace(".", ".no-")

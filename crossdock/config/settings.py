@@ -165,6 +165,11 @@ class Config:
         )
 
     @property
+    def run_data(self) -> DataConfig:
+        """`[data]`; a run that is resumed has its chat template in its folder, and needs the file no more."""
+        return self.data if self.run_model is self.model else replace(self.data, chat_template="")
+
+    @property
     def run_model(self) -> ModelConfig:
         """`[model]`, with a run that is resumed in the place of the folder that it started from, which may be gone."""
         if self.job.dump_folder and find_checkpoint(Path(self.job.dump_folder)) is not None:

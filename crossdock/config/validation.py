@@ -17,7 +17,16 @@ from transformers import PreTrainedConfig
 from crossdock.checkpoint import CheckpointError, HFCheckpoint, find_checkpoint
 from crossdock.config.reading import RUN_CONFIG_FILE, absolute, read_toml
 from crossdock.config.settings import Config, ConfigError, setting_types
-from crossdock.data import DataError, check_source, mixture_quotas, open_tokenizer, vocabulary_size
+from crossdock.data import (
+    DataConfig,
+    DataError,
+    check_chat_template,
+    check_source,
+    mixture_quotas,
+    open_tokenizer,
+    read_chat_template,
+    vocabulary_size,
+)
 from crossdock.dispatch import choose_deepep_api, find_nodes, load_deepep
 from crossdock.models import FAMILIES, ExpertSizes, ModelError, build_model, resolve_hf_config
 from crossdock.models.family import DEEPEP_SUFFIX
@@ -273,6 +282,32 @@ def _check_data(config: Config) -> None:
         except DataError as error:
             raise ConfigError("data.weights", weights, str(error)) from None
     _require(config, "data.text_field", bool(config.data.text_field), "must be the name of a field")
+    _require(config, "data.messages_field", bool(config.data.messages_field), "must be the name of a field")
+    _check_chat(config)
+
+
+def _check_chat(config: Config) -> None:
+    chat, usual = config.data.format == "chat", DataConfig()
+    for name in ("messages_field", "train_on", "chat_template"):
+        set_for_nothing = not chat and getattr(config.data, name) != getattr(usual, name)
+        _require(config, f"data.{name}", not set_for_nothing, "needs data.format = chat")
+    if not chat:
+        return
+    _require(config, "data.text_field", config.data.text_field == usual.text_field, "needs data.format = text")
+    for name, entries in {"data.source": config.data.source, "validation.data": [config.validation.data]}.items():
+        for entry in entries:
+            if entry == "sotu" or entry.lower().endswith(".txt"):
+                raise ConfigError(name, entry, "holds text, and no conversations as data.format = chat needs")
+    assets = config.run_model.hf_assets_path
+    needed = "data.format = chat needs a folder with a tokenizer and a chat template, as instruct models have"
+    _require(config, "model.hf_assets_path", bool(assets), needed)
+    try:
+        if config.run_data.chat_template:
+            read_chat_template(config.run_data.chat_template)
+        else:
+            check_chat_template(Path(assets))
+    except DataError as error:
+        raise ConfigError("data.chat_template", config.data.chat_template, str(error)) from None
 
 
 # Packages that transformers does not bring along.
@@ -289,7 +324,7 @@ def _check_attention(config: Config) -> None:
         _require(config, name, installed, f"needs the package {package}; use sdpa")
         _require(config, name, config.training.dtype == "bfloat16", "needs training.dtype = bfloat16; or use sdpa")
     _require(config, name, torch.cuda.is_available(), "needs a GPU; use sdpa")
-    blind = package is not None and config.data.attend_within_documents and config.training.local_batch_size > 1
+    blind = package is not None and config.data.within_documents and config.training.local_batch_size > 1
     valid = "needs another model.attn_implementation than flash attention, which does not see the ends of documents"
     _require(config, "data.attend_within_documents", not blind, valid)
 
@@ -316,7 +351,11 @@ _FIXED = (
     "training.freeze_experts",
     "data.source",
     "data.weights",
+    "data.format",
     "data.text_field",
+    "data.messages_field",
+    "data.train_on",
+    "data.chat_template",
     "data.packing",
     "data.held_out",
     "training.seed",

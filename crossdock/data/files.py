@@ -6,11 +6,12 @@ import gzip
 import importlib.util
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from crossdock.data.config import DataError
+from crossdock.data.fields import Fields, shown
 
 __all__ = [
     "SUFFIXES",
@@ -18,10 +19,12 @@ __all__ = [
     "first_line",
     "need_package",
     "read_documents",
-    "table_texts",
+    "table_documents",
 ]
 
 _ROWS_PER_READ: Final = 256
+
+T = TypeVar("T")
 
 
 def can_read(path: Path) -> bool:
@@ -29,13 +32,13 @@ def can_read(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES)
 
 
-def read_documents(path: Path, text_field: str) -> Iterator[str]:
+def read_documents(path: Path, fields: Fields[T]) -> Iterator[T]:
     """Yields the documents of a file in order, a line or a group of rows at a time; empty ones are left out.
 
     Args:
         path: a `.txt` is one document; `.jsonl`, `.jsonl.gz` and `.json-lines` have one per line, `.parquet` and
             `.arrow` (an Arrow stream) one per row.
-        text_field: the field or column with the text.
+        fields: what of a line or row is the document.
 
     Raises:
         DataError: naming file and line (or row), for a file that is missing, empty, binary, truncated or malformed.
@@ -44,10 +47,10 @@ def read_documents(path: Path, text_field: str) -> Iterator[str]:
     try:
         if path.stat().st_size == 0:
             raise DataError(f"{path}:1: the file is empty")
-        for text in _reader(path)(path, text_field):
-            if text:
+        for document in _reader(path)(path, fields):
+            if document:
                 found = True
-                yield text
+                yield document
     except OSError as error:
         raise DataError(f"{path}: can't be read ({error.strerror or error})") from error
     if not found:
@@ -60,22 +63,20 @@ def need_package(name: str, purpose: str) -> None:
         raise DataError(f"{purpose} needs the package {name}: pip install 'crossdock[datasets]'")
 
 
-def table_texts(tables: Iterable[Any], columns: Sequence[str], text_field: str, place: str) -> Iterator[str]:
-    """Yields the strings in column `text_field` of Arrow tables or record batches; the rows at `place` count from 1."""
-    if text_field not in columns:
-        held = ", ".join(columns)
-        raise DataError(f"{place}: has no column {text_field!r} but {held}; data.text_field names the one to read")
+def table_documents(tables: Iterable[Any], wanted: list[str], fields: Fields[T], place: str) -> Iterator[T]:
+    """Yields the documents of Arrow tables or record batches with columns `wanted`; rows at `place` count from 1."""
     row = 0
     for table in tables:
-        for value in table.column(text_field):
+        columns = {name: table.column(name) for name in wanted}
+        for index in range(table.num_rows):
             row += 1
-            try:
-                text = value.as_py()
-            except UnicodeDecodeError as error:
-                raise DataError(f"{place}, row {row}: {text_field!r} is not valid UTF-8") from error
-            if not isinstance(text, str):
-                raise DataError(f"{place}, row {row}: {text_field!r} is {_shown(text)}, must be a string")
-            yield text
+            values = {}
+            for name, column in columns.items():
+                try:
+                    values[name] = column[index].as_py()
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{place}, row {row}: {name!r} is not valid UTF-8") from error
+            yield fields.of_row(values, f"{place}, row {row}")
 
 
 def first_line(error: Exception) -> str:
@@ -84,11 +85,12 @@ def first_line(error: Exception) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
-def _text_file(path: Path, text_field: str) -> Iterator[str]:
-    yield _decode(path.read_bytes(), path, 1)  # read_text would translate the ends of lines.
+def _text_file(path: Path, fields: Fields[T]) -> Iterator[T]:
+    text = _decode(path.read_bytes(), path, 1)  # read_text would translate the ends of lines.
+    yield fields.of_text(text, f"{path}:1")
 
 
-def _json_lines(path: Path, text_field: str) -> Iterator[str]:
+def _json_lines(path: Path, fields: Fields[T]) -> Iterator[T]:
     for number, raw in _lines(path):
         line, place = _decode(raw, path, number), f"{path}:{number}"
         if not line.strip():
@@ -100,43 +102,31 @@ def _json_lines(path: Path, text_field: str) -> Iterator[str]:
                 raise DataError(f"{place}: the last line is cut off: the file is truncated") from error
             raise DataError(f"{place}: is not JSON ({error})") from error
         if not isinstance(value, dict):
-            raise DataError(f"{place}: is {_shown(value)}, must be a JSON object with the field {text_field!r}")
-        if text_field not in value:
-            held = ", ".join(map(repr, value)) or "none at all"
-            raise DataError(f"{place}: has no field {text_field!r} but {held}; data.text_field names the one to read")
-        text = value[text_field]
-        if not isinstance(text, str):
-            raise DataError(f"{place}: the field {text_field!r} is {_shown(text)}, must be a string")
-        if "\\u" in line:  # Only an escape can smuggle half a character in.
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise DataError(f"{place}: the field {text_field!r} has half a surrogate pair") from error
-        yield text
+            raise DataError(f"{place}: is {shown(value)}, must be a JSON object")
+        yield fields.of_object(value, place)
 
 
-def _parquet(path: Path, text_field: str) -> Iterator[str]:
+def _parquet(path: Path, fields: Fields[T]) -> Iterator[T]:
     need_package("pyarrow", f"reading {path}")
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            wanted = [text_field] if text_field in columns else []
-            yield from table_texts(file.iter_batches(_ROWS_PER_READ, columns=wanted), columns, text_field, str(path))
+            wanted = fields.columns(file.schema_arrow.names, str(path))
+            yield from table_documents(file.iter_batches(_ROWS_PER_READ, columns=wanted), wanted, fields, str(path))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: truncated, or no Parquet file ({first_line(error)})") from error
 
 
-def _arrow(path: Path, text_field: str) -> Iterator[str]:
+def _arrow(path: Path, fields: Fields[T]) -> Iterator[T]:
     """A file of `datasets.save_to_disk`: an Arrow stream."""
     need_package("pyarrow", f"reading {path}")
     import pyarrow as pa
 
     try:
         with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
-            yield from table_texts(stream, stream.schema.names, text_field, str(path))
+            yield from table_documents(stream, fields.columns(stream.schema.names, str(path)), fields, str(path))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: truncated, or no stream of Arrow data ({first_line(error)})") from error
 
@@ -172,13 +162,7 @@ def _decode(raw: bytes, path: Path, first_line_number: int) -> str:
         raise DataError(f"{place(error.start)}: {fault}") from error
 
 
-def _shown(value: object) -> str:
-    """A JSON value in a message."""
-    written = json.dumps(value, default=str)
-    return written if len(written) <= 40 else f"{written[:40]}..."
-
-
-_READERS: Final[Mapping[str, Callable[[Path, str], Iterator[str]]]] = {
+_READERS: Final[Mapping[str, Callable[[Path, Fields[Any]], Iterator[Any]]]] = {
     ".txt": _text_file,
     ".jsonl": _json_lines,
     ".jsonl.gz": _json_lines,
@@ -191,6 +175,6 @@ _READERS: Final[Mapping[str, Callable[[Path, str], Iterator[str]]]] = {
 SUFFIXES: Final = tuple(suffix for suffix in _READERS if suffix != ".arrow")
 
 
-def _reader(path: Path) -> Callable[[Path, str], Iterator[str]]:
+def _reader(path: Path) -> Callable[[Path, Fields[T]], Iterator[T]]:
     name = path.name.lower()
     return next(reader for suffix, reader in _READERS.items() if name.endswith(suffix))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch
 from crossdock.data.config import DataError, Packing
 from crossdock.data.tokens import TokenFile
 
-__all__ = ["IGNORED_LABEL", "Batch", "DocumentRows", "Rows", "StreamRows", "pack", "read_rows"]
+__all__ = ["IGNORED_LABEL", "Batch", "DocumentRows", "Rows", "StreamRows", "TooLong", "pack", "read_rows"]
 
 # The label of a position where nothing is predicted; what torch's cross entropy leaves out by default.
 IGNORED_LABEL: Final = -100
@@ -74,13 +74,14 @@ class DocumentRows:
     """Rows of whole documents: in order of the file, as many as fit; one that does not fit begins the next row.
 
     A document of more than S + 1 tokens is cut into rows that share one token, the last label of one being the first
-    input of the next; its rest begins a row like a document. Single tokens, which predict nothing, make no row.
+    input of the next; its rest begins a row like a document. Single tokens, which predict nothing, make no row. A
+    conversation is shortened instead, to its first S + 1 tokens, or left out where none of these is to be predicted.
     Needs 16 bytes per row.
     """
 
     def __init__(self, tokens: TokenFile, seq_len: int) -> None:
         self.tokens, self.seq_len = tokens, seq_len
-        starts, ends = _pieces(tokens.document_offsets(), seq_len)
+        starts, ends = _shortened(tokens, seq_len) if tokens.masked else _pieces(tokens.document_offsets(), seq_len)
         after = np.searchsorted(ends, starts + seq_len + 1, side="right")  # The piece that begins the row after.
         following, first, piece = after.tolist(), [], 0
         while piece < len(following):
@@ -105,6 +106,9 @@ Rows = StreamRows | DocumentRows
 def pack(tokens: TokenFile, seq_len: int, packing: Packing, *, with_rest: bool = False) -> Rows:
     """The rows of a file, `with_rest` the last one of a stream too. Raises DataError where there are none."""
     rows = DocumentRows(tokens, seq_len) if packing == "documents" else StreamRows(tokens, seq_len, with_rest)
+    if not len(rows) and tokens.masked:
+        wanted = "raise it until there is room for an answer"
+        raise DataError(f"seq_len is {seq_len}, too small for every conversation of {tokens.source!r}: {wanted}")
     if not len(rows):
         held = f"the {tokens.num_tokens} tokens of {tokens.source!r} ({tokens.path})"
         raise DataError(f"seq_len is {seq_len}, must be below {held}: lower it or use more text")
@@ -128,6 +132,7 @@ def read_rows(
     targets = np.zeros(len(row_ids), dtype=np.int64)  # How many positions predict; behind them there is padding.
     positions = np.tile(np.arange(seq_len), (len(row_ids), 1))
     new_document = np.zeros((len(row_ids), seq_len), dtype=bool)  # Whether the label begins one.
+    masked = np.zeros((len(row_ids), seq_len), dtype=bool)  # Whether the label is not to be predicted.
     for index, source in enumerate(sources):
         mine = (source_ids == index) & (row_ids >= 0)
         if not mine.any():
@@ -136,6 +141,8 @@ def read_rows(
         where = np.minimum(starts[:, None] + np.arange(seq_len + 1), ends[:, None] - 1)
         token_ids[mine] = source.tokens.open()[where]
         targets[mine] = ends - starts - 1
+        if (to_predict := source.tokens.targets()) is not None:
+            masked[mine] = ~to_predict[where[:, 1:]]
         if within_documents:
             offsets = source.tokens.document_offsets()
             documents = np.searchsorted(offsets, where, side="right") - 1
@@ -143,7 +150,7 @@ def read_rows(
             begins = np.maximum(offsets[documents[:, :-1]], starts[:, None])
             positions[mine] = where[:, :-1] - begins
     inputs, labels = token_ids[:, :-1].copy(), token_ids[:, 1:].copy()
-    labels[new_document] = IGNORED_LABEL
+    labels[new_document | masked] = IGNORED_LABEL
     padding = np.arange(seq_len) >= targets[:, None]
     if padded:
         inputs[padding], labels[padding] = 0, IGNORED_LABEL
@@ -154,6 +161,48 @@ def read_rows(
         torch.from_numpy(positions) if within_documents else None,
         torch.from_numpy(padding) if padded else None,
     )
+
+
+class TooLong(NamedTuple):
+    """How many conversations do not fit a row, and how many of these have none of their answers in it."""
+
+    count: int
+    without_answer: int
+
+    @classmethod
+    def of(cls, files: Sequence[TokenFile], seq_len: int) -> TooLong:
+        """Of the conversations in some token files; documents that are none do not count."""
+        counts = np.zeros(2, dtype=int)
+        for tokens in files:
+            if tokens.masked:
+                longer = np.flatnonzero(np.diff(tokens.document_offsets()) > seq_len + 1)
+                counts += len(longer), len(longer) - int(_answered(tokens, longer, seq_len).sum())
+        return cls(*counts.tolist())
+
+    def __str__(self) -> str:
+        return (
+            f"{self.count:,} conversations are longer than a row: their ends are cut off, and "
+            f"{self.without_answer:,} of them are left out, of which no answer would remain"
+        )
+
+
+def _shortened(tokens: TokenFile, seq_len: int) -> tuple[_Array, _Array]:
+    """Where conversations begin, and where they end or are cut off; those without a target in between are left out."""
+    offsets = tokens.document_offsets()
+    lengths = np.diff(offsets)
+    kept = lengths > 0
+    longer = np.flatnonzero(lengths > seq_len + 1)
+    kept[longer] = _answered(tokens, longer, seq_len)
+    starts = offsets[:-1][kept]
+    return starts, starts + np.minimum(lengths[kept], seq_len + 1)
+
+
+def _answered(tokens: TokenFile, documents: _Array, seq_len: int) -> _Array:
+    """Whether there is something to predict in the first S + 1 tokens of some documents, longer than that, `[N]`."""
+    offsets, targets = tokens.document_offsets(), tokens.targets()
+    assert targets is not None
+    starts = offsets[documents]
+    return np.array([targets[start + 1 : start + seq_len + 1].any() for start in starts.tolist()], dtype=bool)
 
 
 def _pieces(offsets: _Array, seq_len: int) -> tuple[_Array, _Array]:

@@ -18,10 +18,11 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 from crossdock.data.config import DataError
-from crossdock.data.files import SUFFIXES, can_read, first_line, need_package, read_documents, table_texts
+from crossdock.data.fields import Fields
+from crossdock.data.files import SUFFIXES, can_read, first_line, need_package, read_documents, table_documents
 
 __all__ = ["Source", "check_source", "is_path", "open_source"]
 
@@ -31,18 +32,20 @@ _VALID: Final = f"valid are sotu, a file ({', '.join(SUFFIXES)}), a folder, data
 _SAMPLED_BYTES: Final = 1 << 16  # Of each end of a file, for its identity.
 _ROWS_PER_READ: Final = 256
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class Source(Generic[T]):
     """One entry of `data.source`.
 
-    `documents()` yields its texts, each time in the same order, from disk as they are asked for, and raises DataError
-    with file and line for what is wrong with them. `identity` (JSON) differs where the documents do.
+    `documents()` yields them, each time in the same order, from disk as they are asked for, and raises DataError with
+    file and line for what is wrong with them. `identity` (JSON) differs where the documents do.
     """
 
     entry: str
     identity: Any
-    documents: Callable[[], Iterator[str]]
+    documents: Callable[[], Iterator[T]]
 
 
 def is_path(entry: str) -> bool:
@@ -63,7 +66,7 @@ def check_source(entry: str) -> None:
         _files(entry)
 
 
-def open_source(entry: str, text_field: str) -> Source:
+def open_source(entry: str, fields: Fields[T]) -> Source[T]:
     """The source that an entry stands for; reads what `identity` needs. Raises DataError where there is none.
 
     A local file's identity is its name below the entry, size, time of change and a hash of its first and last 64 KiB.
@@ -74,17 +77,18 @@ def open_source(entry: str, text_field: str) -> Source:
         paths = _speeches()
         # read_text would translate the ends of lines.
         digest = hashlib.sha256(json.dumps([[path.name, path.read_bytes().decode()] for path in paths]).encode())
-        return Source(entry, [_SOTU, digest.hexdigest()], lambda: (path.read_bytes().decode() for path in paths))
+        identity = [_SOTU, digest.hexdigest()]
+        return Source(entry, identity, lambda: (fields.of_text(path.read_bytes().decode(), entry) for path in paths))
     if entry.startswith(_DATASETS):
-        return _open_dataset(entry, text_field)
+        return _open_dataset(entry, fields)
     paths = _files(entry)
     root = Path(os.path.commonpath([path.parent for path in paths]))
 
-    def documents() -> Iterator[str]:
+    def documents() -> Iterator[T]:
         for path in paths:
-            yield from read_documents(path, text_field)
+            yield from read_documents(path, fields)
 
-    return Source(entry, ["files", text_field, [_file_identity(path, root) for path in paths]], documents)
+    return Source(entry, ["files", fields.identity, [_file_identity(path, root) for path in paths]], documents)
 
 
 def _speeches() -> list[Path]:
@@ -187,7 +191,7 @@ def _parse_dataset(entry: str) -> tuple[str, str | None, str]:
     return name, config or None, split or "train"
 
 
-def _open_dataset(entry: str, text_field: str) -> Source:
+def _open_dataset(entry: str, fields: Fields[T]) -> Source[T]:
     name, config, split = _parse_dataset(entry)
     need_package("datasets", f"source {entry!r}")
     import datasets
@@ -200,13 +204,13 @@ def _open_dataset(entry: str, text_field: str) -> Source:
     assert isinstance(dataset, datasets.Dataset)
     columns = dataset.column_names
 
-    def documents() -> Iterator[str]:
-        wanted = dataset.select_columns([text_field] if text_field in columns else [])
-        tables = wanted.with_format("arrow").iter(batch_size=_ROWS_PER_READ)
-        yield from filter(None, table_texts(tables, columns, text_field, f"source {entry!r}"))
+    def documents() -> Iterator[T]:
+        wanted = fields.columns(columns, place := f"source {entry!r}")
+        tables = dataset.select_columns(wanted).with_format("arrow").iter(batch_size=_ROWS_PER_READ)
+        yield from filter(None, table_documents(tables, wanted, fields, place))
 
     cached = [_file_identity(path, path.parent) for path in map(_cached_path, dataset.cache_files)]
-    return Source(entry, ["datasets", text_field, split, cached], documents)
+    return Source(entry, ["datasets", fields.identity, split, cached], documents)
 
 
 def _cached_path(file: Any) -> Path:

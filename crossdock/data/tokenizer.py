@@ -127,15 +127,18 @@ class Encoder:
         self.vocab_size = vocabulary_size(tokenizer)
         self.dtype = "uint16" if self.vocab_size <= 1 << 16 else "uint32"
 
-    def encode(self, documents: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields each document with its ids `[n]`, of `dtype`, in order; some documents are held at a time."""
+    def encode(self, documents: Iterable[str]) -> Iterator[tuple[str, np.ndarray, None]]:
+        """Yields each document with its ids `[n]`, of `dtype`, in order; some documents are held at a time.
+
+        None stands for its targets: every token is one.
+        """
         separator = [] if self.end_of_text_id is None else [self.end_of_text_id]
         end = np.array(separator, dtype=self.dtype)
         for texts in _groups(documents):
             pieces = [list(_pieces(text)) for text in texts]
             encodings = self._encode_some([piece for of_text in pieces for piece in of_text])
             for text, of_text in zip(texts, pieces, strict=True):
-                yield text, np.concatenate([*islice(encodings, len(of_text)), end])
+                yield text, np.concatenate([*islice(encodings, len(of_text)), end]), None
 
     def _encode_some(self, texts: list[str]) -> Iterator[np.ndarray]:
         for start in range(0, len(texts), _TEXTS_PER_ENCODING):

@@ -1,6 +1,7 @@
 """Documents to tokens on disk.
 
-`prepare_tokens` turns each source into flat files of token ids, cached under a fingerprint of all that makes them.
+`prepare_tokens` turns each source into flat files of token ids, of conversations with a mask of those that are to be
+predicted, cached under a fingerprint of all that makes them.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final, Protocol
 
 import numpy as np
 
+from crossdock.data.chat import ChatEncoder, ChatTokenizer, identify_chat, read_chat_template
 from crossdock.data.config import DataConfig, DataError
+from crossdock.data.conversations import Conversation, ConversationFields
+from crossdock.data.fields import Fields, TextField
 from crossdock.data.sources import Source, open_source
 from crossdock.data.tokenizer import END_OF_TEXT, SMALLEST_VOCAB, Encoder, TextSample, read_tokenizer, train_tokenizer
 
@@ -37,6 +41,7 @@ class TokenFile:
 
     `source` is the entry of `data.source` that the documents come from. `dtype` is "uint16" or "uint32". Every id is
     below `vocab_size`, one more than the tokenizer's largest id. `documents.bin` beside it says where documents begin.
+    Documents that are conversations are `masked`: `targets.bin` beside it says which tokens are to be predicted.
     """
 
     path: Path
@@ -46,6 +51,7 @@ class TokenFile:
     num_documents: int
     vocab_size: int
     end_of_text_id: int | None
+    masked: bool = False
 
     def open(self) -> np.memmap[Any, Any]:
         """The tokens `[num_tokens]`, of `dtype`, read-only and read from disk as they are used."""
@@ -55,16 +61,28 @@ class TokenFile:
         """`[num_documents + 1]` int64, read-only: document d is the tokens `offsets[d] .. offsets[d + 1] - 1`."""
         return np.memmap(self._documents_path, dtype=np.int64, mode="r", shape=(self.num_documents + 1,))
 
+    def targets(self) -> np.memmap[Any, Any] | None:
+        """`[num_tokens]` bool, read-only: the tokens that are to be predicted; None where all are."""
+        if not self.masked:
+            return None
+        return np.memmap(self._targets_path, dtype=np.bool_, mode="r", shape=(self.num_tokens,))
+
     @property
     def _documents_path(self) -> Path:
         return self.path.with_name("documents.bin")
 
+    @property
+    def _targets_path(self) -> Path:
+        return self.path.with_name("targets.bin")
+
     def is_whole(self) -> bool:
-        """Whether both files are there with the sizes that they should have."""
+        """Whether all its files are there with the sizes that they should have."""
         sizes = {
             self.path: self.num_tokens * np.dtype(self.dtype).itemsize,
             self._documents_path: 8 * (self.num_documents + 1),
         }
+        if self.masked:
+            sizes[self._targets_path] = self.num_tokens
         return all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
 
 
@@ -84,33 +102,63 @@ def prepare_tokens(config: DataConfig, tokenizer_folder: Path | None, vocab_size
     The tokenizer is that of `tokenizer_folder/tokenizer.json`; for None a byte-level BPE of `vocab_size` tokens (fewer
     for very little text) is trained on the training documents of all sources, or on some 64 M characters of them. A
     special token that a document spells out is encoded as plain text. A document is held out or not by a hash of its
-    text: on every machine, in every order, and in whichever source or copy it appears.
+    text: on every machine, in every order, and in whichever source or copy it appears. Conversations are rendered and
+    masked by `ChatTokenizer`, which needs `tokenizer_folder`.
     Several processes may call at once: one builds, the others wait. All documents are read once before the first is
     tokenised, so that a faulty one is found before anything is kept.
 
     Raises:
-        DataError: for a source that is missing or faulty, a part of it that has no documents, an unreadable tokenizer
-            or a `vocab_size` below 257.
+        DataError: for a source that is missing or faulty, a part of it that has no documents, an unreadable tokenizer,
+            a chat template that is missing or does not fit the data, or a `vocab_size` below 257.
         OSError: where the cache can't be written or locked.
     """
     if tokenizer_folder is None and vocab_size < SMALLEST_VOCAB:
         raise DataError(f"vocab_size is {vocab_size}, must be at least {SMALLEST_VOCAB}: all bytes and {END_OF_TEXT}")
     if not config.source:
         raise DataError("source is empty, must name at least one")
-    sources = [open_source(entry, config.text_field) for entry in config.source]
+    chat, template = config.format == "chat", read_chat_template(config.chat_template)
+    if chat and tokenizer_folder is None:
+        raise DataError("format is chat, which needs a tokenizer folder with a chat template")
+    sources = [open_source(entry, _fields(config)) for entry in config.source]
     given_json, end_of_text = (None, END_OF_TEXT) if tokenizer_folder is None else read_tokenizer(tokenizer_folder)
     identities = [source.identity for source in sources]
     # A trained tokenizer is one of all sources, so that each one's tokens hang on the others.
     tokenizer = ["trained", vocab_size, identities] if given_json is None else ["given", end_of_text, given_json]
+    if chat and tokenizer_folder is not None:
+        tokenizer.append(identify_chat(tokenizer_folder, template, config.train_on))
+
+    def make_encoder(tokenizer_json: str) -> _Encoder:
+        if chat and tokenizer_folder is not None:
+            return ChatEncoder(ChatTokenizer(tokenizer_folder, template), config.train_on)
+        return Encoder(tokenizer_json, end_of_text)
+
     cache = Path(config.cache_folder).expanduser()
     folders = [cache / _fingerprint(tokenizer, config.held_out, identity) for identity in identities]
     if (present := _read_all(sources, folders)) is None:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache, _fingerprint(tokenizer, config.held_out, identities)):
-            _build_missing(sources, folders, config.held_out, given_json, end_of_text, vocab_size)
+            _build_missing(sources, folders, config.held_out, given_json, make_encoder, vocab_size)
         present = _read_all(sources, folders)
         assert present is not None
     return present
+
+
+class _Encoder(Protocol):
+    """Documents to token ids, with the targets among them: None for all."""
+
+    dtype: str
+    vocab_size: int
+
+    @property
+    def end_of_text_id(self) -> int | None: ...
+
+    def encode(self, documents: Iterable[Any]) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]: ...
+
+
+def _fields(config: DataConfig) -> Fields[str | Conversation]:
+    if config.format == "chat":
+        return ConversationFields(config.messages_field, needs_answer=config.train_on != "all")
+    return TextField(config.text_field)
 
 
 def _fingerprint(*parts: Any) -> str:
@@ -125,11 +173,11 @@ def _locked(cache: Path, name: str) -> Iterator[None]:
 
 
 def _build_missing(
-    sources: Sequence[Source],
+    sources: Sequence[Source[Any]],
     folders: Sequence[Path],
     held_out: float,
     given_json: str | None,
-    end_of_text: str | None,
+    make_encoder: Callable[[str], _Encoder],
     vocab_size: int,
 ) -> None:
     """Makes the folders that are not whole. Nothing of it shows before its end; one after another is locked."""
@@ -151,22 +199,22 @@ def _build_missing(
             if _read_folder(source, folder) is None:  # Else a run with this source among others built it.
                 # One level down, since the temporary folder is closed to other users and the cache may be shared.
                 built = Path(scratch) / folder.name
-                _write_folder(built, source, held_out, tokenizer_json, Encoder(tokenizer_json, end_of_text))
+                _write_folder(built, source, held_out, tokenizer_json, make_encoder(tokenizer_json))
                 shutil.rmtree(folder, ignore_errors=True)  # A broken one, which nobody reads.
                 built.rename(folder)
 
 
-def _survey(source: Source, held_out: float, sample: TextSample | None) -> None:
+def _survey(source: Source[Any], held_out: float, sample: TextSample | None) -> None:
     """Reads all documents, so that what is wrong with them is known, and offers those to train on to `sample`."""
     count, count_held_out, least, most = 0, 0, 1.0, 0.0
-    for text in source.documents():
-        share, key = _hash(text)
+    for document in source.documents():
+        share, key = _hash(document)
         count += 1
         least, most = min(least, share), max(most, share)
         if share < held_out:
             count_held_out += 1
         elif sample is not None:
-            sample.add(text, key)
+            sample.add(document, key)
     if not count:
         raise DataError(f"source {source.entry!r}: holds no documents")
     if not held_out:
@@ -183,41 +231,50 @@ def _survey(source: Source, held_out: float, sample: TextSample | None) -> None:
     raise DataError(f"held_out is {held_out}, which {wrong}")
 
 
-def _hash(text: str) -> tuple[float, int]:
-    """Where the text stands in `[0, 1)` for the share that is held out, and a key in `[0, 2^64)` independent of it."""
+def _hash(document: str | Conversation) -> tuple[float, int]:
+    """Where it stands in `[0, 1)` for the share that is held out, and a key in `[0, 2^64)` independent of it."""
+    text = document if isinstance(document, str) else document.key
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     return (int.from_bytes(digest[:8]) >> 11) / 2**53, int.from_bytes(digest[8:])
 
 
-def _write_folder(folder: Path, source: Source, held_out: float, tokenizer_json: str, encoder: Encoder) -> None:
+def _write_folder(folder: Path, source: Source[Any], held_out: float, tokenizer_json: str, encoder: _Encoder) -> None:
     folder.mkdir()
     (folder / "tokenizer.json").write_bytes(tokenizer_json.encode("utf-8"))
     parts = [_TRAIN, _HELD_OUT] if held_out else [_TRAIN]
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(_Writer(folder / part)) for part in parts]
-        for text, ids in encoder.encode(source.documents()):
-            writers[_hash(text)[0] < held_out].add(ids)
+        for document, ids, targets in encoder.encode(source.documents()):
+            writers[_hash(document)[0] < held_out].add(ids, targets)
     description = {"dtype": encoder.dtype, "vocab_size": encoder.vocab_size, "end_of_text_id": encoder.end_of_text_id}
     description |= {"fingerprint": folder.name}
     description |= {
-        part: {"num_tokens": writer.num_tokens, "num_documents": writer.num_documents}
+        part: {"num_tokens": writer.num_tokens, "num_documents": writer.num_documents, "masked": writer.masked}
         for part, writer in zip(parts, writers, strict=True)
     }
     (folder / "tokens.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 class _Writer:
-    """Appends documents to the two files of a part."""
+    """Appends documents to the files of a part: to two, and to a third where there are targets."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
         self.num_tokens = self.num_documents = 0
+        self.masked = False
+        self._folder = folder
+        self._targets: BinaryIO | None = None
         self._tokens = (folder / "tokens.bin").open("wb")
         self._offsets = (folder / "documents.bin").open("wb")
         self._offsets.write(np.int64(0).tobytes())
 
-    def add(self, ids: np.ndarray) -> None:
+    def add(self, ids: np.ndarray, targets: np.ndarray | None) -> None:
         self._tokens.write(ids.tobytes())
+        if targets is not None:
+            if self._targets is None:
+                self._targets = (self._folder / "targets.bin").open("wb")
+                self.masked = True
+            self._targets.write(targets.tobytes())
         self.num_tokens += len(ids)
         self.num_documents += 1
         self._offsets.write(np.int64(self.num_tokens).tobytes())
@@ -226,11 +283,12 @@ class _Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tokens.close()
-        self._offsets.close()
+        for file in (self._tokens, self._offsets, self._targets):
+            if file is not None:
+                file.close()
 
 
-def _read_folder(source: Source, folder: Path) -> list[TokenFile] | None:
+def _read_folder(source: Source[Any], folder: Path) -> list[TokenFile] | None:
     """The token files in a source's folder, the held-out one last; None where they are not all there and whole."""
     try:
         description = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
@@ -246,7 +304,7 @@ def _read_folder(source: Source, folder: Path) -> list[TokenFile] | None:
     return files if whole else None
 
 
-def _read_all(sources: Sequence[Source], folders: Sequence[Path]) -> Tokens | None:
+def _read_all(sources: Sequence[Source[Any]], folders: Sequence[Path]) -> Tokens | None:
     read = [_read_folder(source, folder) for source, folder in zip(sources, folders, strict=True)]
     parts = [files for files in read if files is not None]
     if len(parts) < len(read):

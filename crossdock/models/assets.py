@@ -29,6 +29,7 @@ __all__ = ["EXPORT_DTYPES", "export_hf", "left_out", "write_assets"]
 
 _CONFIG_FILE = "config.json"
 _GENERATION_FILE = "generation_config.json"
+_TEMPLATE_FILE = "chat_template.jinja"
 _TEMPLATES_FOLDER = "additional_chat_templates"
 _DTYPES_FILE = "tensor_dtypes.json"
 _TOKENIZER_FILES = (
@@ -39,7 +40,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    _TEMPLATE_FILE,
     "chat_template.json",
 )
 
@@ -61,6 +62,7 @@ def write_assets(
     end_of_text_id: int | None,
     source: Path | None,
     weights: HFCheckpoint | None,
+    chat_template: str | None = None,
 ) -> None:
     """Gather in `folder` what an export needs beside the weights, so that the source may vanish.
 
@@ -71,6 +73,7 @@ def write_assets(
         end_of_text_id: its id of the end of a text, where it has one.
         source: folder in Hugging Face's format with further files of the tokenizer and a generation_config.json.
         weights: those that the model starts from, whose dtypes an export shall have; `None` gives the model's own.
+        chat_template: goes there in the place of the source's.
 
     Raises:
         OSError: where files cannot be read or written.
@@ -79,6 +82,8 @@ def write_assets(
     if source is not None:
         _copy_texts(source, folder)
     shutil.copyfile(tokenizer_path, folder / _TOKENIZER_FILES[0])
+    if chat_template is not None:
+        (folder / _TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
     config = type(model.config).from_dict(model.config.to_dict())
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")  # Of the weights of the source, not of those that are written.

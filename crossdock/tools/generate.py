@@ -11,10 +11,11 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from crossdock.config import ConfigError
+from crossdock.data import ChatTokenizer
 
 __all__ = ["Sampling", "check_prompt", "generate"]
 
@@ -36,13 +37,18 @@ class Sampling:
     seed: int = 0
 
 
-def check_prompt(hf_config: PreTrainedConfig, tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The tokens of a prompt; raises ConfigError for one without any, or one that leaves no room for another."""
+def check_prompt(
+    hf_config: PreTrainedConfig, tokenizer: Tokenizer, prompt: str, chat: ChatTokenizer | None = None
+) -> list[int]:
+    """The tokens of a prompt, with `chat` of the question that it is, up to where the answer begins.
+
+    Raises ConfigError for one without any, or one that leaves no room for another.
+    """
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:
         raise ConfigError("--prompt", ascii(prompt[:40]), "must be text in UTF-8") from None
-    prompt_ids = tokenizer.encode(prompt).ids
+    prompt_ids = tokenizer.encode(prompt).ids if chat is None else chat.prompt(prompt)
     most = hf_config.max_position_embeddings - 1
     if not 1 <= len(prompt_ids) <= most:
         raise ConfigError("--prompt", prompt[:40], f"has {len(prompt_ids)} tokens; the model takes 1 to {most}")
@@ -56,8 +62,10 @@ def generate(
     prompt: str,
     sampling: Sampling,
     write: Callable[[str], None] | None = None,
+    *,
+    chat: ChatTokenizer | None = None,
 ) -> list[int]:
-    """Continue `prompt`; the new tokens, the same on all ranks. Collective.
+    """Continue `prompt`, or answer it; the new tokens, the same on all ranks. Collective.
 
     The first rank's logits decide for all, so that no rank can leave the loop on its own.
 
@@ -67,16 +75,19 @@ def generate(
         prompt: see `check_prompt`.
         sampling: how tokens are chosen.
         write: is handed the text piece by piece as it comes.
+        chat: takes the prompt as a user's question; the end of its tokenizer's texts ends the answer, too.
 
     Raises:
         ConfigError: see `check_prompt`.
     """
-    prompt_ids = check_prompt(model.config, tokenizer, prompt)
+    prompt_ids = check_prompt(model.config, tokenizer, prompt, chat)
     room = model.config.max_position_embeddings - len(prompt_ids)
     input_ids = torch.tensor([prompt_ids], device=model.device)
     draws: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         draws = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    if chat is not None and chat.end_of_text_id is not None:
+        draws["eos_token_id"] = _with(model.generation_config, chat.end_of_text_id)
     torch.manual_seed(sampling.seed)
     output = model.generate(  # type: ignore[operator] (transformers adds it to the class at run time)
         input_ids,
@@ -88,6 +99,12 @@ def generate(
         **draws,
     )
     return output[0, len(prompt_ids) :].tolist()
+
+
+def _with(config: GenerationConfig | None, end_of_text_id: int) -> list[int]:
+    """The tokens that end a text, with another one."""
+    known = [] if config is None or config.eos_token_id is None else config.eos_token_id
+    return sorted({*(known if isinstance(known, list) else [known]), end_of_text_id})
 
 
 class _FirstRanksLogits(LogitsProcessor):

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from crossdock.checkpoint import CHECKPOINT_FOLDER, Checkpointer, CheckpointError, HFCheckpoint, find_checkpoint
 from crossdock.config import ASSETS_FOLDER, RUN_CONFIG_FILE, ConfigError, expert_parallel_degrees, read_toml
-from crossdock.data import DataConfig, DataError, open_tokenizer, vocabulary_size
+from crossdock.data import ChatTokenizer, DataConfig, DataError, open_tokenizer, vocabulary_size
 from crossdock.models import FAMILIES, Family, ModelConfig, ModelError, build_model, materialise, resolve_hf_config
 from crossdock.moe_config import MoEConfig
 from crossdock.parallel import ParallelDims, parallelize
@@ -63,6 +63,10 @@ class ModelSource:
         if tokens > most:
             raise ConfigError("model", str(self.path), f"its tokenizer has {tokens} tokens, its vocabulary {most}")
         return tokenizer
+
+    def chat_tokenizer(self) -> ChatTokenizer:
+        """Its tokenizer with its chat template. Raises DataError where it has none."""
+        return ChatTokenizer(self.assets)
 
 
 def find_model(path: Path) -> ModelSource:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from crossdock.checkpoint import Checkpointer, HFCheckpoint, HFKeys, find_checkpoint
 from crossdock.config import ASSETS_FOLDER, RUN_CONFIG_FILE, Config, to_toml
-from crossdock.data import TokenFile, Tokens, prepare_tokens
+from crossdock.data import TokenFile, Tokens, prepare_tokens, read_chat_template
 from crossdock.models import FAMILIES, build_model, materialise, resolve_hf_config, write_assets
 from crossdock.moe import moe_layers
 from crossdock.parallel import ParallelDims, parallelize
@@ -42,7 +42,7 @@ def prepare_run_tokens(config: Config, first_on_machine: bool) -> RunTokens:
 
     def prepare() -> RunTokens:
         vocabulary = resolve_hf_config(config.run_model).get_text_config().vocab_size or 0
-        tokens = prepare_tokens(config.data, assets, min(vocabulary, 8192))
+        tokens = prepare_tokens(config.run_data, assets, min(vocabulary, 8192))
         if tokens.vocab_size > vocabulary:
             raise TrainingStopped(
                 f"the tokenizer has {tokens.vocab_size} tokens, the model's vocabulary {vocabulary}; "
@@ -59,7 +59,7 @@ def prepare_run_tokens(config: Config, first_on_machine: bool) -> RunTokens:
             return RunTokens(tokens, ())
         if not config.validation.data:
             return RunTokens(tokens, tokens.held_out)
-        source = replace(config.data, source=(config.validation.data,), weights=(), held_out=0.0)
+        source = replace(config.run_data, source=(config.validation.data,), weights=(), held_out=0.0)
         return RunTokens(tokens, prepare_tokens(source, assets or tokens.tokenizer_path.parent).train)
 
     patient = patient_group()
@@ -120,7 +120,8 @@ def build_training_model(
     if is_new:
         source = Path(config.model.hf_assets_path) if config.model.hf_assets_path else None
         end_of_text_id = tokens.train[0].end_of_text_id
-        arguments = (folder / ASSETS_FOLDER, model, tokens.tokenizer_path, end_of_text_id, source, weights)
+        template = together(lambda: read_chat_template(config.data.chat_template))
+        arguments = (folder / ASSETS_FOLDER, model, tokens.tokenizer_path, end_of_text_id, source, weights, template)
         together(lambda: write_assets(*arguments) if dist.get_rank() == 0 else None)
     return model
 

@@ -21,7 +21,7 @@ from crossdock.checkpoint import (
     materialise_optimizer_state,
 )
 from crossdock.config import ASSETS_FOLDER, Config
-from crossdock.data import IGNORED_LABEL, Batch, TokenBatches, evaluation_batches
+from crossdock.data import IGNORED_LABEL, Batch, TokenBatches, TooLong, evaluation_batches
 from crossdock.dispatch import Traffic
 from crossdock.models import FAMILIES, batch_loss, count_parameters, export_hf, left_out
 from crossdock.moe import finish_step, moe_layers, set_batch_totals
@@ -86,9 +86,11 @@ class Trainer:
             dp_degree=self.world_size,
             seed=config.training.seed,
             weights=config.data.weights,
-            packing=config.data.packing,
-            attend_within_documents=config.data.attend_within_documents,
+            packing=config.data.row_packing,
+            attend_within_documents=config.data.within_documents,
         )
+        if (too_long := TooLong.of(tokens.train, config.training.seq_len)).count:
+            self._tell(str(too_long))
         newest = from_first_rank(lambda: latest_step(self.folder / CHECKPOINT_FOLDER))
         self.model = build_training_model(config, dims, device, self.folder, tokens, is_new=newest is None)
         self._tell(
@@ -176,8 +178,8 @@ class Trainer:
             local_batch_size=config.training.local_batch_size,
             dp_rank=self.rank,
             dp_degree=self.world_size,
-            packing=config.data.packing,
-            attend_within_documents=config.data.attend_within_documents,
+            packing=config.data.row_packing,
+            attend_within_documents=config.data.within_documents,
             max_samples=config.validation.max_samples or None,
         )
         loss = evaluate(self.model, batches, self.device).loss

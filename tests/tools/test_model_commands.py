@@ -12,6 +12,7 @@ import torch
 
 import crossdock.train.launch as launch
 from crossdock.config import load_config, to_toml
+from tests.chats import write_chat_model
 from tests.checkpoint.hf_folders import snapshot
 from tests.test_cli import call, panels
 from tests.tiny import write_assets, write_hf_model
@@ -22,6 +23,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`hf` is a model; `run` has a file that says it is a checkpoint; `new` has none yet; `foreign` is another kind."""
     folder = tmp_path_factory.mktemp("models")
     write_hf_model(folder / "hf", max_position_embeddings=20)
+    write_chat_model(folder / "chat", max_position_embeddings=20)
+    (folder / "chat.jsonl").touch()
     write_assets(folder / "run" / "hf_assets")
     step = folder / "run" / "checkpoint" / "step-00000003"
     step.mkdir(parents=True)
@@ -88,6 +91,12 @@ MISTAKES = [
     ("generate hf --prompt a --dtype float16", "--dtype", "bfloat16"),
     ("generate hf --prompt a --nproc 9", "--nproc", "use 1 or 2 or 3"),
     ("generate hf --prompt a --temprature 1", "--temprature", "unrecognized"),
+    ("generate hf --chat --prompt a", "hf: has no chat template", "chat_template.jinja"),
+    ("generate chat --chat --prompt 'twenty is one too many'", "--prompt", "the model takes 1 to 19"),
+    ("eval hf --data chat.jsonl --format chat", "hf: has no chat template", "data.chat_template = FILE"),
+    ("eval hf --data chat.jsonl --format chat --chat-template nowhere", "nowhere'", "readable file"),
+    ("eval chat --data chat.jsonl --train-on last", "--train-on", "needs --format chat"),
+    ("eval chat --data chat.jsonl --format chat --train-on first", "--train-on", "assistant"),
     ("export run", "destination", "required"),
     ("export hf there", "hf'", "run folder or a checkpoint"),
     ("export run taken", "taken'", "exists"),
