@@ -103,7 +103,12 @@ class Trainer:
         materialise_optimizer_state(self.optimizer)
         torch.manual_seed(config.training.seed + self.rank)
         self.checkpointer = Checkpointer(
-            self.folder / CHECKPOINT_FOLDER, self.model, self.optimizer, config.checkpoint.keep_latest_k
+            self.folder / CHECKPOINT_FOLDER,
+            self.model,
+            self.optimizer,
+            config.checkpoint.keep_latest_k,
+            async_mode=config.checkpoint.async_mode,
+            when_busy=config.checkpoint.async_when_busy,
         )
         self.step = 0
         self._resumed_step: int | None = None
@@ -145,9 +150,10 @@ class Trainer:
                 interval = config.checkpoint.interval
                 # A streak of bad steps must not push the last good checkpoint out.
                 if interval and self.step % interval == 0 and not self.skipped_in_a_row:
-                    saved = self._save()
+                    saved = self._save() or saved
             if saved != self.step:
-                self._save()
+                self._save(last=True)
+            self.checkpointer.wait()
             if self.step >= config.training.steps and config.checkpoint.last_save_in_hf:
                 self._export()
             if record is not None and self.step < config.training.steps:
@@ -258,6 +264,7 @@ class Trainer:
 
     def _stop_after_bad_steps(self) -> None:
         if self.skipped_in_a_row >= self.config.training.max_skipped_steps:
+            self.checkpointer.wait()
             raise TrainingStopped(
                 f"{self.skipped_in_a_row} steps in a row, the last of them {self.step}, had a NaN or infinite loss or "
                 "gradient norm and were skipped. Lower optimizer.lr, lengthen lr_scheduler.warmup_steps, or go back: "
@@ -265,13 +272,16 @@ class Trainer:
                 "sets how many are allowed."
             )
 
-    def _save(self) -> int:
+    def _save(self, last: bool = False) -> int | None:
+        """Save this step, and return it, unless the checkpoint before is still being written and this one can wait."""
         counters = {
             "step": self.step,
             "samples": self.samples,
             "skipped_steps": self.skipped_steps,
         }
-        self.checkpointer.save(self.step, counters)
+        if self.checkpointer.save(self.step, counters, blocking=last) is None:
+            logger.warning(f"step {self.step}: no checkpoint, since the one before is still being written")
+            return None
         return self.step
 
     def _resume(self, newest: int) -> None:
