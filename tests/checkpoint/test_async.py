@@ -30,14 +30,13 @@ SECONDS = 60
 
 @contextmanager
 def held_writes(rank: int | None = None) -> Iterator[threading.Event]:
-    """Writes (of one rank, or of all) stand still before their last file until the event is set."""
+    """Writes (of one rank, or of all) do not begin until the event is set."""
     go_on = threading.Event()
 
     class HeldWriter(ShardWriter):
         def write_data(self, plan: Any, planner: Any) -> Any:
-            written = super().write_data(plan, planner)
             assert rank not in (None, dist.get_rank()) or go_on.wait(SECONDS)
-            return written
+            return super().write_data(plan, planner)
 
     with mock.patch(WRITER, HeldWriter):
         yield go_on
