@@ -8,6 +8,7 @@ from crossdock.checkpoint.folders import (
     latest_step,
     read_counters,
     replace_folder,
+    saved_steps,
     saved_world_size,
 )
 from crossdock.checkpoint.hf import DTYPES, HFCheckpoint, HFKeys
@@ -28,5 +29,6 @@ __all__ = [
     "read_counters",
     "replace_folder",
     "save_hf",
+    "saved_steps",
     "saved_world_size",
 ]

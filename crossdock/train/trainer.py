@@ -19,6 +19,7 @@ from crossdock.checkpoint import (
     CheckpointError,
     latest_step,
     materialise_optimizer_state,
+    saved_steps,
 )
 from crossdock.config import ASSETS_FOLDER, Config
 from crossdock.data import IGNORED_LABEL, Batch, TokenBatches, evaluation_batches
@@ -285,7 +286,12 @@ class Trainer:
         return self.step
 
     def _resume(self, newest: int) -> None:
-        counters = self.checkpointer.load(newest)
+        try:
+            counters = self.checkpointer.load(newest)
+        except CheckpointError as error:
+            older = [step for step in saved_steps(self.checkpointer.folder) if step != newest]
+            instead = f". Without that folder, the run goes on from step {older[-1]}" if older else ""
+            raise CheckpointError(f"{error}{instead}") from None
         self.step, self.samples = counters["step"], counters["samples"]
         self.skipped_steps = counters["skipped_steps"]
         self._resumed_step = self.step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import time
 import tomllib
@@ -17,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from crossdock.checkpoint import latest_step, saved_world_size
+from crossdock.checkpoint import CheckpointError, latest_step, saved_world_size
 from crossdock.checkpoint.writing import ShardWriter
 from crossdock.config import LRSchedulerConfig, load_config, validate
 from crossdock.models import token_loss
@@ -153,6 +154,30 @@ def test_a_stop_on_one_rank_ends_all_at_the_same_step_with_a_checkpoint(ranks: R
     assert [path.name for path in (folder / "stopped" / "checkpoint").iterdir()] == ["step-00000004"]
     resumed = _train(ranks, folder, "stopped", 2)
     assert [line["step"] for line in resumed["metrics"]] == list(range(1, 11))
+
+
+def _resume(assets: str, run_folder: str, cache: str) -> str:
+    config = _config(assets, run_folder, cache)
+    try:
+        Trainer(
+            config, validate(config, dist.get_world_size()), torch.device("cpu"), dist.get_rank() == 0, StopSignal()
+        )
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_damaged_checkpoint_is_named_with_the_one_that_the_run_can_go_on_from(ranks: RankPool, folder: Path) -> None:
+    arguments = (str(folder / "assets"), str(folder / "damaged"), str(folder / "cache"))
+    _train(ranks, folder, "damaged", 1, "--training.steps", "4", "--checkpoint.interval", "2")
+    newest = folder / "damaged" / "checkpoint" / "step-00000004"
+    (shard,) = newest.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (message,) = ranks.run(1, _resume, *arguments)
+    assert re.search(rf"{newest}: {shard.name} has \d+ bytes, not \d+\. Without that folder, .* step 2$", message)
+    shutil.rmtree(newest)
+    resumed = _train(ranks, folder, "damaged", 1, "--training.steps", "4")
+    assert [line["step"] for line in resumed["metrics"]] == [1, 2, 3, 4]
 
 
 def _save_slowly(assets: str, run_folder: str, cache: str, stop_step: int, *overrides: str) -> list[str]:
