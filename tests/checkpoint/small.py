@@ -148,7 +148,7 @@ class Run:
                     ).full_tensor()
                 if id(parameter) in layers and full.ndim:
                     full = full[torch.tensor(layers[id(parameter)].placement.expert_to_slot)]
-                held[f"{plain_name(name)} {key}"] = full.double().numpy()
+                held[f"{plain_name(name)} {key}"] = full.double().numpy().copy()
         for name, layer in moe_layers(self.model).items():
             assert layer.router.expert_bias is not None
             held[f"{plain_name(name)} bias"] = layer.router.expert_bias.double().numpy().copy()
