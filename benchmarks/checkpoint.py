@@ -39,6 +39,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.distributed import DistributedConfig
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.results_file import result_row, spread, write_results
 
@@ -66,6 +67,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where files are written (the system's for temporary files)")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/checkpoint_DATE.json")
     arguments = parser.parse_args()
+    disable_progress_bar()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         size = make_model(folder / "model", arguments.size_mb)
@@ -77,7 +79,7 @@ def main() -> int:
 
 def make_model(folder: Path, size_mb: int) -> str:
     """Write the model that all start from, in files of at most 500 MB; says how large it is."""
-    outside_experts = 2 * VOCAB * HIDDEN + LAYERS * HIDDEN * 64 * (8 + 4) * 2
+    outside_experts = 2 * VOCAB * HIDDEN + LAYERS * HIDDEN * (HIDDEN + 4 * 64) * 2
     per_inner = LAYERS * EXPERTS * 3 * HIDDEN
     inner = max(8, round((size_mb * 2**18 - outside_experts) / per_inner / 8) * 8)
     torch.manual_seed(0)
@@ -85,9 +87,8 @@ def make_model(folder: Path, size_mb: int) -> str:
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
         num_hidden_layers=LAYERS,
-        num_attention_heads=8,
+        num_attention_heads=HIDDEN // 64,
         num_key_value_heads=4,
-        head_dim=64,
         num_experts=EXPERTS,
         num_experts_per_tok=4,
         moe_intermediate_size=inner,
@@ -231,6 +232,7 @@ def _anonymous_gib(pid: int | None) -> float:
 
 def _serve(side: str, rank: int, folder: Path, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    disable_progress_bar()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE)}
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD_SIZE)

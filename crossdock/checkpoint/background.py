@@ -57,7 +57,7 @@ class Background:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def start(self, write: Callable[[dist.ProcessGroup | None], None], failed: str) -> None:
+    def start(self, write: Callable[[dist.ProcessGroup | None], object], failed: str) -> None:
         """Run `write` in the thread; the one before has been waited for.
 
         Args:
