@@ -382,6 +382,7 @@ def test_data_may_be_cached_in_a_folder_that_can_only_be_read(tmp_path: Path, mo
         ("moe.wire_directions", ["tokens"], ["both"]),
         ("checkpoint.interval", ["0"], ["-1"]),
         ("checkpoint.keep_latest_k", ["0"], ["-1"]),
+        ("checkpoint.async_when_busy", ["wait"], ["skip"]),
         ("metrics.log_freq", ["1"], ["0"]),
         ("metrics.trackers", ["", "wandb", "tensorboard,trackio"], ["wandb,wandb"]),
         ("metrics.project", ["a", "Some.project-1"], ["", "a/b", "a b", "a" * 129]),

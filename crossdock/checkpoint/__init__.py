@@ -8,6 +8,7 @@ from crossdock.checkpoint.folders import (
     latest_step,
     read_counters,
     replace_folder,
+    saved_steps,
     saved_world_size,
 )
 from crossdock.checkpoint.hf import HFCheckpoint, HFKeys, tensor_shapes
@@ -34,6 +35,7 @@ __all__ = [
     "read_counters",
     "replace_folder",
     "save_hf",
+    "saved_steps",
     "saved_world_size",
     "tensor_shapes",
     "to_hf",

@@ -7,10 +7,12 @@ Nothing in it is executed on load.
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,7 +22,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -28,12 +30,17 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from crossdock.checkpoint.background import Background, Staging
 from crossdock.checkpoint.experts import ExpertRows
 from crossdock.checkpoint.folders import CheckpointError, finish, make_room, read_state, saved_steps, set_aside
+from crossdock.checkpoint.writing import ShardWriter
 from crossdock.comm import raise_together
 from crossdock.parallel import local_part, plain_name
 
-__all__ = ["CheckpointConfig", "Checkpointer"]
+__all__ = ["AsyncMode", "BusyMode", "CheckpointConfig", "Checkpointer"]
+
+AsyncMode = Literal["disabled", "async"]
+BusyMode = Literal["wait", "skip"]
 
 _RANDOM = "random_state."
 _OPTIMIZER = "optimizer."
@@ -48,6 +55,10 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved. 0 saves the last step alone."""
     keep_latest_k: int = 2
     """How many checkpoints are kept; 0 keeps all."""
+    async_mode: AsyncMode = "disabled"
+    """async: a step waits only until its values are copied, and a thread writes the copy. Takes memory for the copy."""
+    async_when_busy: BusyMode = "wait"
+    """What a checkpoint does that is due while the one before is still being written. The last one always waits."""
     initial_load_in_hf: bool = False
     """A new run starts from the weights in model.hf_assets_path."""
     initial_load_path: str = ""
@@ -69,52 +80,99 @@ class Checkpointer:
         optimizer: its state exists (`materialise_optimizer_state`) and is tensors alone: of the parameter's shape and
             layout, or scalars. `None` loads weights alone, and saves none.
         keep_latest_k: how many checkpoints are kept; 0 keeps all.
+        async_mode: "async" has `save` return when values are copied; a thread writes the copy, which is kept.
+        when_busy: what `save` does while the one before is still being written.
     """
 
     def __init__(
-        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, keep_latest_k: int = 0
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        keep_latest_k: int = 0,
+        *,
+        async_mode: AsyncMode = "disabled",
+        when_busy: BusyMode = "wait",
     ) -> None:
         self.folder = folder
         self.model = model
         self.optimizer = optimizer
         self.keep_latest_k = keep_latest_k
+        self.when_busy = when_busy
         self._rows = ExpertRows(model)
+        self._staging = Staging()
+        self._background = Background() if async_mode == "async" else None
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    def save(self, step: int, counters: dict[str, Any]) -> Path:
+    def save(self, step: int, counters: dict[str, Any], *, blocking: bool = False) -> Path | None:
         """Write the checkpoint of `step` with `counters` (what JSON can hold), then drop old ones.
 
         One of the same step is replaced. Until the new one is whole, nothing else is touched.
 
+        Args:
+            step: names it.
+            counters: `load` returns them.
+            blocking: return when it is whole, whatever `async_mode` is; never skip it.
+
+        Returns:
+            Its folder, which stands when `wait` has returned; or `None` where it was skipped.
+
         Raises:
-            CheckpointError: on all ranks, if any of them failed.
+            CheckpointError: on all ranks, if any of them failed, now or in the write before this one.
         """
+        background = None if blocking else self._background
+        if background is not None and self.when_busy == "skip" and background.is_busy():
+            return None
+        self.wait()
         final = self.folder / f"step-{step:08d}"
-        partial = final.with_name(f".{final.name}.partial")
-        self._on_first_rank(lambda: make_room(partial))
-        entries = self._entries()
-        tensors = {name: _contiguous(view) for entry in entries for name, view in entry.views.items()}
         random_states = self._random_states()
+        entries = self._entries(_contiguous) if background is None else self._staged_entries()
+        tensors = {name: view for entry in entries for name, view in entry.views.items()}
         tensors |= {f"{_RANDOM}{device}.{self._rank}": state for device, state in random_states.items()}
         # torch hands the first rank's map to all.
         files = _file_of_each_name(entries)
         files |= {f"{_RANDOM}{device}.{rank}": 1 for device in random_states for rank in range(self._world_size)}
-        writer = HuggingFaceStorageWriter(str(partial), fqn_to_index_mapping=files, save_distributed=True)
-        try:
-            dcp.save(tensors, storage_writer=writer)
-        except CheckpointException as error:
-            if self._rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(f"cannot write checkpoint {final}: {_reason(error)}") from None
         state = {
             "step": step,
             "world_size": self._world_size,
             "random_states": list(random_states),
-            "counters": counters,
+            "counters": copy.deepcopy(counters),
         }
-        self._on_first_rank(lambda: finish(partial, final, state))
-        self._on_first_rank(lambda: self._drop_old(step))
+        write = partial(self._write, final, tensors, files, state)
+        if background is None:
+            write(None)
+        else:
+            background.start(write, f"cannot write checkpoint {final}")
         return final
+
+    def wait(self) -> None:
+        """Wait until what `save` has begun is written.
+
+        Raises:
+            CheckpointError: on all ranks, once, if any of them failed.
+        """
+        if self._background is not None:
+            self._background.wait()
+
+    def _write(
+        self,
+        final: Path,
+        tensors: dict[str, Tensor],
+        files: dict[str, int],
+        state: dict[str, Any],
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        """Write a checkpoint beside its place, move it there and drop old ones; all collectives are in `group`."""
+        beside = final.with_name(f".{final.name}.partial")
+        self._on_first_rank(lambda: make_room(beside), group)
+        try:
+            dcp.save(tensors, storage_writer=ShardWriter(beside, files), process_group=group)
+        except CheckpointException as error:
+            if self._rank == 0:
+                shutil.rmtree(beside, ignore_errors=True)
+            raise CheckpointError(f"cannot write checkpoint {final}: {_reason(error)}") from None
+        self._on_first_rank(lambda: finish(beside, final, state), group)
+        self._on_first_rank(lambda: self._drop_old(state["step"]), group)
 
     def load(self, step: int) -> dict[str, Any]:
         """Load the checkpoint of `step` into model and optimizer, whatever layout wrote it; returns its counters.
@@ -126,9 +184,10 @@ class Checkpointer:
                 Nothing was loaded then, unless the storage failed while whole files were read.
         """
         folder = self.folder / f"step-{step:08d}"
+        self.wait()
         state = read_state(folder)
         self._check_headers(folder, list(state["files"]))
-        entries = self._entries()
+        entries = self._entries(lambda name, tensor: tensor)
         tensors = {name: view for entry in entries for name, view in entry.views.items()}
         restores = self.optimizer is not None and state["world_size"] == self._world_size
         random_states = self._random_states() if restores else {}
@@ -147,8 +206,25 @@ class Checkpointer:
                 torch.cuda.set_rng_state(own)
         return state["counters"]
 
-    def _entries(self) -> list[_Entry]:
-        """All tensors of model and optimizer but the random state."""
+    def _staged_entries(self) -> list[_Entry]:
+        """All tensors, copied: training may go on. Raises on all ranks where one has no memory for the copy."""
+        entries: list[_Entry] = []
+        error: Exception | None = None
+        try:
+            entries = self._entries(self._staging.copy)
+            self._staging.finish()
+        except (MemoryError, RuntimeError) as caught:
+            refused = isinstance(caught, CheckpointError)
+            error = caught if refused else CheckpointError(f"no memory for the copy that is to be written: {caught}")
+        raise_together(error)
+        return entries
+
+    def _entries(self, taken: Callable[[str, Tensor], Tensor]) -> list[_Entry]:
+        """All tensors of model and optimizer but the random state.
+
+        Args:
+            taken: gives what is saved or loaded instead of the tensor of a name; laid out as that is.
+        """
         # First of all, since it makes FSDP shard again what a forward pass has left gathered.
         persistent = self.model.state_dict().keys()
         entries = []
@@ -158,7 +234,7 @@ class Checkpointer:
             tensors |= {f"{_OPTIMIZER}{key}": state for key, state in states.items()}
             for kind, tensor in tensors.items():
                 _check_shards(name, tensor)
-                views = self._rows.split(name, parameter, tensor)
+                views = self._rows.split(name, parameter, taken(f"{kind}.{name}", tensor))
                 all_names = self._rows.all_names(name, parameter, tensor)
                 entries.append(
                     _Entry(
@@ -170,7 +246,7 @@ class Checkpointer:
         for name, buffer in self.model.named_buffers():
             if plain_name(name) in persistent:
                 stored = f"model.{plain_name(name)}"
-                entries.append(_Entry({stored: buffer}, [stored], buffer.nbytes))
+                entries.append(_Entry({stored: taken(stored, buffer)}, [stored], buffer.nbytes))
         return entries
 
     def _random_states(self) -> dict[str, Tensor]:
@@ -192,14 +268,14 @@ class Checkpointer:
                 error = CheckpointError(f"checkpoint {folder}: cannot read {name}: {caught}")
         raise_together(error)
 
-    def _on_first_rank(self, action: Callable[[], None]) -> None:
+    def _on_first_rank(self, action: Callable[[], None], group: dist.ProcessGroup | None) -> None:
         error: Exception | None = None
         if self._rank == 0:
             try:
                 action()
             except (OSError, TypeError, ValueError) as caught:
                 error = CheckpointError(f"cannot write below {self.folder}: {caught}")
-        raise_together(error)
+        raise_together(error, group)
 
     def _drop_old(self, saved: int) -> None:
         """Keep the checkpoint that was just saved, and the newest of the others."""
@@ -263,7 +339,7 @@ def _mismatch(stored: Any, tensor: Tensor) -> str | None:
 
 
 def _file_of_each_name(entries: list[_Entry]) -> dict[str, int]:
-    """Which of a rank's files, from 1, holds each name. Saving copies a file's tensors, so files are kept small."""
+    """Which of a rank's files, from 1, holds each name. What a GPU has of a file is copied first: so they are small."""
     files: dict[str, int] = {}
     index, num_bytes = 1, 0
     for entry in entries:
@@ -293,7 +369,7 @@ def _check_shards(name: str, tensor: Tensor) -> None:
             )
 
 
-def _contiguous(tensor: Tensor) -> Tensor:
+def _contiguous(name: str, tensor: Tensor) -> Tensor:
     """`tensor`, or a copy where its elements are in another order in memory: safetensors refuses those."""
     return tensor if local_part(tensor).is_contiguous() else tensor.contiguous()
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from crossdock.moe import moe_layers
-from crossdock.parallel import as_shard, plain_name
+from crossdock.parallel import as_shards, plain_name
 from crossdock.placement import EMPTY
 
 __all__ = ["ExpertRows", "expert_rows"]
@@ -68,5 +68,4 @@ def expert_rows(tensor: Tensor) -> Iterator[Tensor]:
         yield from tensor.to_local()
         return
     mesh = mesh[sharded[0]] if mesh.ndim > 1 else mesh
-    for row in tensor.to_local():
-        yield as_shard(row, mesh, (Shard(0),), shape)
+    yield from as_shards(tensor.to_local().unbind(), mesh, (Shard(0),), shape)

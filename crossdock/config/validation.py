@@ -111,6 +111,8 @@ def check_settings(config: Config) -> PreTrainedConfig:
     if config.moe.dispatcher == "deepep":
         valid = f"dispatcher 'deepep' needs a hidden size that is a multiple of 256, not {model.hidden_size}"
         _require(config, "model.flavor", model.hidden_size % 256 == 0, f"{valid}; use alltoall")
+    in_background = config.checkpoint.async_mode == "async" or config.checkpoint.async_when_busy == "wait"
+    _require(config, "checkpoint.async_when_busy", in_background, "needs checkpoint.async_mode = async")
     _check_run_folder(config)
     _check_initial_weights(config, model)
     _check_data(config)

@@ -8,7 +8,7 @@ from crossdock.parallel.gradients import clip_grad_norm_, global_grad_norm
 from crossdock.parallel.mesh import LayoutError, ParallelDims, ParallelismConfig
 from crossdock.parallel.parallelize import parallelize
 from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activation_checkpoint
-from crossdock.parallel.shards import as_shard, local_part, local_with_offsets
+from crossdock.parallel.shards import as_shard, as_shards, local_part, local_with_offsets
 
 __all__ = [
     "ActivationCheckpointConfig",
@@ -22,6 +22,7 @@ __all__ = [
     "apply_ep",
     "apply_fsdp",
     "as_shard",
+    "as_shards",
     "clip_grad_norm_",
     "global_grad_norm",
     "local_part",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -9,7 +11,7 @@ from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-__all__ = ["as_shard", "local_part", "local_with_offsets"]
+__all__ = ["as_shard", "as_shards", "local_part", "local_with_offsets"]
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -30,5 +32,13 @@ def as_shard(local: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...],
 
     `DTensor.from_local` would copy what FSDP has offloaded to the mesh's device, so that writing to it were lost.
     """
+    return as_shards((local,), mesh, placements, shape)[0]
+
+
+def as_shards(
+    parts: Sequence[Tensor], mesh: DeviceMesh, placements: tuple[Placement, ...], shape: torch.Size
+) -> list[DTensor]:
+    """`as_shard` of tensors that are alike, in less time: they share what says how they are laid out."""
     stride = tuple(torch.empty(shape, device="meta").stride())
-    return DTensor(local, DTensorSpec(mesh, placements, TensorMeta(shape, stride, local.dtype)), requires_grad=False)  # type: ignore[call-arg]
+    spec = DTensorSpec(mesh, placements, TensorMeta(shape, stride, parts[0].dtype))
+    return [DTensor(local, spec, requires_grad=False) for local in parts]  # type: ignore[call-arg]

@@ -19,6 +19,7 @@ from crossdock.checkpoint import (
     CheckpointError,
     latest_step,
     materialise_optimizer_state,
+    saved_steps,
 )
 from crossdock.config import ASSETS_FOLDER, Config
 from crossdock.data import IGNORED_LABEL, Batch, TokenBatches, TooLong, evaluation_batches
@@ -105,7 +106,12 @@ class Trainer:
         materialise_optimizer_state(self.optimizer)
         torch.manual_seed(config.training.seed + self.rank)
         self.checkpointer = Checkpointer(
-            self.folder / CHECKPOINT_FOLDER, self.model, self.optimizer, config.checkpoint.keep_latest_k
+            self.folder / CHECKPOINT_FOLDER,
+            self.model,
+            self.optimizer,
+            config.checkpoint.keep_latest_k,
+            async_mode=config.checkpoint.async_mode,
+            when_busy=config.checkpoint.async_when_busy,
         )
         self.step = 0
         self._resumed_step: int | None = None
@@ -147,9 +153,10 @@ class Trainer:
                 interval = config.checkpoint.interval
                 # A streak of bad steps must not push the last good checkpoint out.
                 if interval and self.step % interval == 0 and not self.skipped_in_a_row:
-                    saved = self._save()
+                    saved = self._save() or saved
             if saved != self.step:
-                self._save()
+                self._save(last=True)
+            self.checkpointer.wait()
             if self.step >= config.training.steps and config.checkpoint.last_save_in_hf:
                 self._export()
             if record is not None and self.step < config.training.steps:
@@ -260,6 +267,7 @@ class Trainer:
 
     def _stop_after_bad_steps(self) -> None:
         if self.skipped_in_a_row >= self.config.training.max_skipped_steps:
+            self.checkpointer.wait()
             raise TrainingStopped(
                 f"{self.skipped_in_a_row} steps in a row, the last of them {self.step}, had a NaN or infinite loss or "
                 "gradient norm and were skipped. Lower optimizer.lr, lengthen lr_scheduler.warmup_steps, or go back: "
@@ -267,17 +275,25 @@ class Trainer:
                 "sets how many are allowed."
             )
 
-    def _save(self) -> int:
+    def _save(self, last: bool = False) -> int | None:
+        """Save this step, and return it, unless the checkpoint before is still being written and this one can wait."""
         counters = {
             "step": self.step,
             "samples": self.samples,
             "skipped_steps": self.skipped_steps,
         }
-        self.checkpointer.save(self.step, counters)
+        if self.checkpointer.save(self.step, counters, blocking=last) is None:
+            logger.warning(f"step {self.step}: no checkpoint, since the one before is still being written")
+            return None
         return self.step
 
     def _resume(self, newest: int) -> None:
-        counters = self.checkpointer.load(newest)
+        try:
+            counters = self.checkpointer.load(newest)
+        except CheckpointError as error:
+            older = [step for step in saved_steps(self.checkpointer.folder) if step != newest]
+            instead = f". Without that folder, the run goes on from step {older[-1]}" if older else ""
+            raise CheckpointError(f"{error}{instead}") from None
         self.step, self.samples = counters["step"], counters["samples"]
         self.skipped_steps = counters["skipped_steps"]
         self._resumed_step = self.step

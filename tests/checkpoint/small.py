@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ class Run:
     Args:
         folder: of its checkpoints.
         ep: expert-parallel degree; 0 leaves the model as it is: plain tensors, and gradients of this rank alone.
+        saving: further arguments of `Checkpointer`.
         change: what to do to the model before it is made parallel.
         arguments: of `parallelize`.
     """
@@ -80,6 +81,7 @@ class Run:
         *,
         seed: int = 0,
         keep_latest_k: int = 2,
+        saving: Mapping[str, Any] | None = None,
         change: Callable[[Any], Any] = lambda model: None,
         **arguments: Any,
     ) -> None:
@@ -92,13 +94,13 @@ class Run:
             parallelize(self.model, ParallelDims(dist.get_world_size(), ep=ep).build_mesh("cpu"), **arguments)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, lr=1e-2)
-        self.keep_latest_k = keep_latest_k
+        self.saving = {"keep_latest_k": keep_latest_k, **(saving or {})}
         self.step = 0
         self.at(folder)
 
     def at(self, folder: str | Path) -> Run:
         """Use the checkpoints of `folder` from here on."""
-        self.checkpointer = Checkpointer(Path(folder), self.model, self.optimizer, self.keep_latest_k)
+        self.checkpointer = Checkpointer(Path(folder), self.model, self.optimizer, **self.saving)
         return self
 
     def train(self, steps: int) -> list[tuple[float, float]]:
@@ -146,7 +148,7 @@ class Run:
                     ).full_tensor()
                 if id(parameter) in layers and full.ndim:
                     full = full[torch.tensor(layers[id(parameter)].placement.expert_to_slot)]
-                held[f"{plain_name(name)} {key}"] = full.double().numpy()
+                held[f"{plain_name(name)} {key}"] = full.double().numpy().copy()
         for name, layer in moe_layers(self.model).items():
             assert layer.router.expert_bias is not None
             held[f"{plain_name(name)} bias"] = layer.router.expert_bias.double().numpy().copy()

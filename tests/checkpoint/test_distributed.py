@@ -24,23 +24,31 @@ from tests.checkpoint.small import HIDDEN, WORDS, Contents, Run, Small
 from tests.ranks import RankPool
 
 STEPS = 3
+COUNTERS = {"step": STEPS, "samples": 36, "skipped_steps": 1}
 
 # Expert-parallel degrees by number of experts and of ranks. At degree 2 of 4 ranks two share each expert, at 1 all do.
+# Nine experts divide evenly over no layout but those that have them all, eight over all but three ranks.
 LAYOUTS: dict[int, dict[int, tuple[int, ...]]] = {
     8: {1: (1,), 2: (2,), 3: (3,), 4: (4,)},
-    9: {1: (1,), 2: (2, 1), 3: (3,), 4: (4, 2)},
+    9: {1: (1,), 2: (2, 1), 4: (4, 2)},
 }
 
 
 def save_layouts(folder: str, num_experts: int) -> dict[int, dict[str, Any]]:
-    """Train, save, and go on for a step, at every layout of this number of ranks."""
+    """Train, save, and go on for a step meanwhile, at every layout of this number of ranks.
+
+    In float64, where layouts differ by the order of their sums alone.
+    """
     results = {}
     for ep in LAYOUTS[num_experts][dist.get_world_size()]:
-        run = Run(f"{folder}/{dist.get_world_size()}-{ep}", ep, num_experts)
+        asynchronous = {"async_mode": "async"}
+        run = Run(f"{folder}/{dist.get_world_size()}-{ep}", ep, num_experts, saving=asynchronous, change=Small.double)
         run.train(STEPS)
         torch.manual_seed(100 + dist.get_rank())
-        run.checkpointer.save(STEPS, {"samples": 36})
-        results[ep] = {"contents": run.contents(), "random": torch.rand(3).tolist(), "next": run.train(1)[0]}
+        contents = run.contents()
+        run.checkpointer.save(STEPS, COUNTERS)
+        results[ep] = {"contents": contents, "random": torch.rand(3).tolist(), "next": run.train(1)[0]}
+        run.checkpointer.wait()
     return results
 
 
@@ -48,7 +56,7 @@ def load_layouts(folders: list[str], num_experts: int) -> dict[int, dict[str, di
     """Load each checkpoint at every layout of this number of ranks, into a model of other values."""
     results = {}
     for ep in LAYOUTS[num_experts][dist.get_world_size()]:
-        run = Run("unused", ep, num_experts, seed=1)
+        run = Run("unused", ep, num_experts, seed=1, change=Small.double)
         run.train(1)
         results[ep] = {}
         for folder in folders:
@@ -63,7 +71,6 @@ def load_layouts(folders: list[str], num_experts: int) -> dict[int, dict[str, di
     return results
 
 
-# Nine experts have both: they divide evenly over three ranks, and not over two or four.
 @pytest.fixture(scope="module", params=[pytest.param(8, marks=pytest.mark.slow), 9])
 def saved(request: pytest.FixtureRequest, ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Checkpoints of every layout, and what each rank held when it saved them."""
@@ -92,19 +99,21 @@ def test_experts_can_be_told_apart(saved: dict[str, Any]) -> None:
         assert len(np.unique(contents[f"layers.{layer}.moe bias"])) > 1
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_layout_loads_into_any_other(saved: dict[str, Any], ranks: RankPool, world_size: int) -> None:
+    if world_size not in LAYOUTS[saved["num_experts"]]:
+        pytest.skip("no layout of these experts")
     folders = [str(saved["folder"] / layout) for layout in saved["layouts"]]
     results = ranks.run(world_size, load_layouts, folders, saved["num_experts"])
     for ep in LAYOUTS[saved["num_experts"]][world_size]:
         for layout, before in saved["layouts"].items():
             for rank in range(world_size):
                 after = results[rank][ep][layout]
-                assert after["counters"] == {"samples": 36}
+                assert after["counters"] == COUNTERS
                 assert_equal(after["contents"], before[0]["contents"])
                 if layout == f"{world_size}-{ep}":
                     assert after["next"] == before[rank]["next"], "the next step is not the uninterrupted run's"
-                assert after["next"] == pytest.approx(before[0]["next"], rel=1e-5)
+                assert after["next"] == pytest.approx(before[0]["next"], rel=1e-12)
                 if len(before) == world_size:
                     assert after["random"] == before[rank]["random"]
 

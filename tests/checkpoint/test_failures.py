@@ -18,9 +18,9 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from crossdock.checkpoint import CheckpointError, latest_step
+from crossdock.checkpoint.writing import ShardWriter
 from tests.checkpoint.small import Contents, Run
 from tests.ranks import RankPool
 
@@ -38,7 +38,7 @@ def message_of(action: Callable[[], Any]) -> str:
     return "no error"
 
 
-class HalfWriter(HuggingFaceStorageWriter):
+class HalfWriter(ShardWriter):
     """Fails on the second rank, in the middle of its data."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:
@@ -65,7 +65,7 @@ def fail_in_many_ways(folder: str) -> dict[str, Any]:
         other.checkpointer.load(newest)
         return {"message": message, "newest": newest, "loads": equal(other.contents(), whole)}
 
-    writer = "crossdock.checkpoint.distributed.HuggingFaceStorageWriter"
+    writer = "crossdock.checkpoint.distributed.ShardWriter"
     outcomes = {}
     with mock.patch(writer, HalfWriter):
         outcomes["disk full on a rank"] = save({})
@@ -192,6 +192,10 @@ def edit_state(folder: Path, change: Callable[[Any], Any]) -> None:
     (folder / "state.json").write_text(json.dumps(state))
 
 
+def sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+
+
 def truncate(folder: Path) -> None:
     path = folder / "shard-00002-model-00001-of-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -214,6 +218,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a file is truncated": (truncate, r"shard-00002-model-00001-of-00001\.safetensors has \d+ bytes, not \d+"),
     "a header is garbage": (overwrite_header, r"cannot read shard-00002-model-00001-of-00001\.safetensors: "),
     "a file too many": (copy_a_file, r"another\.safetensors is not of this checkpoint"),
+    "a file is truncated, and state.json says so": (
+        lambda folder: (truncate(folder), edit_state(folder, lambda state: state.update(files=sizes(folder)))),
+        r"cannot read shard-00002-model-00001-of-00001\.safetensors: ",
+    ),
+    "a file outside the folder": (
+        lambda folder: edit_state(folder, lambda state: state["files"].update({"../secret.safetensors": 8})),
+        r"\.\./secret\.safetensors is missing",
+    ),
     "no state": (lambda folder: (folder / "state.json").unlink(), r"cannot read state\.json: .*No such file"),
     "state is no JSON": (
         lambda folder: (folder / "state.json").write_text("{'format': 1}"),
@@ -301,6 +313,7 @@ def refusals(
         folders.append(tmp_path_factory.mktemp("damaged"))
         shutil.copytree(whole, folders[-1], dirs_exist_ok=True)
         damage(folders[-1] / "step-00000001")
+        (folders[-1] / "secret.safetensors").write_bytes(b"8 bytes.")
     results = ranks.run(2, load_damaged, [str(folder) for folder in folders])
     return {name: [result[index] for result in results] for index, name in enumerate(DAMAGES)}
 

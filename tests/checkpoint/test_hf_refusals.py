@@ -189,6 +189,26 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         _edit_index(lambda index: index["weight_map"].update({EXPERT: "../secret.safetensors"})),
         [rf"{re.escape(EXPERT)} is in '../secret.safetensors'; it must be the name of a file in the same folder"],
     ),
+    "an index that leads to the root": (
+        _edit_index(lambda index: index["weight_map"].update({EXPERT: "/secret.safetensors"})),
+        ["weight_map of names to files in the same folder"],
+    ),
+    "an index that leads to the folder above": (
+        _edit_index(lambda index: index["weight_map"].update({EXPERT: ".."})),
+        [r"cannot read \S+/\.\.: Is a directory"],
+    ),
+    "files without their index": (
+        lambda folder: (folder / INDEX).unlink(),
+        [f"holds no weights: neither {INDEX} nor {SINGLE}"],
+    ),
+    "an index that was not written to its end": (
+        lambda folder: (folder / INDEX).write_bytes((folder / INDEX).read_bytes()[:200]),
+        [rf"{INDEX} .*weight_map"],
+    ),
+    "the first of its files alone": (
+        lambda folder: [(folder / f"model-0000{number}-of-00003.safetensors").unlink() for number in (2, 3)],
+        [r"cannot read \S+model-0000[23]-of-00003\.safetensors: No such file"],
+    ),
     "an index without a map": (_edit_index(lambda index: index.pop("weight_map")), ["must hold a weight_map"]),
     "an index that is no JSON": (lambda folder: (folder / INDEX).write_text("{"), [rf"{INDEX} .*weight_map"]),
     "no weights": (_without_weights, [rf"holds no weights: neither {INDEX} nor {SINGLE}"]),

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+import time
 import tomllib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from crossdock.checkpoint import saved_world_size
+from crossdock.checkpoint import CheckpointError, latest_step, saved_world_size
+from crossdock.checkpoint.writing import ShardWriter
 from crossdock.config import LRSchedulerConfig, load_config, validate
 from crossdock.models import token_loss
 from crossdock.tools.report import read_load
@@ -47,7 +51,8 @@ def _losses(result: dict[str, Any]) -> list[float]:
 def test_resumed_run_equals_the_uninterrupted_one(ranks: RankPool, folder: Path) -> None:
     ep2 = ("--parallelism.expert-parallel-degree", "2")
     six = ("--training.steps", "6")
-    whole = _train(ranks, folder, "whole", 2, "--checkpoint.interval", "3", *six, *ep2)
+    in_background = ("--checkpoint.interval", "3", "--checkpoint.async-mode", "async")
+    whole = _train(ranks, folder, "whole", 2, *in_background, *six, *ep2)
     for copy in ("same", "other", "wider"):
         shutil.copytree(folder / "whole", folder / copy)
         shutil.rmtree(folder / copy / "checkpoint" / "step-00000006")
@@ -151,9 +156,69 @@ def test_a_stop_on_one_rank_ends_all_at_the_same_step_with_a_checkpoint(ranks: R
     assert [line["step"] for line in resumed["metrics"]] == list(range(1, 11))
 
 
+def _resume(assets: str, run_folder: str, cache: str) -> str:
+    config = _config(assets, run_folder, cache)
+    try:
+        Trainer(
+            config, validate(config, dist.get_world_size()), torch.device("cpu"), dist.get_rank() == 0, StopSignal()
+        )
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_damaged_checkpoint_is_named_with_the_one_that_the_run_can_go_on_from(ranks: RankPool, folder: Path) -> None:
+    arguments = (str(folder / "assets"), str(folder / "damaged"), str(folder / "cache"))
+    _train(ranks, folder, "damaged", 1, "--training.steps", "4", "--checkpoint.interval", "2")
+    newest = folder / "damaged" / "checkpoint" / "step-00000004"
+    (shard,) = newest.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (message,) = ranks.run(1, _resume, *arguments)
+    assert re.search(rf"{newest}: {shard.name} has \d+ bytes, not \d+\. Without that folder, .* step 2$", message)
+    shutil.rmtree(newest)
+    resumed = _train(ranks, folder, "damaged", 1, "--training.steps", "4")
+    assert [line["step"] for line in resumed["metrics"]] == [1, 2, 3, 4]
+
+
+def _save_slowly(assets: str, run_folder: str, cache: str, stop_step: int, *overrides: str) -> list[str]:
+    """Train until a stop is asked for in `stop_step`, with writes that take longer than steps; the checkpoints then."""
+    config = _config(assets, run_folder, cache, "--checkpoint.async-mode", "async", *overrides)
+    stop = StopSignal()
+    trainer = Trainer(config, validate(config, dist.get_world_size()), torch.device("cpu"), dist.get_rank() == 0, stop)
+
+    class SlowWriter(ShardWriter):
+        def write_data(self, plan: Any, planner: Any) -> Any:
+            time.sleep(0.5)
+            return super().write_data(plan, planner)
+
+    def ask(*_: Any) -> None:
+        stop.requested = trainer.step + 1 >= stop_step
+
+    trainer.model.register_forward_pre_hook(ask)
+    with mock.patch("crossdock.checkpoint.distributed.ShardWriter", SlowWriter):
+        trainer.train()
+    dist.barrier()
+    return sorted(path.name for path in Path(run_folder, "checkpoint").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("stop_step", "options", "kept"),
+    [
+        (4, ["--checkpoint.interval=2"], ["step-00000002", "step-00000004"]),
+        (5, ["--checkpoint.interval=1", "--checkpoint.async-when-busy=skip"], ["step-00000001", "step-00000005"]),
+    ],
+)
+def test_a_stop_waits_for_checkpoints_that_are_being_written(
+    ranks: RankPool, folder: Path, stop_step: int, options: list[str], kept: list[str]
+) -> None:
+    arguments = (str(folder / "assets"), str(folder / f"slow-{stop_step}"), str(folder / "cache"))
+    assert ranks.run(2, _save_slowly, *arguments, stop_step, *options) == [kept, kept]
+
+
 def _bad_numbers(assets: str, run_folder: str, cache: str, bad_rank: int, bad_calls: list[int]) -> dict[str, Any]:
     """NaN in one rank's logits in some steps; weights before and after the first bad step."""
-    config = _config(assets, run_folder, cache, "--training.max-skipped-steps", "3")
+    saving = ("--checkpoint.interval", "1", "--checkpoint.async-mode", "async")
+    config = _config(assets, run_folder, cache, "--training.max-skipped-steps", "3", *saving)
     trainer = Trainer(
         config, validate(config, dist.get_world_size()), torch.device("cpu"), dist.get_rank() == 0, StopSignal()
     )
@@ -179,7 +244,8 @@ def _bad_numbers(assets: str, run_folder: str, cache: str, bad_rank: int, bad_ca
         message = str(error)
     unchanged = [bool(torch.equal(a, b)) for a, b in pairwise(snapshots)]
     lines = [json.loads(line) for line in Path(run_folder, "metrics.jsonl").read_text().splitlines()]
-    return {"unchanged": unchanged, "message": message, "lines": lines, "step": trainer.step}
+    newest = latest_step(Path(run_folder, "checkpoint"))
+    return {"unchanged": unchanged, "message": message, "lines": lines, "step": trainer.step, "newest": newest}
 
 
 def test_a_bad_step_is_skipped_on_all_ranks(ranks: RankPool, folder: Path) -> None:
@@ -196,7 +262,7 @@ def test_a_bad_step_is_skipped_on_all_ranks(ranks: RankPool, folder: Path) -> No
 def test_bad_steps_in_a_row_stop_the_run_with_a_message(ranks: RankPool, folder: Path) -> None:
     arguments = (str(folder / "assets"), str(folder / "nans"), str(folder / "cache"))
     for result in ranks.run(2, _bad_numbers, *arguments, 0, [2, 4, 5, 6]):
-        assert result["step"] == 6
+        assert (result["step"], result["newest"]) == (6, 3), "the last good step's, and it is whole"
         assert "3 steps in a row" in result["message"]
         assert "max_skipped_steps" in result["message"]
 

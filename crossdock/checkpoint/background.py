@@ -1,0 +1,102 @@
+"""A checkpoint that is written while training goes on: from a copy, in a thread, over a process group of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from crossdock.checkpoint.folders import CheckpointError
+from crossdock.comm import raise_together
+from crossdock.parallel import as_shard, local_part
+
+__all__ = ["Background", "Staging"]
+
+
+class Staging:
+    """Copies of this rank's tensors in the machine's memory, kept so that the next copy takes no memory."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy of `tensor`, contiguous, laid out over the ranks as it is; overwritten by the next one of that name.
+
+        One from a GPU is whole after `finish` only.
+        """
+        local = local_part(tensor)
+        buffer = self._buffers.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (local.shape, local.dtype):
+            buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+            self._buffers[name] = buffer
+        buffer.copy_(local, non_blocking=True)
+        if not isinstance(tensor, DTensor):
+            return buffer
+        return as_shard(buffer, tensor.device_mesh, tensor.placements, tensor.shape)
+
+    def finish(self) -> None:
+        """Wait for copies from a GPU."""
+        if any(buffer.is_pinned() for buffer in self._buffers.values()):
+            torch.cuda.current_stream().synchronize()
+
+
+class Background:
+    """One write at a time beside the training, in a thread that talks to the other ranks over a group of its own.
+
+    Every rank starts the same writes. All methods but `start` are collective, and so is making one.
+    """
+
+    def __init__(self) -> None:
+        group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        assert not isinstance(group, int), "every rank is in it"
+        self._group = group
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def start(self, write: Callable[[dist.ProcessGroup | None], object], failed: str) -> None:
+        """Run `write` in the thread; the one before has been waited for.
+
+        Args:
+            write: takes the group that all its collectives must be in.
+            failed: begins the message of an error that is no `CheckpointError`, as of a rank that is gone.
+        """
+        assert self._thread is None
+
+        def run() -> None:
+            try:
+                write(self._group)
+            except CheckpointError as error:
+                self._error = error
+            except Exception as error:  # noqa: BLE001 (whatever it is, the run must hear of it)
+                self._error = CheckpointError(f"{failed}: {type(error).__name__}: {error}")
+
+        # No daemon: a process that ends without waiting still ends after the write.
+        self._thread = threading.Thread(target=run, name="checkpoint")
+        self._thread.start()
+
+    def is_busy(self) -> bool:
+        """Whether a write goes on, on any rank: the same answer on all."""
+        if self._thread is None:
+            return False
+        busy = [self._thread.is_alive()]
+        if dist.is_initialized():
+            busy = [False] * dist.get_world_size()
+            dist.all_gather_object(busy, self._thread.is_alive())
+        return any(busy)
+
+    def wait(self) -> None:
+        """Wait for the write that goes on, if one does.
+
+        Raises:
+            CheckpointError: on all ranks, once, if it failed on any.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        error, self._error = self._error, None
+        raise_together(error)
