@@ -4,7 +4,7 @@ from crossdock.experts.autocast import autocast_dtype
 from crossdock.experts.choice import AUTO, EXPERTS_BACKENDS, choose_backend
 from crossdock.experts.cpu import cpu
 from crossdock.experts.eager import eager
-from crossdock.experts.experts import ExpertParams, ExpertsBackend
+from crossdock.experts.experts import ExpertAdapters, ExpertParams, ExpertsBackend
 from crossdock.experts.formula import (
     ACTIVATIONS,
     GPT_OSS,
@@ -15,6 +15,7 @@ from crossdock.experts.formula import (
     halves_apart,
 )
 from crossdock.experts.grouped_mm import grouped_mm
+from crossdock.experts.lora import eager_lora, grouped_lora, lora_experts
 from crossdock.experts.module import GroupedExperts
 from crossdock.experts.operator import EXPERTS_OPS
 from crossdock.experts.scaling import load_factors
@@ -29,6 +30,7 @@ __all__ = [
     "QUICK_GELU_ALPHA",
     "SWIGLU",
     "ActivationName",
+    "ExpertAdapters",
     "ExpertParams",
     "ExpertsBackend",
     "ExpertsFormula",
@@ -38,7 +40,10 @@ __all__ = [
     "choose_backend",
     "cpu",
     "eager",
+    "eager_lora",
+    "grouped_lora",
     "grouped_mm",
     "halves_apart",
     "load_factors",
+    "lora_experts",
 ]
