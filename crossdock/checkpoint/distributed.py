@@ -31,6 +31,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from crossdock.checkpoint.experts import ExpertRows
 from crossdock.checkpoint.folders import CheckpointError, finish, make_room, read_state, saved_steps, set_aside
 from crossdock.comm import raise_together
+from crossdock.lora import adapters_of, base_of
 from crossdock.parallel import local_part, plain_name
 
 __all__ = ["CheckpointConfig", "Checkpointer"]
@@ -69,15 +70,24 @@ class Checkpointer:
         optimizer: its state exists (`materialise_optimizer_state`) and is tensors alone: of the parameter's shape and
             layout, or scalars. `None` loads weights alone, and saves none.
         keep_latest_k: how many checkpoints are kept; 0 keeps all.
+        of_base: of a model with adapters (`crossdock.lora`), the weights beside them, with `optimizer = None`.
+            Otherwise a checkpoint of such a model holds its adapters alone, and no buffers.
     """
 
     def __init__(
-        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, keep_latest_k: int = 0
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        keep_latest_k: int = 0,
+        *,
+        of_base: bool = False,
     ) -> None:
         self.folder = folder
         self.model = model
         self.optimizer = optimizer
         self.keep_latest_k = keep_latest_k
+        self.of_base = of_base
         self._rows = ExpertRows(model)
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -152,7 +162,8 @@ class Checkpointer:
         # First of all, since it makes FSDP shard again what a forward pass has left gathered.
         persistent = self.model.state_dict().keys()
         entries = []
-        for name, parameter in self.model.named_parameters():
+        adapters = {} if self.of_base else adapters_of(self.model)
+        for name, parameter in (adapters or base_of(self.model)).items():
             tensors = {"model": parameter.detach()}
             states = self.optimizer.state.get(parameter, {}) if self.optimizer is not None else {}
             tensors |= {f"{_OPTIMIZER}{key}": state for key, state in states.items()}
@@ -167,7 +178,7 @@ class Checkpointer:
                         local_part(tensor).nbytes,
                     )
                 )
-        for name, buffer in self.model.named_buffers():
+        for name, buffer in self.model.named_buffers() if not adapters else ():
             if plain_name(name) in persistent:
                 stored = f"model.{plain_name(name)}"
                 entries.append(_Entry({stored: buffer}, [stored], buffer.nbytes))

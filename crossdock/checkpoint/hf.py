@@ -23,6 +23,7 @@ from crossdock.checkpoint.experts import ExpertRows
 from crossdock.checkpoint.folders import CheckpointError
 from crossdock.comm import raise_together
 from crossdock.experts import halves_apart
+from crossdock.lora import base_of
 from crossdock.moe import moe_layers
 from crossdock.parallel import local_part, local_with_offsets, plain_name
 from crossdock.placement import EMPTY
@@ -217,10 +218,10 @@ class HFCheckpoint:
 def views_of(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, int | None, Tensor]]:
     """Name, expert and value of every parameter, of experts row by row: views of what this rank has, or DTensors.
 
-    Expert biases come last, where `keys` has them.
+    Adapters (`crossdock.lora`) are left out. Expert biases come last, where `keys` has them.
     """
     rows = ExpertRows(model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in base_of(model).items():
         is_expert = rows.is_expert(parameter)
         for row, view in rows.split(name, parameter, parameter.detach()).items():
             yield (*_split_row(row, is_expert), view)
@@ -236,7 +237,7 @@ def _expert_biases(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, Tensor
 def _global_parts(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor that a checkpoint of this model has."""
     rows = ExpertRows(model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in base_of(model).items():
         is_expert = rows.is_expert(parameter)
         shape = tuple(parameter.shape[1:] if is_expert else parameter.shape)
         names = rows.all_names(name, parameter, parameter)

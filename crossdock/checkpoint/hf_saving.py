@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from crossdock.checkpoint.folders import CheckpointError
 from crossdock.checkpoint.hf import DTYPES, INDEX_FILE, SINGLE_FILE, HFKeys, Part, views_of
 from crossdock.comm import raise_together
+from crossdock.lora import base_of
 from crossdock.moe import moe_layers
 from crossdock.parallel import plain_name
 
@@ -84,7 +85,7 @@ def _parts_of(model: nn.Module, keys: HFKeys) -> Iterator[tuple[Part, Tensor, bo
     if not keys.packed:
         return
     for layer_name, layer in moe_layers(model).items():
-        for name, parameter in layer.experts.named_parameters():
+        for name, parameter in base_of(layer.experts).items():
             (part,) = keys.parts(plain_name(f"{layer_name}.experts.{name}"), 0, parameter.shape[1:])
             slots = torch.tensor(layer.placement.expert_to_slot, device=parameter.device)
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
