@@ -85,21 +85,23 @@ def add_lora(model: nn.Module, config: LoRAConfig, attention: Sequence[str] = ("
     """
     if adapters_of(model) or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("add_lora needs a model without adapters that is not parallel yet")
-    model.requires_grad_(False)
-    found = dict.fromkeys(config.targets, 0)
-    for path, module in list(model.named_modules()):
-        if isinstance(module, GroupedExperts) and "experts" in config.targets:
-            module.add_lora(config.rank, config.alpha)
-            found["experts"] += 1
-        elif (
-            type(module) is nn.Linear and "attention" in config.targets and not {*path.split(".")}.isdisjoint(attention)
-        ):
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, LoRALinear(module, config.rank, config.alpha))
-            found["attention"] += 1
-    for target, count in found.items():
-        if not count:
+    wanted = set(config.targets)
+    linear: list[tuple[str, nn.Linear]] = []
+    experts: list[GroupedExperts] = []
+    for path, module in model.named_modules():
+        if isinstance(module, GroupedExperts) and "experts" in wanted:
+            experts.append(module)
+        elif type(module) is nn.Linear and "attention" in wanted and not {*path.split(".")}.isdisjoint(attention):
+            linear.append((path, module))
+    for target, found in (("attention", linear), ("experts", experts)):
+        if target in wanted and not found:
             raise LoRAError("targets", config.targets, f"the model has no layer that is {target!r}")
+    model.requires_grad_(False)
+    for module in experts:
+        module.add_lora(config.rank, config.alpha)
+    for path, module in linear:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, LoRALinear(module, config.rank, config.alpha))
     return model
 
 
