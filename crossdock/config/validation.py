@@ -220,7 +220,8 @@ def _check_initial_weights(config: Config, hf_config: PreTrainedConfig) -> None:
         raise ConfigError(field, str(folder), valid)
     family = FAMILIES[config.model.name]
     checkpoint = find_checkpoint(folder)
-    if checkpoint is not None and read_toml(checkpoint[0].parent / RUN_CONFIG_FILE).lora.rank:
+    saved = None if checkpoint is None else checkpoint[0].parent / RUN_CONFIG_FILE
+    if saved is not None and saved.is_file() and read_toml(saved).lora.rank:
         valid = "is of a LoRA run, which holds adapters alone; `crossdock export --merge` makes weights of it"
         raise ConfigError(field, str(folder), f"{valid}, and lora.adapter_path starts from its folder `adapter`")
     try:

@@ -90,7 +90,7 @@ class GroupedExperts(nn.Module):
         """The parameters that `add_lora` made."""
         if self.lora_scale is None:
             return None
-        return ExpertAdapters(*(self.get_parameter(name) for name in ExpertAdapters._fields))
+        return ExpertAdapters(*(getattr(self, name) for name in ExpertAdapters._fields))
 
     def forward(
         self, tokens: Tensor, slot_ids: Tensor, weights: Tensor, gradient_factors: Tensor | None = None

@@ -108,7 +108,7 @@ def _oracle(inputs: dict[str, Any]) -> dict[str, np.ndarray]:
     }
     pairs = {"gate_and_up_projs": "gate_and_up_lora", "down_projs": "down_lora"}
     merged = [held[name] + SCALE * held[f"{pair}_a"] @ held[f"{pair}_b"].swapaxes(1, 2) for name, pair in pairs.items()]
-    arrays = held["tokens"], inputs["slot_ids"].numpy(), held["weights"], *merged
+    arrays = held["tokens"], inputs["slot_ids"].numpy(), held["weights"], merged[0], merged[1]
     biases = held.get("gate_and_up_bias"), held.get("down_bias"), inputs["formula"]
     grads = experts_gradients(held["grad_y"], *arrays, *biases)
     expected = {
@@ -220,7 +220,7 @@ def test_the_module_begins_without_an_effect_and_follows_its_adapters() -> None:
 
 def test_what_cannot_be_grouped_is_computed_in_turn_or_refused() -> None:
     inputs = _inputs("plain", torch.float64)
-    given = [inputs[name] for name in ("tokens", "slot_ids", "weights")]
+    given = inputs["tokens"], inputs["slot_ids"], inputs["weights"]
     params = ExpertParams(inputs["gate_and_up_projs"], inputs["down_projs"])
     adapters = ExpertAdapters(*(inputs[name] for name in ExpertAdapters._fields))
     assert torch.equal(lora_experts(*given, params, adapters, 1.0), eager_lora(*given, params, adapters, 1.0))

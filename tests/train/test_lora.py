@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -80,8 +82,8 @@ def test_a_run_learns_and_its_checkpoints_hold_adapters_alone(folder: Path, run:
 
 
 def test_layouts_give_the_same_losses(ranks: RankPool, folder: Path, run: dict[str, Any]) -> None:
-    for name, world_size, options in (("alone", 1, ()), ("shard", 2, ()), ("both", 4, (EP2,))):
-        other = _train(ranks, folder, name, FROM_HF, *LORA, "--moe.expert-bias", *options, world_size=world_size)
+    for world_size in (1, 2):
+        other = _train(ranks, folder, f"ep1-{world_size}", FROM_HF, *LORA, "--moe.expert-bias", world_size=world_size)
         np.testing.assert_allclose(_losses(other), _losses(run), rtol=1e-4)
 
 
@@ -89,7 +91,6 @@ def test_ways_to_compute_change_no_number(ranks: RankPool, folder: Path, run: di
     ways = {
         "recomputed": "--activation-checkpoint.mode=selective",
         "static": "--moe.static-shapes",
-        "in_turn": "--moe.experts=eager",
     }
     for name, option in ways.items():
         other = _train(ranks, folder, name, FROM_HF, *LORA, EP2, "--moe.expert-bias", option)
@@ -246,3 +247,37 @@ def test_a_resume_that_would_load_nothing_is_an_error(ranks: RankPool, folder: P
         for said in ranks.run(2, resume, str(folder / "hf"), str(broken), str(folder / "cache"), options):
             assert message in said
             assert "cannot load checkpoint" in said
+
+
+SECTION = (
+    (Path(__file__).parents[2] / "docs" / "finetune.md").read_text().partition("\n## LoRA\n")[2].partition("\n## ")[0]
+)
+COMMANDS = re.findall(r"^    crossdock (.+)$", SECTION, re.MULTILINE)
+
+
+@pytest.fixture
+def as_in_the_docs(folder: Path, run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, there in (("Qwen3-30B-A3B", "hf"), ("RUN", "run"), ("speeches", "speeches")):
+        (tmp_path / name).symlink_to(folder / there)
+    (tmp_path / "speech.txt").write_text("Fellow citizens of the Senate and of the House of Representatives. " * 3)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_docs_work(as_in_the_docs: Path, only_rank: Callable[..., int], command: str) -> None:
+    arguments = shlex.split(command)
+    # Smaller, not other, work.
+    if arguments[0] == "train":
+        arguments[arguments.index("--training.steps") + 1] = "1"
+        arguments += ["--training.seq-len", "32", "--data.source", "speeches", "--data.cache-folder", "cache"]
+    more = {"generate": ["--max-new-tokens", "3"], "eval": ["--seq-len", "32", "--cache-folder", "cache"]}
+    assert only_rank(*arguments, *more.get(arguments[0], [])) == 0
+
+
+def test_the_program_of_the_docs_works(as_in_the_docs: Path) -> None:
+    assert {command.split()[0] for command in COMMANDS} == {"train", "generate", "eval", "export"}
+    (program,) = re.findall(r"^```python\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert isinstance(names["model"], PeftModel)
