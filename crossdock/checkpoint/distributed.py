@@ -35,6 +35,7 @@ from crossdock.checkpoint.experts import ExpertRows
 from crossdock.checkpoint.folders import CheckpointError, finish, make_room, read_state, saved_steps, set_aside
 from crossdock.checkpoint.writing import ShardWriter
 from crossdock.comm import raise_together
+from crossdock.lora import adapters_of, base_of
 from crossdock.parallel import local_part, plain_name
 
 __all__ = ["AsyncMode", "BusyMode", "CheckpointConfig", "Checkpointer"]
@@ -82,6 +83,8 @@ class Checkpointer:
         keep_latest_k: how many checkpoints are kept; 0 keeps all.
         async_mode: "async" has `save` return when values are copied; a thread writes the copy, which is kept.
         when_busy: what `save` does while the one before is still being written.
+        of_base: of a model with adapters (`crossdock.lora`), the weights beside them, with `optimizer = None`.
+            Otherwise a checkpoint of such a model holds its adapters alone, and no buffers.
     """
 
     def __init__(
@@ -93,12 +96,14 @@ class Checkpointer:
         *,
         async_mode: AsyncMode = "disabled",
         when_busy: BusyMode = "wait",
+        of_base: bool = False,
     ) -> None:
         self.folder = folder
         self.model = model
         self.optimizer = optimizer
         self.keep_latest_k = keep_latest_k
         self.when_busy = when_busy
+        self.of_base = of_base
         self._rows = ExpertRows(model)
         self._staging = Staging()
         self._background = Background() if async_mode == "async" else None
@@ -228,7 +233,8 @@ class Checkpointer:
         # First of all, since it makes FSDP shard again what a forward pass has left gathered.
         persistent = self.model.state_dict().keys()
         entries = []
-        for name, parameter in self.model.named_parameters():
+        adapters = {} if self.of_base else adapters_of(self.model)
+        for name, parameter in (adapters or base_of(self.model)).items():
             tensors = {"model": parameter.detach()}
             states = self.optimizer.state.get(parameter, {}) if self.optimizer is not None else {}
             tensors |= {f"{_OPTIMIZER}{key}": state for key, state in states.items()}
@@ -243,7 +249,7 @@ class Checkpointer:
                         local_part(tensor).nbytes,
                     )
                 )
-        for name, buffer in self.model.named_buffers():
+        for name, buffer in self.model.named_buffers() if not adapters else ():
             if plain_name(name) in persistent:
                 stored = f"model.{plain_name(name)}"
                 entries.append(_Entry({stored: taken(stored, buffer)}, [stored], buffer.nbytes))

@@ -22,6 +22,7 @@ from crossdock.checkpoint.hf_files import OpenFiles, read_headers
 from crossdock.checkpoint.stored import Stored, stored_tensors
 from crossdock.comm import raise_together
 from crossdock.experts import halves_apart
+from crossdock.lora import base_of
 from crossdock.moe import moe_layers
 from crossdock.parallel import local_part, local_with_offsets, plain_name
 from crossdock.placement import EMPTY
@@ -188,10 +189,10 @@ class HFCheckpoint:
 def views_of(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, int | None, Tensor]]:
     """Name, expert and value of every parameter, of experts row by row: views of what this rank has, or DTensors.
 
-    Expert biases come last, where `keys` has them.
+    Adapters (`crossdock.lora`) are left out. Expert biases come last, where `keys` has them.
     """
     rows = ExpertRows(model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in base_of(model).items():
         is_expert = rows.is_expert(parameter)
         for row, view in rows.split(name, parameter, parameter.detach()).items():
             yield (*_split_row(row, is_expert), view)
@@ -208,7 +209,7 @@ def tensor_shapes(model: nn.Module, keys: HFKeys) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that a checkpoint of `model` has; on any layout, or on the meta device."""
     rows = ExpertRows(model)
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in base_of(model).items():
         is_expert = rows.is_expert(parameter)
         shape = tuple(parameter.shape[1:] if is_expert else parameter.shape)
         names = rows.all_names(name, parameter, parameter)

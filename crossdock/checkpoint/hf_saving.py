@@ -17,6 +17,7 @@ from crossdock.checkpoint.hf import HFKeys, Part, views_of
 from crossdock.checkpoint.hf_writing import MAX_SHARD_BYTES, Entry, ShardWriter
 from crossdock.comm import raise_together
 from crossdock.experts import halves_interleaved
+from crossdock.lora import base_of
 from crossdock.moe import MoE, moe_layers
 from crossdock.parallel import plain_name
 
@@ -119,7 +120,7 @@ def _sources_of(model: nn.Module, keys: HFKeys) -> Iterator[_Source]:
         parts = keys.parts(name, expert, view.shape)
         yield _Source({part.name: _shape_of(part, view) for part in parts}, writer, partial(_gather, view, parts))
     for layer_name, layer in moe_layers(model).items() if keys.packed else ():
-        for key, parameter in layer.experts.named_parameters():
+        for key, parameter in base_of(layer.experts).items():
             name = plain_name(f"{layer_name}.experts.{key}")
             own = {expert: view for (of, expert), view in packed.items() if of == name}
             (part,) = keys.parts(name, 0, parameter.shape[1:])

@@ -176,25 +176,27 @@ def _data_of(parsed: argparse.Namespace, source: ModelSource) -> DataConfig:
 
 def export_command(arguments: list[str], options: argparse.Namespace) -> int:
     """`crossdock export RUN DESTINATION`."""
-    parser = _parser("export", "Write a folder that transformers' from_pretrained loads.", has_dtype=False)
+    about = "Write a folder that transformers' from_pretrained loads; of a LoRA run, one that PEFT's loads."
+    parser = _parser("export", about, has_dtype=False)
     parser.add_argument("destination", help="a folder that does not exist yet")
     choices = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", default="", choices=choices, help="of the weights; else as they were loaded")
     parser.add_argument(
         "--max-shard-size", type=parse_bytes, default=parse_bytes("5GB"), help="of a file, such as 500MB or 2GiB (5GB)"
     )
+    parser.add_argument("--merge", action="store_true", help="of a LoRA run: the whole model, adapters added")
     parsed = parser.parse_args(arguments)
     destination = Path(parsed.destination).absolute()
 
     def check(source: ModelSource) -> None:
         from crossdock.tools.export import check_export
 
-        check_export(source, destination)
+        check_export(source, destination, merge=parsed.merge)
 
     def export(source: ModelSource, device: torch.device, rank: int) -> None:
         from crossdock.tools.export import export
 
-        left_out = export(source, destination, device, parsed.dtype, parsed.max_shard_size)
+        left_out = export(source, destination, device, parsed.dtype, parsed.max_shard_size, merge=parsed.merge)
         if rank == 0:
             _write(f"written: {destination}{left_out}\n")
 

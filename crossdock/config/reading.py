@@ -43,6 +43,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     if path is None and folder and os.path.isfile(saved := os.path.join(folder, RUN_CONFIG_FILE)):
         config = _override(read_toml(Path(saved)), overrides)
     start = absolute(config.checkpoint.initial_load_path)
+    if config.lora.rank and (checkpoint := find_checkpoint(Path(start))) is not None:
+        start = str(checkpoint[0] / f"step-{checkpoint[1]:08d}")  # The base stays the same when that run goes on.
     # Weights mean nothing with another tokenizer, or another configuration.
     assets = absolute(config.model.hf_assets_path) or assets_of(start)
     model = replace(config.model, hf_assets_path=assets)
@@ -57,7 +59,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     )
     validation = replace(config.validation, data=_absolute_source(config.validation.data))
     job = replace(config.job, dump_folder=folder)
-    return replace(config, job=job, model=model, data=data, moe=moe, checkpoint=checkpoint, validation=validation)
+    lora = replace(config.lora, adapter_path=absolute(config.lora.adapter_path))
+    config = replace(config, job=job, model=model, data=data, moe=moe, lora=lora)
+    return replace(config, checkpoint=checkpoint, validation=validation)
 
 
 def to_toml(config: Config) -> str:

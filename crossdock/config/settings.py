@@ -8,6 +8,7 @@ from typing import Any, Literal, get_type_hints
 
 from crossdock.checkpoint import CheckpointConfig, find_checkpoint
 from crossdock.data import DataConfig
+from crossdock.lora import LoRAConfig
 from crossdock.models import ModelConfig
 from crossdock.moe_config import MoEConfig
 from crossdock.parallel import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
@@ -147,6 +148,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)

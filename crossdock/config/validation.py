@@ -28,7 +28,8 @@ from crossdock.data import (
     vocabulary_size,
 )
 from crossdock.dispatch import choose_deepep_api, find_nodes, load_deepep
-from crossdock.models import FAMILIES, ExpertSizes, ModelError, build_model, resolve_hf_config
+from crossdock.lora import LoRAError, add_lora
+from crossdock.models import FAMILIES, ExpertSizes, ModelError, PeftAdapter, build_model, resolve_hf_config
 from crossdock.models.family import DEEPEP_SUFFIX
 from crossdock.moe import moe_layers
 from crossdock.moe_config import MoEConfigError
@@ -115,6 +116,7 @@ def check_settings(config: Config) -> PreTrainedConfig:
     _require(config, "checkpoint.async_when_busy", in_background, "needs checkpoint.async_mode = async")
     _check_run_folder(config)
     _check_initial_weights(config, model)
+    _check_lora(config, model)
     _check_data(config)
     if not os.path.isdir(os.path.expanduser(config.data.cache_folder)):
         check_writable("data.cache_folder", config.data.cache_folder)
@@ -130,12 +132,12 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a positive number": (
         lambda value: value > 0,
         "training.local_batch_size training.seq_len training.steps training.max_norm training.max_skipped_steps "
-        "optimizer.eps metrics.log_freq",
+        "optimizer.eps metrics.log_freq lora.alpha",
     ),
     "0 or more": (
         lambda value: value >= 0,
         "optimizer.lr optimizer.weight_decay lr_scheduler.warmup_steps checkpoint.interval checkpoint.keep_latest_k "
-        "metrics.load_interval validation.interval validation.max_samples",
+        "metrics.load_interval validation.interval validation.max_samples lora.rank",
     ),
     "at least 0 and below 1": (
         lambda value: 0 <= value < 1,
@@ -220,7 +222,8 @@ def _check_initial_weights(config: Config, hf_config: PreTrainedConfig) -> None:
         "needs model.hf_assets_path, the folder with the weights",
     )
     folder = Path(config.initial_weights)
-    if not config.initial_weights or find_checkpoint(Path(config.job.dump_folder)) is not None:
+    is_resumed = find_checkpoint(Path(config.job.dump_folder)) is not None
+    if not config.initial_weights or (is_resumed and not config.lora.rank):
         return
     field = "checkpoint.initial_load_path" if named else "model.hf_assets_path"
     valid = "has no tokenizer.json; name the folder with the tokenizer of these weights in model.hf_assets_path"
@@ -228,12 +231,17 @@ def _check_initial_weights(config: Config, hf_config: PreTrainedConfig) -> None:
         raise ConfigError(field, str(folder), valid)
     family = FAMILIES[config.model.name]
     checkpoint = find_checkpoint(folder)
+    saved = None if checkpoint is None else checkpoint[0].parent / RUN_CONFIG_FILE
+    if saved is not None and saved.is_file() and read_toml(saved).lora.rank:
+        valid = "is of a LoRA run, which holds adapters alone; `crossdock export --merge` makes weights of it"
+        raise ConfigError(field, str(folder), f"{valid}, and lora.adapter_path starts from its folder `adapter`")
     try:
         if checkpoint is None:
             model = build_model(family, hf_config, config.moe, torch.float32)
             HFCheckpoint.open(folder).check(model, family.hf_keys)
     except CheckpointError as error:
-        raise ConfigError(field, str(folder), str(error)) from None
+        why = "; the adapters of this run stand beside these weights" if is_resumed else ""
+        raise ConfigError(field, str(folder), f"{error}{why}") from None
     flavor = family.flavors.get(config.model.flavor.removesuffix(DEEPEP_SUFFIX), {})
     if checkpoint is None and flavor and (folder / "config.json").is_file():
         theirs, ours = family.hf_config_from(folder), family.hf_config(config.model.flavor.removesuffix(DEEPEP_SUFFIX))
@@ -241,6 +249,29 @@ def _check_initial_weights(config: Config, hf_config: PreTrainedConfig) -> None:
             if getattr(theirs, name) != getattr(ours, name):
                 valid = f"the weights' config.json has {name} {getattr(theirs, name)!r}, not {getattr(ours, name)!r}; "
                 raise ConfigError("model.flavor", config.model.flavor, valid + "leave it empty to take theirs")
+
+
+def _check_lora(config: Config, hf_config: PreTrainedConfig) -> None:
+    lora, family = config.lora, FAMILIES[config.model.name]
+    if not lora.rank:
+        _require(config, "lora.adapter_path", not lora.adapter_path, "needs lora.rank, the rank of that adapter")
+        return
+    valid = "needs weights beside the adapters: checkpoint.initial_load_in_hf with model.hf_assets_path, or "
+    _require(config, "lora.rank", bool(config.initial_weights), f"{valid}checkpoint.initial_load_path")
+    unique = bool(lora.targets) and len(set(lora.targets)) == len(lora.targets)
+    _require(config, "lora.targets", unique, "must be attention, experts or both, each once")
+    for name in ("training.freeze_router", "training.freeze_experts"):
+        frozen = attrgetter(name)(config)
+        _require(config, name, not frozen, "does not go with lora.rank: LoRA leaves all weights as they are")
+    model = build_model(family, hf_config, config.moe, torch.float32)
+    try:
+        add_lora(model, lora, family.attention)
+        if lora.adapter_path and find_checkpoint(Path(config.job.dump_folder)) is None:
+            PeftAdapter.open(Path(lora.adapter_path)).check(model, family, lora)
+    except LoRAError as error:
+        raise ConfigError(f"lora.{error.field}", error.value, error.valid) from None
+    except CheckpointError as error:
+        raise ConfigError("lora.adapter_path", lora.adapter_path, str(error)) from None
 
 
 def _check_compile(config: Config) -> None:
@@ -351,6 +382,9 @@ _FIXED = (
     "moe.expert_bias",
     "training.freeze_router",
     "training.freeze_experts",
+    "lora.rank",
+    "lora.alpha",
+    "lora.targets",
     "data.source",
     "data.weights",
     "data.format",
@@ -377,6 +411,10 @@ def _check_run_folder(config: Config) -> None:
             old = attrgetter(name)(before)
             valid = f"must be {old!r}, as in the run that {folder} holds; or choose another job.dump_folder"
             _require(config, name, attrgetter(name)(config) == old, valid)
+        base = before.initial_weights
+        if before.lora.rank and config.initial_weights != base and os.path.exists(base):
+            valid = f"must name {base!r}, the weights beside the adapters in {folder}; they are still there"
+            raise ConfigError("checkpoint.initial_load_path", config.initial_weights, valid)
         old, dtype = before.training.dtype, config.training.dtype
         valid = f"the run that {folder} holds is {old}; weights of float64 and others do not mix"
         _require(config, "training.dtype", (old == "float64") == (dtype == "float64"), valid)

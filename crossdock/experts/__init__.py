@@ -4,7 +4,7 @@ from crossdock.experts.autocast import autocast_dtype
 from crossdock.experts.choice import AUTO, EXPERTS_BACKENDS, choose_backend
 from crossdock.experts.cpu import cpu
 from crossdock.experts.eager import eager
-from crossdock.experts.experts import ExpertParams, ExpertsBackend
+from crossdock.experts.experts import ExpertAdapters, ExpertParams, ExpertsBackend
 from crossdock.experts.formula import (
     ACTIVATIONS,
     GPT_OSS,
@@ -16,6 +16,7 @@ from crossdock.experts.formula import (
     halves_interleaved,
 )
 from crossdock.experts.grouped_mm import grouped_mm
+from crossdock.experts.lora import eager_lora, grouped_lora, lora_experts
 from crossdock.experts.module import GroupedExperts
 from crossdock.experts.operator import EXPERTS_OPS
 from crossdock.experts.scaling import load_factors
@@ -30,6 +31,7 @@ __all__ = [
     "QUICK_GELU_ALPHA",
     "SWIGLU",
     "ActivationName",
+    "ExpertAdapters",
     "ExpertParams",
     "ExpertsBackend",
     "ExpertsFormula",
@@ -39,8 +41,11 @@ __all__ = [
     "choose_backend",
     "cpu",
     "eager",
+    "eager_lora",
+    "grouped_lora",
     "grouped_mm",
     "halves_apart",
     "halves_interleaved",
     "load_factors",
+    "lora_experts",
 ]

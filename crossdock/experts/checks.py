@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crossdock.experts.experts import ExpertParams
+from crossdock.experts.experts import ExpertAdapters, ExpertParams
 
 __all__ = ["check_dtypes", "check_ids"]
 
 
-def check_dtypes(tokens: Tensor, params: ExpertParams) -> None:
+def check_dtypes(tokens: Tensor, *params: ExpertParams | ExpertAdapters) -> None:
     """Raises ValueError for parameters in another dtype than `tokens`."""
-    for name, tensor in params._asdict().items():
+    for name, tensor in (named for group in params for named in group._asdict().items()):
         if tensor is not None and tensor.dtype != tokens.dtype:
             raise ValueError(f"{name} must be {tokens.dtype} as tokens, not {tensor.dtype}")
 

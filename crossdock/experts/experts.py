@@ -9,7 +9,7 @@ from torch import Tensor
 
 from crossdock.experts.formula import ExpertsFormula
 
-__all__ = ["ExpertParams", "ExpertsBackend"]
+__all__ = ["ExpertAdapters", "ExpertParams", "ExpertsBackend"]
 
 
 class ExpertParams(NamedTuple):
@@ -27,6 +27,20 @@ class ExpertParams(NamedTuple):
     def to(self, dtype: torch.dtype) -> ExpertParams:
         """All of them in `dtype`."""
         return ExpertParams(*(None if tensor is None else tensor.to(dtype) for tensor in self))  # type: ignore[arg-type]
+
+
+class ExpertAdapters(NamedTuple):
+    """Low-rank adapters of `P/R` slots (`crossdock/experts/lora.py`): of the first product `[P/R, H, r]` and
+    `[P/R, 2I, r]` (ungated `[P/R, I, r]`), of the second `[P/R, I, r]` and `[P/R, H, r]`."""
+
+    gate_and_up_lora_a: Tensor
+    gate_and_up_lora_b: Tensor
+    down_lora_a: Tensor
+    down_lora_b: Tensor
+
+    def to(self, dtype: torch.dtype) -> ExpertAdapters:
+        """All of them in `dtype`."""
+        return ExpertAdapters(*(tensor.to(dtype) for tensor in self))
 
 
 class ExpertsBackend(Protocol):

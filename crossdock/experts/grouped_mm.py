@@ -13,9 +13,9 @@ from crossdock.experts.formula import SWIGLU, ExpertsFormula
 from crossdock.experts.operator import Gradients, Kept, make_backend
 from crossdock.experts.routes import sort_routes
 
-__all__ = ["grouped_mm", "grouped_mm_problem"]
+__all__ = ["ALIGNMENT_BYTES", "grouped_mm", "grouped_mm_problem"]
 
-_ALIGNMENT_BYTES = 16
+ALIGNMENT_BYTES = 16
 
 
 def grouped_mm(
@@ -47,12 +47,12 @@ def grouped_mm_problem(tokens: Tensor, params: ExpertParams) -> str | None:
     if tokens.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"takes float32, bfloat16 or float16, not {tokens.dtype}"
     for name, size in (("hidden_size", tokens.shape[1]), ("intermediate_size", params.down_projs.shape[1])):
-        if size * tokens.dtype.itemsize % _ALIGNMENT_BYTES:
-            return f"needs rows of a multiple of {_ALIGNMENT_BYTES} bytes; {name} = {size} in {tokens.dtype} is none"
+        if size * tokens.dtype.itemsize % ALIGNMENT_BYTES:
+            return f"needs rows of a multiple of {ALIGNMENT_BYTES} bytes; {name} = {size} in {tokens.dtype} is none"
     for name, matrices in (("gate_and_up_projs", params.gate_and_up_projs), ("down_projs", params.down_projs)):
         steps = [step for step in matrices.stride() if step != 1]
-        if 1 not in matrices.stride()[1:] or any(step * matrices.itemsize % _ALIGNMENT_BYTES for step in steps):
-            return f"needs matrices aligned to {_ALIGNMENT_BYTES} bytes; {name} has strides {matrices.stride()}"
+        if 1 not in matrices.stride()[1:] or any(step * matrices.itemsize % ALIGNMENT_BYTES for step in steps):
+            return f"needs matrices aligned to {ALIGNMENT_BYTES} bytes; {name} has strides {matrices.stride()}"
     return None
 
 
@@ -96,7 +96,7 @@ class _Rows:
 
     def sum_per_slot(self, rows: Tensor) -> Tensor:
         """`[P/R, ...]`: a product with ones, as many as a product's rows need."""
-        return self.outer(rows.new_ones(len(rows), _ALIGNMENT_BYTES // rows.itemsize), rows)[:, 0]
+        return self.outer(rows.new_ones(len(rows), ALIGNMENT_BYTES // rows.itemsize), rows)[:, 0]
 
     def sum_per_token(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """`[U, ...]` in `dtype`: each route has a row of its own, so that the order is one on every device."""

@@ -16,6 +16,7 @@ from crossdock.models.families import FAMILIES
 from crossdock.models.family import DEEPEP_SUFFIX, ExpertSizes, Family, Kernels, ModelConfig
 from crossdock.models.initial import initialise_weights
 from crossdock.models.loss import LossHead, batch_loss, token_loss
+from crossdock.models.peft import PeftAdapter, save_peft_adapter
 from crossdock.moe import moe_layers
 from crossdock.moe_config import MoEConfig
 from crossdock.parallel import local_part
@@ -27,6 +28,7 @@ __all__ = [
     "LossHead",
     "ModelConfig",
     "ModelError",
+    "PeftAdapter",
     "batch_loss",
     "build_model",
     "count_parameters",
@@ -35,6 +37,7 @@ __all__ = [
     "left_out",
     "materialise",
     "resolve_hf_config",
+    "save_peft_adapter",
     "token_loss",
     "write_assets",
 ]
@@ -137,7 +140,7 @@ def materialise(
         offload: parameters live in the machine's memory instead (FSDP's CPU offload).
         seed: see `initialise_weights`; the standard deviation is the configuration's `initializer_range`. `None` draws
             nothing: a checkpoint of ours is loaded next.
-        weights: checked ones, read in place of first values.
+        weights: checked ones, read in place of first values; adapters, which they have not, are drawn.
     """
     model.to_empty(device="cpu" if offload else device)
     if offload:
@@ -153,6 +156,8 @@ def materialise(
         layer.reset_buffers()
     if weights is not None:
         weights.load(model, family.hf_keys)
+        if seed is not None:
+            initialise_weights(model, seed, model.config.initializer_range, adapters_alone=True)
     elif seed is not None:
         initialise_weights(model, seed, model.config.initializer_range)
     else:

@@ -103,6 +103,9 @@ class Family(ABC):
         returns_scores: whether a block returns its router's scores too, as some models' code expects.
         own_attention: whether its attention is more than softmax of products, so that only transformers' own `eager`
             computes it on a CPU.
+        attention: names of the modules that are attention, for LoRA.
+        peft_swaps: whether PEFT takes an expert's inputs for its outputs: where transformers' experts are
+            `[E, in, out]` without an attribute `is_transposed` that says so.
         hf_keys: how its checkpoints name their tensors.
         flavors: sizes by name, as arguments of the family's configuration class.
     """
@@ -114,6 +117,8 @@ class Family(ABC):
     norm_formula: ClassVar[NormFormula] = NormFormula()
     returns_scores: ClassVar[bool] = False
     own_attention: ClassVar[bool] = False
+    attention: ClassVar[tuple[str, ...]] = ("self_attn",)
+    peft_swaps: ClassVar[bool] = False
     hf_keys: ClassVar[HFKeys]
     flavors: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from crossdock.lora import adapters_of
 from crossdock.models.norm import RMSNorm
 from crossdock.moe import moe_layers
 from crossdock.parallel import local_with_offsets, plain_name
@@ -17,10 +18,11 @@ __all__ = ["initialise_weights"]
 
 
 @torch.no_grad()
-def initialise_weights(model: nn.Module, seed: int, std: float) -> None:
+def initialise_weights(model: nn.Module, seed: int, std: float, *, adapters_alone: bool = False) -> None:
     """Fill all parameters of `model` in place: matrices from N(0, std^2), vectors named `weight` with 1, others with 0.
 
-    A norm that adds 1 to its weight gets 0 too.
+    A norm that adds 1 to its weight gets 0 too. Of an adapter (`crossdock.lora`), `A` for `n` inputs is from
+    N(0, 1 / 3n) and `B` is 0.
 
     Each row of a matrix, and each expert, has a generator of its own, seeded by (seed, name of the parameter, row or
     logical expert). A rank draws only the rows it holds, so the model never exists as a whole, and the values depend
@@ -30,6 +32,7 @@ def initialise_weights(model: nn.Module, seed: int, std: float) -> None:
         model: materialised; parameters may be DTensors.
         seed: of the run.
         std: standard deviation, the family's `initializer_range`.
+        adapters_alone: leave all but the adapters as they are.
     """
     expert_ids = {
         parameter: layer.local_expert_ids
@@ -39,7 +42,8 @@ def initialise_weights(model: nn.Module, seed: int, std: float) -> None:
     norms = (module for module in model.modules() if isinstance(module, RMSNorm))
     around_zero = {norm.weight for norm in norms if norm.formula.offset}
     generator = torch.Generator()
-    for name, parameter in model.named_parameters():
+    adapters = adapters_of(model)
+    for name, parameter in (adapters if adapters_alone else dict(model.named_parameters())).items():
         local, offsets = local_with_offsets(parameter)
         if parameter.ndim == 1:
             local.fill_(1.0 if name.endswith("weight") and parameter not in around_zero else 0.0)
@@ -49,9 +53,12 @@ def initialise_weights(model: nn.Module, seed: int, std: float) -> None:
             local.zero_()
         else:
             rows = ((row, row + offsets[0]) for row in range(len(local)))
+        deviation = std
+        if name in adapters:
+            deviation = 0.0 if name.endswith("lora_b") else (3 * parameter.shape[1]) ** -0.5
         for row, index in rows:
             generator.manual_seed(_seed(seed, plain_name(name), index))
-            values = torch.randn(parameter.shape[1:], generator=generator) * std
+            values = torch.randn(parameter.shape[1:], generator=generator) * deviation
             for dim, (offset, size) in enumerate(zip(offsets[1:], local.shape[1:], strict=True)):
                 values = values.narrow(dim, offset, size)
             local[row].copy_(values)

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from crossdock.checkpoint import CHECKPOINT_FOLDER, Checkpointer, CheckpointError, HFCheckpoint, find_checkpoint
 from crossdock.config import ASSETS_FOLDER, RUN_CONFIG_FILE, ConfigError, expert_parallel_degrees, read_toml
 from crossdock.data import ChatTokenizer, DataConfig, DataError, open_tokenizer, vocabulary_size
+from crossdock.lora import LoRAConfig, add_lora
 from crossdock.models import FAMILIES, Family, ModelConfig, ModelError, build_model, materialise, resolve_hf_config
 from crossdock.moe_config import MoEConfig
 from crossdock.parallel import ParallelDims, parallelize
@@ -32,6 +33,9 @@ class ModelSource:
         moe: backends, and whether it has an expert bias.
         assets: folder with tokenizer and configuration.
         weights: Hugging Face's, or folder and step of one of our checkpoints.
+        lora: of a LoRA run, whose checkpoints hold adapters alone; `rank` 0 for other models.
+        base: the weights beside those adapters, likewise; `None` for other models.
+        base_path: where they are.
         seq_len: tokens of a sequence that it is used to.
         data: how its run packed documents; the defaults for other models.
         dtype: of the weights in memory: fp32, or float64 for such a run.
@@ -44,6 +48,9 @@ class ModelSource:
     moe: MoEConfig
     assets: Path
     weights: HFCheckpoint | tuple[Path, int]
+    lora: LoRAConfig
+    base: HFCheckpoint | tuple[Path, int] | None
+    base_path: str
     seq_len: int
     data: DataConfig
     dtype: torch.dtype
@@ -81,7 +88,7 @@ def find_model(path: Path) -> ModelSource:
         ConfigError: for a path that holds no model, or one whose weights do not fit its configuration.
     """
     checkpoint = find_checkpoint(path)
-    dtype, data = torch.float32, DataConfig()
+    dtype, data, lora, base_path = torch.float32, DataConfig(), LoRAConfig(), ""
     if checkpoint is not None:
         run = checkpoint[0].parent
         config = read_toml(run / RUN_CONFIG_FILE)
@@ -91,6 +98,7 @@ def find_model(path: Path) -> ModelSource:
             moe = replace(moe, dispatcher="auto")
         name, assets, weights = config.model.name, run / ASSETS_FOLDER, checkpoint
         seq_len, data = config.training.seq_len, config.data
+        lora, base_path = config.lora, config.initial_weights if config.lora.rank else ""
         dtype = torch.float64 if config.training.dtype == "float64" else torch.float32
     elif (path / "config.json").is_file():
         name, moe, assets, weights = _family_of(path), MoEConfig(), path, None
@@ -103,15 +111,20 @@ def find_model(path: Path) -> ModelSource:
         hf_config = resolve_hf_config(ModelConfig(name=name, hf_assets_path=str(assets)))
         family = FAMILIES[name]
         if weights is None:
-            weights = HFCheckpoint.open(path)
-            weights.check(build_model(family, hf_config, moe, dtype), family.hf_keys)
+            weights = _open_weights(path, build_model(family, hf_config, moe, dtype), family)
+        base = find_checkpoint(Path(base_path))
+        if base_path and base is None:
+            base = _open_weights(Path(base_path), build_model(family, hf_config, moe, dtype), family)
     except (CheckpointError, ModelError) as error:
         raise ConfigError("model", str(path), str(error)) from None
     except Exception as error:  # Whatever transformers raises for a config.json that it cannot make a model of.
         cause = f"its config.json makes no model ({type(error).__name__}: {error})"
         raise ConfigError("model", str(path), cause) from error
     seq_len = min(seq_len, hf_config.max_position_embeddings)
-    return ModelSource(path, family, hf_config, moe, assets, weights, seq_len, data, dtype, _end_of_text_ids(assets))
+    end_of_text_ids = _end_of_text_ids(assets)
+    return ModelSource(
+        path, family, hf_config, moe, assets, weights, lora, base, base_path, seq_len, data, dtype, end_of_text_ids
+    )
 
 
 def check_ranks(source: ModelSource, world_size: int) -> None:
@@ -141,17 +154,29 @@ def open_model(
     """
     world_size = dist.get_world_size()
     model = build_model(source.family, source.hf_config, source.moe, source.dtype)
+    if source.lora.rank:
+        add_lora(model, source.lora, source.family.attention)
     ep = max(expert_parallel_degrees(source.family.expert_sizes(source.hf_config), world_size))
     mesh = ParallelDims(world_size, ep=ep).build_mesh(device.type)
     parallelize(model, mesh, param_dtype=compute_dtype, reshard_after_forward=False)
-    weights = source.weights if isinstance(source.weights, HFCheckpoint) else None
+    begin = source.base or source.weights
+    weights = begin if isinstance(begin, HFCheckpoint) else None
     materialise(source.family, model, device, seed=None, weights=weights)
-    if not isinstance(source.weights, HFCheckpoint):
+    if not isinstance(begin, HFCheckpoint):
+        folder, step = begin
+        Checkpointer(folder, model, None, of_base=True).load(step)
+    if source.base is not None and not isinstance(source.weights, HFCheckpoint):
         folder, step = source.weights
         Checkpointer(folder, model, None).load(step)
     if source.end_of_text_ids is not None and model.generation_config is not None:
         model.generation_config.eos_token_id = source.end_of_text_ids
     return model.eval()
+
+
+def _open_weights(folder: Path, model: PreTrainedModel, family: Family) -> HFCheckpoint:
+    weights = HFCheckpoint.open(folder)
+    weights.check(model, family.hf_keys)
+    return weights
 
 
 def _end_of_text_ids(assets: Path) -> list[int] | None:

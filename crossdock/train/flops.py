@@ -53,12 +53,12 @@ def model_flops_per_token(model: PreTrainedModel, seq_len: int, *, causal: bool 
         6 N  +  12 L A D S / 2
 
     A multiplication by a matrix is 2 operations per parameter forward and 4 backward (the gradients of input and
-    weight). Attention takes `2 A D S` for `Q K^T` and as much for the sum over values, and backward twice that; half of
-    it where it is causal, since a token sees half of the sequence on average. This is PaLM's model FLOPs (arXiv
-    2204.02311, appendix B) and torchtitan's count, apart from the causal half. `N` holds of the experts the top-k that
-    a token goes to, the router and the output head; the input embedding is a look-up and does not count, unless it is
-    the output head too. Recompute under activation checkpointing does not count: the model does not need it. Norms,
-    activations and rotary embeddings do not count.
+    weight), or 2 where the weight is frozen. Attention takes `2 A D S` for `Q K^T` and as much for the sum over values,
+    and backward twice that; half of it where it is causal, since a token sees half of the sequence on average. This is
+    PaLM's model FLOPs (arXiv 2204.02311, appendix B) and torchtitan's count, apart from the causal half and frozen
+    weights. `N` holds of the experts the top-k that a token goes to, the router and the output head; the input
+    embedding is a look-up and does not count, unless it is the output head too. Recompute under activation
+    checkpointing does not count: the model does not need it. Norms, activations and rotary embeddings do not count.
 
     Args:
         model: with `MoE` layers, of any layout, on any device.
@@ -66,22 +66,25 @@ def model_flops_per_token(model: PreTrainedModel, seq_len: int, *, causal: bool 
         causal: whether attention looks back alone.
     """
     experts = {parameter for layer in moe_layers(model).values() for parameter in layer.experts.parameters()}
-    parameters = _matrices(parameter for parameter in model.parameters() if parameter not in experts)
+    operations = _products(parameter for parameter in model.parameters() if parameter not in experts)
     embedding, head = model.get_input_embeddings().get_parameter("weight"), model.get_output_embeddings()
     if head is None or head.get_parameter("weight") is not embedding:
-        parameters -= embedding.numel()
+        operations -= _products([embedding])
     for layer in moe_layers(model).values():
-        per_slot = _matrices(layer.experts.parameters()) // layer.placement.num_slots
-        parameters += per_slot * layer.router.config.top_k
+        per_slot = _products(layer.experts.parameters()) // layer.placement.num_slots
+        operations += per_slot * layer.router.config.top_k
     config: Any = model.config.get_text_config()
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     attention = 12 * config.num_hidden_layers * heads * head_dim * seq_len
-    return 6 * parameters + attention / (2 if causal else 1)
+    return operations + attention / (2 if causal else 1)
 
 
-def _matrices(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters if parameter.ndim > 1)
+def _products(parameters: Iterable[nn.Parameter]) -> int:
+    """Operations of the products with all matrices."""
+    return sum(
+        parameter.numel() * (6 if parameter.requires_grad else 4) for parameter in parameters if parameter.ndim > 1
+    )
 
 
 @dataclass(frozen=True)

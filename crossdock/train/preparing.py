@@ -14,7 +14,17 @@ from transformers import PreTrainedModel
 from crossdock.checkpoint import Checkpointer, HFCheckpoint, HFKeys, find_checkpoint
 from crossdock.config import ASSETS_FOLDER, RUN_CONFIG_FILE, Config, to_toml
 from crossdock.data import TokenFile, Tokens, prepare_tokens, read_chat_template
-from crossdock.models import FAMILIES, build_model, materialise, resolve_hf_config, write_assets
+from crossdock.lora import add_lora
+from crossdock.models import (
+    FAMILIES,
+    Family,
+    PeftAdapter,
+    build_model,
+    initialise_weights,
+    materialise,
+    resolve_hf_config,
+    write_assets,
+)
 from crossdock.moe import moe_layers
 from crossdock.parallel import ParallelDims, parallelize
 from crossdock.train.together import TrainingStopped, patient_group, together
@@ -79,7 +89,8 @@ def build_training_model(
 ) -> PreTrainedModel:
     """The model on its layout; of a run that `is_new`, with its first values: drawn, or those it starts from.
 
-    When these are there, a new run's folder gets what an export needs beside weights. Collective.
+    With LoRA, the weights beside the adapters are read in any case: no checkpoint of the run holds them. A new run's
+    folder gets what an export needs beside weights, when these are there. Collective.
 
     Raises:
         CheckpointError: on all ranks, where weights could not be read.
@@ -98,7 +109,9 @@ def build_training_model(
     for layer in moe_layers(model).values():
         layer.router.requires_grad_(not training.freeze_router)
         layer.experts.requires_grad_(not training.freeze_experts)
-    start = Path(config.initial_weights) if is_new and config.initial_weights else None
+    if config.lora.rank:
+        add_lora(model, config.lora, family.attention)
+    start = Path(config.initial_weights) if config.initial_weights and (is_new or config.lora.rank) else None
     checkpoint = find_checkpoint(start) if start is not None else None
     weights = None
     if start is not None and checkpoint is None:
@@ -116,7 +129,12 @@ def build_training_model(
     seed = training.seed if is_new and checkpoint is None else None
     materialise(family, model, device, offload=training.enable_cpu_offload, seed=seed, weights=weights)
     if checkpoint is not None:
-        Checkpointer(checkpoint[0], model, None).load(checkpoint[1])
+        Checkpointer(checkpoint[0], model, None, of_base=True).load(checkpoint[1])
+        if is_new:
+            initialise_weights(model, training.seed, 0.0, adapters_alone=True)
+    if is_new and config.lora.adapter_path:
+        adapter = together(lambda: _open_adapter(config, family, model))
+        adapter.load(model, family)
     if is_new:
         source = Path(config.model.hf_assets_path) if config.model.hf_assets_path else None
         end_of_text_id = tokens.train[0].end_of_text_id
@@ -131,3 +149,10 @@ def _open_weights(folder: Path, model: PreTrainedModel, keys: HFKeys) -> HFCheck
     weights = HFCheckpoint.open(folder)
     weights.check(model, keys)
     return weights
+
+
+def _open_adapter(config: Config, family: Family, model: PreTrainedModel) -> PeftAdapter:
+    """An adapter that fits the model, still."""
+    adapter = PeftAdapter.open(Path(config.lora.adapter_path))
+    adapter.check(model, family, config.lora)
+    return adapter

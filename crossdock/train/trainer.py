@@ -24,7 +24,8 @@ from crossdock.checkpoint import (
 from crossdock.config import ASSETS_FOLDER, Config
 from crossdock.data import IGNORED_LABEL, Batch, TokenBatches, TooLong, evaluation_batches
 from crossdock.dispatch import Traffic
-from crossdock.models import FAMILIES, batch_loss, count_parameters, export_hf, left_out
+from crossdock.lora import adapters_of
+from crossdock.models import FAMILIES, batch_loss, count_parameters, export_hf, left_out, save_peft_adapter
 from crossdock.moe import finish_step, moe_layers, set_batch_totals
 from crossdock.parallel import ParallelDims, clip_grad_norm_, plain_name
 from crossdock.routing import CollapseMonitor
@@ -41,6 +42,7 @@ __all__ = ["StopSignal", "Trainer", "TrainingStopped"]
 logger = logging.getLogger(__name__)
 
 EXPORT_FOLDER = "hf"
+ADAPTER_FOLDER = "adapter"
 
 
 class StopSignal:
@@ -94,9 +96,12 @@ class Trainer:
             self._tell(str(too_long))
         newest = from_first_rank(lambda: latest_step(self.folder / CHECKPOINT_FOLDER))
         self.model = build_training_model(config, dims, device, self.folder, tokens, is_new=newest is None)
+        trained = sum(parameter.numel() for parameter in adapters_of(self.model).values())
+        of_adapters = f", {trained / 1e6:,.2f} M of them in adapters" if trained else ""
         self._tell(
-            f"{config.model.name}: {count_parameters(self.model) / 1e6:,.1f} M parameters on {self.world_size} ranks "
-            f"(ep {dims.ep}, ep_shard {dims.ep_shard}), {config.training.dtype}; run folder {self.folder}"
+            f"{config.model.name}: {count_parameters(self.model) / 1e6:,.1f} M parameters{of_adapters} on "
+            f"{self.world_size} ranks (ep {dims.ep}, ep_shard {dims.ep_shard}), {config.training.dtype}; "
+            f"run folder {self.folder}"
         )
         self.layers = list(moe_layers(self.model).values())
         names = [plain_name(name) for name in moe_layers(self.model)]
@@ -218,7 +223,8 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
-        load = finish_step(self.model, dist.group.WORLD, update_bias=finite)
+        # The expert bias is a part of what LoRA leaves as it is.
+        load = finish_step(self.model, dist.group.WORLD, update_bias=finite and not self.config.lora.rank)
         for message in self._collapse.update(load.routes.cpu()) if self.rank == 0 else ():
             logger.warning(f"step {self.step}: {message}")
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
@@ -300,18 +306,24 @@ class Trainer:
         self._tell(f"resumed {self.folder} at step {self.step}")
 
     def _export(self) -> None:
-        """Leave the model in Hugging Face's format. The run is whole without it, so that a failure ends nothing."""
-        destination = self.folder / EXPORT_FOLDER
+        """Leave the model in Hugging Face's format, or the adapter in PEFT's. The run is whole without it, so that a
+        failure ends nothing."""
+        lora, family = self.config.lora, FAMILIES[self.config.model.name]
+        destination = self.folder / (ADAPTER_FOLDER if lora.rank else EXPORT_FOLDER)
         if self.step == self._resumed_step and from_first_rank(destination.exists):
             return
-        keys = FAMILIES[self.config.model.name].hf_keys
-        dtype = self.config.checkpoint.export_dtype
+        keys, dtype = family.hf_keys, self.config.checkpoint.export_dtype
         try:
-            export_hf(self.model, keys, self.folder / ASSETS_FOLDER, destination, dtype, replace=True)
+            if lora.rank:
+                base = self.config.initial_weights
+                save_peft_adapter(self.model, family, lora, base, destination, dtype, replace=True)
+            else:
+                export_hf(self.model, keys, self.folder / ASSETS_FOLDER, destination, dtype, replace=True)
         except CheckpointError as error:
             self._tell(f"{error}; crossdock export {self.folder} DESTINATION tries again")
             return
-        self._tell(f"Hugging Face model: {destination}{left_out(self.model, keys)}")
+        written = "adapter" if lora.rank else "Hugging Face model"
+        self._tell(f"{written}: {destination}{'' if lora.rank else left_out(self.model, keys)}")
 
     def _global_batch_size(self) -> int:
         training = self.config.training

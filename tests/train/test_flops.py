@@ -53,6 +53,15 @@ def test_model_flops_are_torchs_count_where_attention_computes_every_pair(
     assert model_flops_per_token(model, SEQ_LEN, causal=False) == pytest.approx(counted(model), rel=2e-3)
 
 
+def test_frozen_weights_count_without_their_gradients(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path)
+    whole = model_flops_per_token(model, SEQ_LEN, causal=False)
+    model.get_submodule("model.layers.1").requires_grad_(False)
+    frozen = model_flops_per_token(model, SEQ_LEN, causal=False)
+    assert frozen < whole
+    assert frozen == pytest.approx(counted(model), rel=2e-3)
+
+
 def test_causal_attention_counts_half(tmp_path: Path) -> None:
     model = tiny_model(tmp_path)
     attention = 12 * 2 * 2 * 16 * SEQ_LEN  # layers, heads, their size

@@ -20,6 +20,7 @@ class Llama4(Family):
     block = "Llama4TextMoe"
     norm = "Llama4TextRMSNorm"
     returns_scores = True
+    peft_swaps = True
     hf_keys = HFKeys(renamed=((".feed_forward.shared_experts.", ".feed_forward.shared_expert."),), packed=True)
 
     def read_block(self, block: Any, config: Any) -> Block:

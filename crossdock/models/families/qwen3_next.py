@@ -12,6 +12,7 @@ class Qwen3Next(Qwen2):
     """Adapter of the family `qwen3_next`."""
 
     name = "qwen3_next"
+    attention = ("self_attn", "linear_attn")
     model_type = "qwen3_next"
     block = "Qwen3NextSparseMoeBlock"
     norm = "Qwen3NextRMSNorm"
