@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,16 @@ from crossdock.dispatch import (
     LocalDispatcher,
     wrong_id,
 )
-from crossdock.experts import SWIGLU, ExpertsFormula, GroupedExperts, SharedExperts, autocast_dtype, load_factors
-from crossdock.moe_config import MoEConfig
+from crossdock.experts import (
+    SWIGLU,
+    ExpertsFormula,
+    GroupedExperts,
+    SharedExperts,
+    UnpackedExperts,
+    autocast_dtype,
+    load_factors,
+)
+from crossdock.moe_config import MoEConfig, MoEConfigError
 from crossdock.placement import EMPTY, Placement
 from crossdock.routing import (
     BatchTotals,
@@ -45,9 +53,10 @@ class MoE(nn.Module):
 
     Args:
         hidden_size: `H`.
-        intermediate_size: `I`, of each expert.
+        intermediate_size: `I`, of each expert; `None` with `experts`.
         router: number of experts, top-k and scoring.
         config: backends, losses, balance.
+        experts: modules of your own in place of ours, one per expert, each `[N, H] -> [N, H]`.
         formula: what an expert computes.
         bias: whether the experts' two products have one.
         shared_intermediate_size: of the experts that every token passes, all together; 0 for none.
@@ -70,10 +79,11 @@ class MoE(nn.Module):
     def __init__(
         self,
         hidden_size: int,
-        intermediate_size: int,
+        intermediate_size: int | None,
         router: RouterConfig,
         config: MoEConfig | None = None,
         *,
+        experts: Sequence[nn.Module] | None = None,
         formula: ExpertsFormula = SWIGLU,
         bias: bool = False,
         shared_intermediate_size: int = 0,
@@ -93,10 +103,16 @@ class MoE(nn.Module):
         if config.gradient_scale == "output" and formula.weight_on == "input":
             raise ValueError("gradient_scale = 'output' needs experts with the weight on the output, not on the input")
         self.router = Router(hidden_size, config.router_config(router))
-        self.experts = GroupedExperts(
-            router.num_experts, hidden_size, intermediate_size, config.experts, formula, bias=bias
-        )
-        self.experts.static_shapes = config.static_shapes
+        self.experts: GroupedExperts | UnpackedExperts
+        if experts is not None:
+            self.experts = _unpacked(experts, intermediate_size, router, config)
+        elif intermediate_size is not None:
+            self.experts = GroupedExperts(
+                router.num_experts, hidden_size, intermediate_size, config.experts, formula, bias=bias
+            )
+            self.experts.static_shapes = config.static_shapes
+        else:
+            raise ValueError("intermediate_size is None; it must be a number, or experts a list of modules")
         self.shared_experts = (
             SharedExperts(hidden_size, shared_intermediate_size, gate=shared_gate, formula=formula)
             if shared_intermediate_size
@@ -137,6 +153,11 @@ class MoE(nn.Module):
         self.load.reset_evaluation()
         if self.router.expert_bias is not None:
             self.router.expert_bias.zero_()
+
+    @property
+    def example(self) -> nn.Parameter:
+        """A parameter with the dtype and device of the experts, or of the router where this rank has none."""
+        return next(self.experts.parameters(), self.router.weight)
 
     @property
     def local_expert_ids(self) -> tuple[int, ...]:
@@ -215,7 +236,7 @@ class MoE(nn.Module):
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x has {x.shape[-1]} features, this layer's hidden_size is {self.hidden_size}")
         # Router and experts may differ: each may be cast, or not be gathered yet, by FSDP.
-        parameters = (self.router.weight, self.experts.down_projs)
+        parameters = (self.router.weight, self.example)
         dtypes, devices = ({getattr(p, name) for p in parameters} for name in ("dtype", "device"))
         if x.device not in devices:
             raise ValueError(f"x is on {x.device}, this layer on {_either(devices)}")
@@ -269,6 +290,21 @@ class MoE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"ep_rank={self.ep_rank}, ep_world_size={self.ep_world_size}, slots={self.placement.slots_per_rank}"
+
+
+def _unpacked(
+    experts: Sequence[nn.Module], intermediate_size: int | None, router: RouterConfig, config: MoEConfig
+) -> UnpackedExperts:
+    """`experts` of a user's own; refuses settings that nothing would look at."""
+    if intermediate_size is not None:
+        raise ValueError(f"intermediate_size = {intermediate_size}: must be None with experts, which have their own")
+    if len(experts) != router.num_experts:
+        raise ValueError(f"experts has {len(experts)} modules, the router num_experts = {router.num_experts}")
+    for name in ("experts", "static_shapes"):
+        if getattr(config, name) != getattr(MoEConfig, name):
+            valid = f"must be {getattr(MoEConfig, name)!r} with experts that are modules, which compute themselves"
+            raise MoEConfigError(name, getattr(config, name), valid)
+    return UnpackedExperts(experts)
 
 
 def _either(choices: Iterable[object]) -> str:

@@ -245,6 +245,7 @@ def _global_parts(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, tuple[i
                 whole = shape if part.columns is None else (shape[0], part.columns.stop - part.columns.start)
                 whole = whole if part.expert is None else (len(names), *whole)
                 yield part.name, whole[::-1] if part.transposed else whole
+    yield from ((keys.parts(name, None, shape)[0].name, shape) for name, shape in rows.elsewhere.items())
     for name, bias in _expert_biases(model, keys):
         yield keys.parts(name, None, ())[0].name, tuple(bias.shape)
 
@@ -286,7 +287,7 @@ def _read_part(stored: Any, part: Part, local: Tensor, offsets: tuple[int, ...])
 
 def _clear_empty_slots(model: nn.Module) -> None:
     for layer in moe_layers(model).values():
-        for parameter in layer.experts.parameters():
+        for parameter in layer.experts.slot_parameters().values():
             local = local_part(parameter.detach())
             for slot, expert in enumerate(layer.local_expert_ids):
                 if expert == EMPTY:

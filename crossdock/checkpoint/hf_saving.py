@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from crossdock.checkpoint.experts import ExpertRows
 from crossdock.checkpoint.folders import CheckpointError
 from crossdock.checkpoint.hf import DTYPES, INDEX_FILE, SINGLE_FILE, HFKeys, Part, views_of
 from crossdock.comm import raise_together
@@ -78,13 +79,15 @@ def save_hf(model: nn.Module, keys: HFKeys, folder: Path, dtypes: Mapping[str, s
 
 def _parts_of(model: nn.Module, keys: HFKeys) -> Iterator[tuple[Part, Tensor, bool]]:
     """Every tensor of a checkpoint, what it is made of, and whether that is one expert, on the ranks that hold it."""
+    unpacked = ExpertRows(model).unpacked
     for name, expert, view in views_of(model, keys):
         if expert is None or not keys.packed:
-            yield from ((part, view, expert is not None) for part in keys.parts(name, expert, view.shape))
+            of_one = expert is not None or name in unpacked
+            yield from ((part, view, of_one) for part in keys.parts(name, expert, view.shape))
     if not keys.packed:
         return
     for layer_name, layer in moe_layers(model).items():
-        for name, parameter in layer.experts.named_parameters():
+        for name, parameter in layer.experts.slot_parameters().items():
             (part,) = keys.parts(plain_name(f"{layer_name}.experts.{name}"), 0, parameter.shape[1:])
             slots = torch.tensor(layer.placement.expert_to_slot, device=parameter.device)
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

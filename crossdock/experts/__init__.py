@@ -19,6 +19,7 @@ from crossdock.experts.module import GroupedExperts
 from crossdock.experts.operator import EXPERTS_OPS
 from crossdock.experts.scaling import load_factors
 from crossdock.experts.shared import SharedExperts
+from crossdock.experts.unpacked import UnpackedExperts, ranks_apart
 
 __all__ = [
     "ACTIVATIONS",
@@ -34,6 +35,7 @@ __all__ = [
     "ExpertsFormula",
     "GroupedExperts",
     "SharedExperts",
+    "UnpackedExperts",
     "autocast_dtype",
     "choose_backend",
     "cpu",
@@ -41,4 +43,5 @@ __all__ = [
     "grouped_mm",
     "halves_apart",
     "load_factors",
+    "ranks_apart",
 ]

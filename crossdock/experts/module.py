@@ -66,6 +66,10 @@ class GroupedExperts(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
+    def slot_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters with a row for each slot, by name: all of them."""
+        return dict(self.named_parameters())
+
     def forward(
         self, tokens: Tensor, slot_ids: Tensor, weights: Tensor, gradient_factors: Tensor | None = None
     ) -> Tensor:

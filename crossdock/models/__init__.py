@@ -157,7 +157,7 @@ def materialise(
         initialise_weights(model, seed, model.config.initializer_range)
     else:
         for layer in moe_layers(model).values():
-            for parameter in layer.experts.parameters():
+            for parameter in layer.experts.slot_parameters().values():
                 local_part(parameter.detach()).zero_()  # A checkpoint has nothing for slots without an expert.
 
 
@@ -165,6 +165,6 @@ def count_parameters(model: PreTrainedModel) -> int:
     """Parameters of the whole model on any layout; slots without an expert do not count."""
     total = sum(parameter.numel() for parameter in model.parameters())
     for layer in moe_layers(model).values():
-        per_slot = sum(parameter.numel() for parameter in layer.experts.parameters()) // layer.placement.num_slots
+        per_slot = sum(p.numel() for p in layer.experts.slot_parameters().values()) // layer.placement.num_slots
         total -= per_slot * (layer.placement.num_slots - layer.num_experts)
     return total
