@@ -83,7 +83,7 @@ class MoE(nn.Module):
         router: RouterConfig,
         config: MoEConfig | None = None,
         *,
-        experts: Sequence[nn.Module] | None = None,
+        experts: nn.ModuleList | Sequence[nn.Module] | None = None,
         formula: ExpertsFormula = SWIGLU,
         bias: bool = False,
         shared_intermediate_size: int = 0,
@@ -293,7 +293,7 @@ class MoE(nn.Module):
 
 
 def _unpacked(
-    experts: Sequence[nn.Module], intermediate_size: int | None, router: RouterConfig, config: MoEConfig
+    experts: nn.ModuleList | Sequence[nn.Module], intermediate_size: int | None, router: RouterConfig, config: MoEConfig
 ) -> UnpackedExperts:
     """`experts` of a user's own; refuses settings that nothing would look at."""
     if intermediate_size is not None:

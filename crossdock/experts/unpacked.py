@@ -43,7 +43,7 @@ class UnpackedExperts(nn.ModuleDict):
         ValueError: for no experts, or some that share a parameter.
     """
 
-    def __init__(self, experts: Sequence[nn.Module]) -> None:
+    def __init__(self, experts: nn.ModuleList | Sequence[nn.Module]) -> None:
         super().__init__({str(expert): module for expert, module in enumerate(experts)})
         if not len(self):
             raise ValueError("experts is empty; it must have a module for each of the router's num_experts")
@@ -121,7 +121,7 @@ class UnpackedExperts(nn.ModuleDict):
         return output if factor is None else scale_gradient(output, factor)
 
     def extra_repr(self) -> str:
-        return f"experts={len(self.shapes)}, slots={len(self.slots)}"
+        return f"slots={self.slots}"
 
 
 def _keep_in_graph(y: Tensor, tensors: Iterable[Tensor]) -> Tensor:

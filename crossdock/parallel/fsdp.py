@@ -102,7 +102,7 @@ def _expert_sharding(mesh: DeviceMesh) -> Callable[[int], Any] | None:
     experts are checkpointed, records that selective recompute does not find again.
     """
     if mesh["ep"].size() == 1:
-        return Shard
+        return lambda dim: Shard(dim)
     try:
         from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
     except ImportError:  # torch < 2.13

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +132,10 @@ def reference(num_experts: int, busy: list[int]) -> dict[str, Any]:
     x, labels = batch()
     x.requires_grad_()
     hidden = x
-    for index, block in enumerate(model.layers):
+    for block in model.layers:
         assert isinstance(block, Block)
         modules = nn.ModuleList([block.moe.experts.get_submodule(str(expert)) for expert in range(num_experts)])
         hidden = hidden + plain_moe(block.moe, modules, block.norm(hidden))
-        assert index < 2
     logits = model.head(hidden)
     loss_of(logits, labels).backward()
     # Outside of our layer, what an expert does not use has no gradient.
@@ -244,6 +244,7 @@ def test_gradient_scale_multiplies_the_experts_gradients_alone() -> None:
         np.testing.assert_allclose(scaled[name], gradient * factor, rtol=1e-12, atol=1e-15, err_msg=name)
 
 
+# Ranks and expert-parallel degrees; five experts divide over no number of ranks.
 LAYOUTS = ((1, 1), (2, 2), (3, 3), (4, 2), (4, 4))
 
 
@@ -294,15 +295,18 @@ def save_and_load(folder: str, ep: int, saved: list[str]) -> dict[str, Any]:
     return {"contents": run.contents(), "next": run.train(3)}
 
 
-def test_a_checkpoint_of_any_layout_loads_on_any_other(ranks: RankPool, tmp_path: Path) -> None:
-    folders = [str(tmp_path / f"{world_size}-{ep}") for world_size, ep in LAYOUTS]
+@pytest.mark.parametrize("layouts", [LAYOUTS[1::2], pytest.param(LAYOUTS, marks=pytest.mark.slow)])
+def test_a_checkpoint_of_any_layout_loads_on_any_other(
+    ranks: RankPool, tmp_path: Path, layouts: tuple[tuple[int, int], ...]
+) -> None:
+    folders = [str(tmp_path / f"{world_size}-{ep}") for world_size, ep in layouts]
     held, after = {}, {}
-    for folder, (world_size, ep) in zip(folders, LAYOUTS, strict=True):
+    for folder, (world_size, ep) in zip(folders, layouts, strict=True):
         results = ranks.run(world_size, save_and_load, folder, ep, [])
         held[folder] = merged([result["contents"] for result in results])
         after[folder] = results[0]["next"]
     assert any(name.endswith("experts.4.w1.weight exp_avg") for name in held[folders[-1]])
-    for world_size, ep in LAYOUTS:
+    for world_size, ep in layouts:
         results = ranks.run(world_size, save_and_load, "unused", ep, folders)
         for folder in folders:
             loaded = merged([result[folder]["contents"] for result in results])
@@ -371,10 +375,6 @@ def test_hugging_face_files_name_each_expert_by_its_global_index(ranks: RankPool
             np.testing.assert_array_equal(np.asarray(there), value, err_msg=name)
 
 
-def lose_an_expert(model: Classifier) -> None:
-    del model.layers[0].moe.experts["3"]
-
-
 def test_what_cannot_be_is_refused() -> None:
     router = RouterConfig(4, 2)
     with pytest.raises(ValueError, match="experts has 3 modules, the router num_experts = 4"):
@@ -392,3 +392,14 @@ def test_what_cannot_be_is_refused() -> None:
     layer = MoE(HIDDEN, None, router, experts=[nn.Linear(HIDDEN, 5) for _ in range(4)])
     with pytest.raises(ValueError, match=r"expert \d gives \[\d+, 5\] for tokens \[\d+, 12\]"):
         layer(torch.randn(3, HIDDEN))
+
+
+def test_the_program_in_the_docs_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "moe.md").read_text()
+    (program,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(program, "docs/moe.md", "exec"), names)
+    layer = names["moe"]
+    layer(torch.randn(4, 64)).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+    assert "experts.7.w1.weight" in layer.state_dict()
