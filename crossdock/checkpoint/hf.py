@@ -229,7 +229,7 @@ def views_of(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, int | None, 
 
 def _expert_biases(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, Tensor]]:
     for name, layer in moe_layers(model).items():
-        if keys.expert_bias and layer.router.expert_bias is not None:
+        if keys.expert_bias and layer.router is not None and layer.router.expert_bias is not None:
             yield plain_name(f"{name}.router.expert_bias"), layer.router.expert_bias
 
 

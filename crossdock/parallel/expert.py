@@ -15,8 +15,9 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from crossdock.dispatch import DispatchSituation, build_dispatcher, plan_dispatch
 from crossdock.experts import GroupedExperts, UnpackedExperts
-from crossdock.moe import MoE, moe_layers
+from crossdock.moe import moe_layers
 from crossdock.placement import EMPTY, Placement
+from crossdock.routed_experts import RoutedExperts
 
 __all__ = ["ExpertParallel", "apply_ep"]
 
@@ -41,7 +42,7 @@ class ExpertParallel(ParallelStyle):
         self.tokens_per_rank, self.dtype = tokens_per_rank, dtype
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, MoE):
+        if not isinstance(module, RoutedExperts):
             raise TypeError(f"ExpertParallel applies to crossdock.MoE, not {type(module).__name__}")
         if module.ep_world_size != 1:
             raise ValueError("expert parallelism has been applied to this layer already")
@@ -54,9 +55,9 @@ class ExpertParallel(ParallelStyle):
         situation = DispatchSituation(
             device_mesh.size(),
             module.num_experts,
-            module.router.config.top_k,
+            module.top_k,
             module.hidden_size,
-            self.dtype or module.example.dtype,
+            self.dtype or module.example().dtype,
             torch.device(device_mesh.device_type),
             self.tokens_per_rank,
             tuple(dist.get_process_group_ranks(group)),

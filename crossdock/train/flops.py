@@ -73,7 +73,7 @@ def model_flops_per_token(model: PreTrainedModel, seq_len: int, *, causal: bool 
         parameters -= embedding.numel()
     for layer in layers:
         per_slot = _matrices(layer.experts.slot_parameters().values()) // layer.placement.num_slots
-        parameters += per_slot * layer.router.config.top_k
+        parameters += per_slot * layer.top_k
     config: Any = model.config.get_text_config()
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -96,7 +96,8 @@ def build_training_model(
         force_load_balance=training.debug_moe_force_load_balance,
     )
     for layer in moe_layers(model).values():
-        layer.router.requires_grad_(not training.freeze_router)
+        if layer.router is not None:
+            layer.router.requires_grad_(not training.freeze_router)
         layer.experts.requires_grad_(not training.freeze_experts)
     start = Path(config.initial_weights) if is_new and config.initial_weights else None
     checkpoint = find_checkpoint(start) if start is not None else None
