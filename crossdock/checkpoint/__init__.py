@@ -10,7 +10,7 @@ from crossdock.checkpoint.folders import (
     replace_folder,
     saved_world_size,
 )
-from crossdock.checkpoint.hf import DTYPES, HFCheckpoint, HFKeys
+from crossdock.checkpoint.hf import DTYPES, HFCheckpoint, HFKeys, Part
 from crossdock.checkpoint.hf_saving import save_hf
 from crossdock.checkpoint.optimizer import materialise_optimizer_state
 
@@ -22,6 +22,7 @@ __all__ = [
     "Checkpointer",
     "HFCheckpoint",
     "HFKeys",
+    "Part",
     "find_checkpoint",
     "latest_step",
     "materialise_optimizer_state",

@@ -82,6 +82,7 @@ class HFKeys:
             `{...}_bias` where there are biases.
         interleaved: whether a packed tensor's gate and up columns take turns.
         expert_bias: whether the router's expert bias is among the tensors.
+        buffers: whether all persistent buffers of the model are.
         ignored: regular expressions of names that a checkpoint may hold and nobody needs.
     """
 
@@ -92,6 +93,7 @@ class HFKeys:
     packed: bool = False
     interleaved: bool = False
     expert_bias: bool = False
+    buffers: bool = False
     ignored: Sequence[str] = (r"rotary_emb\.inv_freq$",)
 
     def parts(self, name: str, expert: int | None, shape: Sequence[int]) -> list[Part]:
@@ -217,17 +219,21 @@ class HFCheckpoint:
 def views_of(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, int | None, Tensor]]:
     """Name, expert and value of every parameter, of experts row by row: views of what this rank has, or DTensors.
 
-    Expert biases come last, where `keys` has them.
+    Expert biases and buffers come last, where `keys` has them.
     """
     rows = ExpertRows(model)
     for name, parameter in model.named_parameters():
         is_expert = rows.is_expert(parameter)
         for row, view in rows.split(name, parameter, parameter.detach()).items():
             yield (*_split_row(row, is_expert), view)
-    yield from ((name, None, bias) for name, bias in _expert_biases(model, keys))
+    yield from ((name, None, buffer) for name, buffer in _stored_buffers(model, keys))
 
 
-def _expert_biases(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, Tensor]]:
+def _stored_buffers(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, Tensor]]:
+    if keys.buffers:
+        persistent = model.state_dict().keys()
+        named = model.named_buffers()
+        yield from ((plain_name(name), buffer) for name, buffer in named if plain_name(name) in persistent)
     for name, layer in moe_layers(model).items():
         if keys.expert_bias and layer.router is not None and layer.router.expert_bias is not None:
             yield plain_name(f"{name}.router.expert_bias"), layer.router.expert_bias
@@ -243,11 +249,11 @@ def _global_parts(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, tuple[i
         for row in names:
             for part in keys.parts(*_split_row(row, is_expert), shape):
                 whole = shape if part.columns is None else (shape[0], part.columns.stop - part.columns.start)
-                whole = whole if part.expert is None else (len(names), *whole)
-                yield part.name, whole[::-1] if part.transposed else whole
+                whole = whole[::-1] if part.transposed else whole
+                yield part.name, whole if part.expert is None else (len(names), *whole)
     yield from ((keys.parts(name, None, shape)[0].name, shape) for name, shape in rows.elsewhere.items())
-    for name, bias in _expert_biases(model, keys):
-        yield keys.parts(name, None, ())[0].name, tuple(bias.shape)
+    for name, buffer in _stored_buffers(model, keys):
+        yield keys.parts(name, None, ())[0].name, tuple(buffer.shape)
 
 
 def _split_row(name: str, is_expert: bool) -> tuple[str, int | None]:
@@ -275,8 +281,11 @@ def _read_part(stored: Any, part: Part, local: Tensor, offsets: tuple[int, ...])
         return
     if part.expert is not None:
         *others, last = ranges
-        read = (0, stored.get_shape()[-1]) if part.interleaved else last
-        values = stored[tuple(slice(*bounds) for bounds in ((part.expert, part.expert + 1), *others, read))][0]
+        dim = 1 if part.transposed else -1
+        read = [*others, (0, stored.get_shape()[dim]) if part.interleaved else last]
+        read = read[::-1] if part.transposed else read
+        values = stored[tuple(slice(*bounds) for bounds in ((part.expert, part.expert + 1), *read))][0]
+        values = values.t() if part.transposed else values
         if part.interleaved:
             values = halves_apart(values)[..., slice(*last)]
         local.copy_(values)

@@ -96,10 +96,10 @@ def _parts_of(model: nn.Module, keys: HFKeys) -> Iterator[tuple[Part, Tensor, bo
 
 def _as_stored(part: Part, whole: Tensor) -> Tensor:
     """What a checkpoint's tensor holds of a parameter, an expert of it, or (packed) all its experts."""
-    if part.interleaved:
-        return torch.stack(whole.chunk(2, dim=-1), dim=-1).flatten(-2)
     piece = whole if part.columns is None else whole[:, part.columns]
-    return piece.t() if part.transposed else piece
+    if part.interleaved:
+        piece = torch.stack(whole.chunk(2, dim=-1), dim=-1).flatten(-2)
+    return piece.mT if part.transposed else piece
 
 
 class _Writer:

@@ -220,7 +220,7 @@ def _check_initial_weights(config: Config, hf_config: PreTrainedConfig) -> None:
     try:
         if checkpoint is None:
             model = build_model(family, hf_config, config.moe, torch.float32)
-            HFCheckpoint.open(folder).check(model, family.hf_keys)
+            HFCheckpoint.open(folder).check(model, family.keys(model))
     except CheckpointError as error:
         raise ConfigError(field, str(folder), str(error)) from None
     flavor = family.flavors.get(config.model.flavor.removesuffix(DEEPEP_SUFFIX), {})

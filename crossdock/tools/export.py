@@ -32,5 +32,6 @@ def export(source: ModelSource, destination: Path, device: torch.device, dtype: 
         CheckpointError: on all ranks, where something could not be read or written.
     """
     model = open_model(source, device)
-    export_hf(model, source.family.hf_keys, source.assets, destination, dtype)
-    return left_out(model, source.family.hf_keys)
+    keys = source.family.keys(model)
+    export_hf(model, keys, source.assets, destination, dtype)
+    return left_out(model, keys)

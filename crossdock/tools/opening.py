@@ -100,7 +100,8 @@ def find_model(path: Path) -> ModelSource:
         family = FAMILIES[name]
         if weights is None:
             weights = HFCheckpoint.open(path)
-            weights.check(build_model(family, hf_config, moe, dtype), family.hf_keys)
+            model = build_model(family, hf_config, moe, dtype)
+            weights.check(model, family.keys(model))
     except (CheckpointError, ModelError) as error:
         raise ConfigError("model", str(path), str(error)) from None
     except Exception as error:  # Whatever transformers raises for a config.json that it cannot make a model of.

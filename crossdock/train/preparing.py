@@ -103,7 +103,7 @@ def build_training_model(
     checkpoint = find_checkpoint(start) if start is not None else None
     weights = None
     if start is not None and checkpoint is None:
-        weights = together(lambda: _open_weights(start, model, family.hf_keys))
+        weights = together(lambda: _open_weights(start, model, family.keys(model)))
     parallelize(
         model,
         dims.build_mesh(device.type, timedelta(seconds=config.job.comm_timeout_seconds)),

@@ -288,7 +288,7 @@ class Trainer:
         destination = self.folder / EXPORT_FOLDER
         if self.step == self._resumed_step and from_first_rank(destination.exists):
             return
-        keys = FAMILIES[self.config.model.name].hf_keys
+        keys = FAMILIES[self.config.model.name].keys(self.model)
         dtype = self.config.checkpoint.export_dtype
         try:
             export_hf(self.model, keys, self.folder / ASSETS_FOLDER, destination, dtype, replace=True)
