@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from crossdock.comm import Pending
-from crossdock.dispatch import (
-    LOCAL_PLAN,
-    Dispatched,
-    Dispatcher,
-    DispatchPlan,
-    LocalDispatcher,
-    wrong_id,
-)
-from crossdock.experts import SWIGLU, ExpertsFormula, GroupedExperts, SharedExperts, autocast_dtype, load_factors
-from crossdock.moe_config import MoEConfig
-from crossdock.placement import EMPTY, Placement
+from crossdock.experts import SWIGLU, ExpertsFormula, GroupedExperts, SharedExperts, UnpackedExperts, autocast_dtype
+from crossdock.moe_config import MoEConfig, MoEConfigError
+from crossdock.routed_experts import RoutedExperts
 from crossdock.routing import (
     BatchTotals,
-    LoadCounter,
     LossCoefficients,
     Router,
     RouterConfig,
@@ -38,110 +28,68 @@ from crossdock.routing import (
 __all__ = ["MoE", "finish_step", "moe_layers", "set_batch_totals"]
 
 
-class MoE(nn.Module):
+class MoE(RoutedExperts):
     """A Mixture-of-Experts feed-forward layer (docs/design.md, "The spine").
 
-    On one rank as it is; `crossdock.apply_ep` spreads its experts over many.
+    On one rank as it is; `crossdock.apply_ep` spreads its experts over many. What follows the router's decision is in
+    `RoutedExperts`, with its attributes.
 
     Args:
         hidden_size: `H`.
-        intermediate_size: `I`, of each expert.
+        intermediate_size: `I`, of each expert; `None` with `experts`.
         router: number of experts, top-k and scoring.
         config: backends, losses, balance.
+        experts: modules of your own in place of ours, one per expert, each `[N, H] -> [N, H]`.
         formula: what an expert computes.
         bias: whether the experts' two products have one.
         shared_intermediate_size: of the experts that every token passes, all together; 0 for none.
         shared_gate: whether a learned gate scales their output.
 
     Attributes:
-        placement: which slot on which rank holds which logical expert.
-        dispatcher: moves tokens.
-        dispatch_plan: how, and why so.
-        ep_group, ep_rank, ep_world_size: the ranks that together hold all experts.
-        load: counts of tokens per logical expert.
         batch_totals: size of the global batch that auxiliary losses are a share of (`set_batch_totals`); `None` where
             the micro-batch of this rank is all of it.
-        padding_mask: `[..., S]`, of the next forward pass alone, where the model hands the layer only `x`. With
-            activation checkpointing, set it inside of what is run again.
     """
-
-    _expert_to_slot: Tensor
 
     def __init__(
         self,
         hidden_size: int,
-        intermediate_size: int,
+        intermediate_size: int | None,
         router: RouterConfig,
         config: MoEConfig | None = None,
         *,
+        experts: nn.ModuleList | Sequence[nn.Module] | None = None,
         formula: ExpertsFormula = SWIGLU,
         bias: bool = False,
         shared_intermediate_size: int = 0,
         shared_gate: bool = False,
     ) -> None:
-        super().__init__()
-        self.config = config = config or MoEConfig()
+        config = config or MoEConfig()
         config.check(router)
+        if config.gradient_scale == "output" and formula.weight_on == "input":
+            raise ValueError("gradient_scale = 'output' needs experts with the weight on the output, not on the input")
+        decides = Router(hidden_size, config.router_config(router))
+        if experts is not None:
+            computes = _unpacked(experts, intermediate_size, router, config)
+        elif intermediate_size is not None:
+            computes = GroupedExperts(
+                router.num_experts, hidden_size, intermediate_size, config.experts, formula, bias=bias
+            )
+            computes.static_shapes = config.static_shapes
+        else:
+            raise ValueError("intermediate_size is None; it must be a number, or experts a list of modules")
+        super().__init__(computes, router.num_experts, hidden_size, router.top_k, config, decides)
         self.coefficients = LossCoefficients(
             config.sequence_aux_loss_coeff,
             config.batch_aux_loss_coeff,
             config.global_aux_loss_coeff,
             config.z_loss_coeff,
         )
-        self.hidden_size = hidden_size
-        self.num_experts = router.num_experts
-        if config.gradient_scale == "output" and formula.weight_on == "input":
-            raise ValueError("gradient_scale = 'output' needs experts with the weight on the output, not on the input")
-        self.router = Router(hidden_size, config.router_config(router))
-        self.experts = GroupedExperts(
-            router.num_experts, hidden_size, intermediate_size, config.experts, formula, bias=bias
-        )
-        self.experts.static_shapes = config.static_shapes
         self.shared_experts = (
             SharedExperts(hidden_size, shared_intermediate_size, gate=shared_gate, formula=formula)
             if shared_intermediate_size
             else None
         )
-        self.load = LoadCounter(router.num_experts)
         self.batch_totals: BatchTotals | None = None
-        self.padding_mask: Tensor | None = None
-        self.register_buffer("_expert_to_slot", torch.arange(self.num_experts), persistent=False)
-        dispatcher = LocalDispatcher(self.num_experts, debug_checks=config.debug_checks)
-        self.place(Placement.contiguous(self.num_experts, 1), dispatcher, None)
-
-    def place(
-        self,
-        placement: Placement,
-        dispatcher: Dispatcher,
-        ep_group: dist.ProcessGroup | None,
-        plan: DispatchPlan = LOCAL_PLAN,
-    ) -> None:
-        """Set where experts live and how tokens get there. The caller has laid out the experts' parameters to match."""
-        self.placement = placement
-        self.dispatcher, self.dispatch_plan = dispatcher, plan
-        self.ep_group = ep_group
-        self.ep_rank = dist.get_rank(ep_group) if ep_group is not None else 0
-        self.ep_world_size = placement.num_ranks
-        self._write_placement()
-
-    def _write_placement(self) -> None:
-        """Write the placement's map of logical experts to slots to the device."""
-        slots = torch.tensor(self.placement.expert_to_slot)
-        if not self._expert_to_slot.is_meta:
-            self._expert_to_slot.copy_(slots)
-
-    def reset_buffers(self) -> None:
-        """Give all buffers their first values: needed after `to_empty`, which leaves them uninitialised."""
-        self._write_placement()
-        self.load.reset()
-        self.load.reset_evaluation()
-        if self.router.expert_bias is not None:
-            self.router.expert_bias.zero_()
-
-    @property
-    def local_expert_ids(self) -> tuple[int, ...]:
-        """The logical expert of each of this rank's slots, `-1` for an empty slot."""
-        return self.placement.experts_on(self.ep_rank)
 
     # Dynamo would make a graph for every number of tokens that arrive, and cannot follow the exchanges' splits.
     @torch.compiler.disable
@@ -162,10 +110,9 @@ class MoE(nn.Module):
             # The others wait for this rank's counts of tokens.
             self.dispatcher.refuse(self._expert_to_slot.device)
             raise
-        # Experts would cast them: in that dtype half as many bytes travel.
-        arriving = self._dispatch(tokens.to(autocast_dtype(tokens)), slot_ids, routing.weights)
+        arriving = self.dispatch(tokens, slot_ids, routing.weights)
         shared = None if self.shared_experts is None else self.shared_experts(tokens)  # while tokens travel
-        output = self._compute(arriving)
+        output = self.compute(arriving)
         if shared is not None:
             output = output + shared
 
@@ -194,18 +141,7 @@ class MoE(nn.Module):
                 bad = int((bad if mask is None else bad & ~mask).sum())
                 if bad:
                     raise ValueError(f"{name} of {bad} of {len(tokens)} tokens: NaN or infinity (debug_checks)")
-        if self.config.debug_checks:
-            self._check_experts(routing.expert_ids)
-        try:
-            slot_ids = self._slots(routing.expert_ids)
-        except IndexError:  # on a CPU
-            self._check_experts(routing.expert_ids)
-            raise
-        return tokens, mask, routing, slot_ids
-
-    def _check_experts(self, expert_ids: Tensor) -> None:
-        if (wrong := wrong_id(expert_ids, self.num_experts)) is not None:
-            raise ValueError(f"the router chose expert {wrong}; valid are 0 to {self.num_experts - 1}, or -1 for none")
+        return tokens, mask, routing, self.slots_of(routing.expert_ids)
 
     def _check(self, x: Tensor, padding_mask: Tensor | None) -> None:
         if not isinstance(x, Tensor):
@@ -215,7 +151,7 @@ class MoE(nn.Module):
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x has {x.shape[-1]} features, this layer's hidden_size is {self.hidden_size}")
         # Router and experts may differ: each may be cast, or not be gathered yet, by FSDP.
-        parameters = (self.router.weight, self.experts.down_projs)
+        parameters = (self.router.weight, self.example())
         dtypes, devices = ({getattr(p, name) for p in parameters} for name in ("dtype", "device"))
         if x.device not in devices:
             raise ValueError(f"x is on {x.device}, this layer on {_either(devices)}")
@@ -230,54 +166,32 @@ class MoE(nn.Module):
                 f"{padding_mask.dtype} on {padding_mask.device}"
             )
 
-    def _dispatch(self, *of_tokens: Tensor) -> list[Pending[Dispatched]]:
-        """Send tokens `[T, H]`, slots and weights `[T, K]` off, in chunks of about as many tokens."""
-        chunks = self.dispatch_plan.overlap_chunks
-        if chunks == 1:
-            return [self.dispatcher.dispatch(*of_tokens)]
-        parts = zip(*(tensor.tensor_split(chunks) for tensor in of_tokens), strict=True)
-        return [self.dispatcher.dispatch(*part) for part in parts]
 
-    def _compute(self, arriving: list[Pending[Dispatched]]) -> Tensor:
-        """The experts' sums `[T, H]`: of one chunk while later ones arrive and earlier ones return."""
-        scale = self.config.gradient_scale if self.training else "off"
-        factors = None
-        if scale == "off":
-            arrived = (pending.wait() for pending in arriving)
-        else:
-            arrived = [pending.wait() for pending in arriving]  # they are counted together
-            factors = self._load_factors(arrived)
-        returning = []
-        for chunk in arrived:
-            weights = (
-                chunk.weights * factors[chunk.slot_ids] if factors is not None and scale == "output" else chunk.weights
-            )
-            y = self.experts(chunk.tokens, chunk.slot_ids, weights, factors if scale == "gradient" else None)
-            returning.append(self.dispatcher.combine(y, chunk.handle))
-        outputs = [pending.wait() for pending in returning]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def _load_factors(self, arrived: list[Dispatched]) -> Tensor:
-        """What `gradient_scale` multiplies by, of each slot `[P/R]`."""
-        num_experts = sum(expert != EMPTY for expert in self.local_expert_ids)
-        slot_ids = torch.cat([chunk.slot_ids.flatten() for chunk in arrived])
-        return load_factors(slot_ids, len(self.local_expert_ids), num_experts, arrived[0].weights.dtype)
-
-    def _slots(self, expert_ids: Tensor) -> Tensor:
-        """Logical experts to global slots, `[T, K]`; `-1` stays."""
-        return torch.where(expert_ids < 0, expert_ids, self._expert_to_slot[expert_ids])
-
-    def extra_repr(self) -> str:
-        return f"ep_rank={self.ep_rank}, ep_world_size={self.ep_world_size}, slots={self.placement.slots_per_rank}"
+def _unpacked(
+    experts: nn.ModuleList | Sequence[nn.Module], intermediate_size: int | None, router: RouterConfig, config: MoEConfig
+) -> UnpackedExperts:
+    """`experts` of a user's own; refuses settings that nothing would look at."""
+    if intermediate_size is not None:
+        raise ValueError(f"intermediate_size = {intermediate_size}: must be None with experts, which have their own")
+    if len(experts) != router.num_experts:
+        raise ValueError(f"experts has {len(experts)} modules, the router num_experts = {router.num_experts}")
+    for name in ("experts", "static_shapes"):
+        if getattr(config, name) != getattr(MoEConfig, name):
+            valid = f"must be {getattr(MoEConfig, name)!r} with experts that are modules, which compute themselves"
+            raise MoEConfigError(name, getattr(config, name), valid)
+    return UnpackedExperts(experts)
 
 
 def _either(choices: Iterable[object]) -> str:
     return " or ".join(sorted(map(str, choices)))
 
 
-def moe_layers(model: nn.Module) -> dict[str, MoE]:
-    """The MoE layers of a model by name (as `named_modules` has it, wrappers included), in order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+def moe_layers(model: nn.Module) -> dict[str, RoutedExperts]:
+    """The MoE layers of a model by name (as `named_modules` has it, wrappers included), in order.
+
+    Each is a `MoE`, or the `RoutedExperts` of a layer that keeps a router of its own.
+    """
+    return {name: module for name, module in model.named_modules() if isinstance(module, RoutedExperts)}
 
 
 def set_batch_totals(model: nn.Module, sequences: int, tokens: int, group: dist.ProcessGroup | None = None) -> None:
@@ -290,7 +204,8 @@ def set_batch_totals(model: nn.Module, sequences: int, tokens: int, group: dist.
     """
     totals = BatchTotals(sequences, tokens, None if group is None else group.group_name)
     for layer in moe_layers(model).values():
-        layer.batch_totals = totals
+        if isinstance(layer, MoE):
+            layer.batch_totals = totals
 
 
 def finish_step(model: nn.Module, group: dist.ProcessGroup | None = None, *, update_bias: bool = True) -> StepLoad:
@@ -312,7 +227,7 @@ def finish_step(model: nn.Module, group: dist.ProcessGroup | None = None, *, upd
         raise ValueError("the model has no crossdock.MoE layer, so there is no step to finish")
     load = reduce_load([layer.load for layer in layers], group)
     for layer, layer_counts in zip(layers, load.routes, strict=True):
-        if update_bias:
+        if update_bias and layer.router is not None:
             update_expert_bias([layer.router], layer_counts[None], layer.config.expert_bias_rate)
         layer.load.reset()
     return load

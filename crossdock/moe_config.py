@@ -33,6 +33,11 @@ _NUMBERS = MappingProxyType(
     }
 )
 
+_ROUTER_SETTINGS = (
+    "sequence_aux_loss_coeff batch_aux_loss_coeff global_aux_loss_coeff z_loss_coeff expert_bias expert_bias_rate "
+    "capacity_factor drop_policy input_jitter router_dtype debug_force_zipf debug_force_zipf_seed"
+)
+
 
 class MoEConfigError(ValueError):
     """A setting that cannot be used: `field`, its `value`, and what would be `valid`."""
@@ -169,6 +174,17 @@ class MoEConfig:
             usual_rate = self.expert_bias_rate == MoEConfig.expert_bias_rate
             has_bias = self.expert_bias or family.expert_bias
             self._require("expert_bias_rate", usual_rate or has_bias, "needs expert_bias = true")
+
+    def check_without_router(self) -> None:
+        """Look at the settings of a layer that keeps a router of its own, where nothing would look at those of ours.
+
+        Raises:
+            MoEConfigError: for the first of them that is not as usual.
+        """
+        for name in _ROUTER_SETTINGS.split():
+            usual = getattr(MoEConfig, name)
+            valid = f"must be {usual!r}: it needs a router of ours, and model.name = generic keeps the family's own"
+            self._require(name, getattr(self, name) == usual, valid)
 
     def _require(self, name: str, holds: bool, valid: str) -> None:
         if not holds:

@@ -11,7 +11,7 @@ from crossdock.checkpoint.folders import (
     saved_steps,
     saved_world_size,
 )
-from crossdock.checkpoint.hf import HFCheckpoint, HFKeys, tensor_shapes
+from crossdock.checkpoint.hf import HFCheckpoint, HFKeys, Part, tensor_shapes
 from crossdock.checkpoint.hf_files import DTYPES
 from crossdock.checkpoint.hf_saving import save_hf
 from crossdock.checkpoint.hf_writing import MAX_SHARD_BYTES
@@ -27,6 +27,7 @@ __all__ = [
     "Checkpointer",
     "HFCheckpoint",
     "HFKeys",
+    "Part",
     "expert_range",
     "find_checkpoint",
     "from_hf",

@@ -199,7 +199,9 @@ class Checkpointer:
         random_states = {device: own for device, own in random_states.items() if device in state["random_states"]}
         tensors |= {f"{_RANDOM}{device}.{self._rank}": own for device, own in random_states.items()}
         ignored = (_RANDOM,) if self.optimizer is not None else (_RANDOM, _OPTIMIZER)
-        planner = _StrictLoadPlanner({name for entry in entries for name in entry.all_names}, ignored)
+        expected = {name for entry in entries if not entry.elsewhere for name in entry.all_names}
+        elsewhere = {name for entry in entries if entry.elsewhere for name in entry.all_names}
+        planner = _StrictLoadPlanner(expected, elsewhere, ignored)
         try:
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), planner=planner)
         except CheckpointException as error:
@@ -253,7 +255,17 @@ class Checkpointer:
             if plain_name(name) in persistent:
                 stored = f"model.{plain_name(name)}"
                 entries.append(_Entry({stored: taken(stored, buffer)}, [stored], buffer.nbytes))
-        return entries
+        return entries + self._entries_elsewhere()
+
+    def _entries_elsewhere(self) -> list[_Entry]:
+        """What other ranks have of experts that are modules; their optimizers may have less state than these names."""
+        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        kinds = ["model.", *sorted({f"{_OPTIMIZER}{key}." for state in states for key in state})]
+        entries = [
+            _Entry({}, [f"{kind}{name}" for kind in kinds], 4 * shape.numel() * len(kinds), elsewhere=True)
+            for name, shape in self._rows.elsewhere.items()
+        ]
+        return entries + [_Entry({}, [f"model.{name}"], 0, elsewhere=True) for name in self._rows.buffers_elsewhere]
 
     def _random_states(self) -> dict[str, Tensor]:
         """A copy of the state of this rank's random generators, by device type."""
@@ -299,7 +311,9 @@ class _Entry(NamedTuple):
     all_names: list[str]
     """The names that any rank has of it."""
     num_bytes: int
-    """Of what this rank has."""
+    """Of what this rank has, or another."""
+    elsewhere: bool = False
+    """Whether other ranks alone can have it: they look for it."""
 
 
 class _StrictLoadPlanner(DefaultLoadPlanner):
@@ -309,13 +323,15 @@ class _StrictLoadPlanner(DefaultLoadPlanner):
     checkpoint has and the run has not.
 
     Args:
-        expected: names of all ranks.
+        expected: names that there must be.
+        elsewhere: names that other ranks may expect.
         ignored: how names begin that the checkpoint may have and the run not.
     """
 
-    def __init__(self, expected: set[str], ignored: tuple[str, ...]) -> None:
+    def __init__(self, expected: set[str], elsewhere: set[str], ignored: tuple[str, ...]) -> None:
         super().__init__()
         self.expected = expected
+        self.elsewhere = elsewhere
         self.ignored = ignored
 
     def create_local_plan(self) -> LoadPlan:
@@ -324,7 +340,8 @@ class _StrictLoadPlanner(DefaultLoadPlanner):
         assert self.state_dict is not None
         stored = metadata.state_dict_metadata
         missing = (self.expected | self.state_dict.keys()) - stored.keys()
-        foreign = {name for name in stored.keys() - self.expected if not name.startswith(self.ignored)}
+        unknown = stored.keys() - self.expected - self.elsewhere
+        foreign = {name for name in unknown if not name.startswith(self.ignored)}
         problems = {name: _mismatch(stored[name], self.state_dict[name]) for name in self.state_dict.keys() - missing}
         wrong = [f"{name} is missing" for name in sorted(missing)]
         wrong += [f"{name} {problem}" for name, problem in sorted(problems.items()) if problem]

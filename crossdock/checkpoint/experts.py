@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from crossdock.experts import UnpackedExperts
 from crossdock.moe import moe_layers
 from crossdock.parallel import as_shards, plain_name
 from crossdock.placement import EMPTY
@@ -17,14 +19,33 @@ __all__ = ["ExpertRows", "expert_rows"]
 class ExpertRows:
     """The experts' parameters of a model: which rows of which parameter are which logical experts.
 
+    Experts that are modules have a name for each anyway; only those on other ranks are missing here.
+
     Args:
         model: on any layout.
+
+    Attributes:
+        unpacked: names of the parameters of this rank's experts that are modules.
+        elsewhere: names and shapes of the parameters of such experts on other ranks.
+        buffers_elsewhere: names of their buffers that belong in a checkpoint.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = {
-            parameter: layer for layer in moe_layers(model).values() for parameter in layer.experts.parameters()
-        }
+        self._layers = {}
+        self.unpacked: set[str] = set()
+        self.elsewhere: dict[str, torch.Size] = {}
+        self.buffers_elsewhere: list[str] = []
+        for layer_name, layer in moe_layers(model).items():
+            experts = layer.experts
+            self._layers |= dict.fromkeys(experts.slot_parameters().values(), layer)
+            if isinstance(experts, UnpackedExperts):
+                prefix = plain_name(f"{layer_name}.experts.")
+                own = {prefix + plain_name(name) for name, _ in experts.named_parameters()}
+                shapes = {prefix + name: shape for name, shape in experts.shapes.items()}
+                self.unpacked |= own
+                self.elsewhere |= {name: shape for name, shape in shapes.items() if name not in own}
+                held = {plain_name(name) for name, _ in experts.named_buffers()}
+                self.buffers_elsewhere += [prefix + name for name in experts.buffers_stored if name not in held]
 
     def is_expert(self, parameter: nn.Parameter) -> bool:
         """Whether `split` gives a parameter row by row."""

@@ -70,6 +70,7 @@ class HFKeys:
             `{...}_bias` where there are biases.
         interleaved: whether a packed tensor's gate and up columns take turns.
         expert_bias: whether the router's expert bias is among the tensors.
+        buffers: whether all persistent buffers of the model are.
         ignored: regular expressions of names that a checkpoint may hold and nobody needs.
     """
 
@@ -80,6 +81,7 @@ class HFKeys:
     packed: bool = False
     interleaved: bool = False
     expert_bias: bool = False
+    buffers: bool = False
     ignored: Sequence[str] = (r"rotary_emb\.inv_freq$",)
 
     def parts(self, name: str, expert: int | None, shape: Sequence[int]) -> list[Part]:
@@ -189,19 +191,23 @@ class HFCheckpoint:
 def views_of(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, int | None, Tensor]]:
     """Name, expert and value of every parameter, of experts row by row: views of what this rank has, or DTensors.
 
-    Adapters (`crossdock.lora`) are left out. Expert biases come last, where `keys` has them.
+    Adapters (`crossdock.lora`) are left out. Expert biases and buffers come last, where `keys` has them.
     """
     rows = ExpertRows(model)
     for name, parameter in base_of(model).items():
         is_expert = rows.is_expert(parameter)
         for row, view in rows.split(name, parameter, parameter.detach()).items():
             yield (*_split_row(row, is_expert), view)
-    yield from ((name, None, bias) for name, bias in _expert_biases(model, keys))
+    yield from ((name, None, buffer) for name, buffer in _stored_buffers(model, keys))
 
 
-def _expert_biases(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, Tensor]]:
+def _stored_buffers(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, Tensor]]:
+    if keys.buffers:
+        persistent = model.state_dict().keys()
+        named = model.named_buffers()
+        yield from ((plain_name(name), buffer) for name, buffer in named if plain_name(name) in persistent)
     for name, layer in moe_layers(model).items():
-        if keys.expert_bias and layer.router.expert_bias is not None:
+        if keys.expert_bias and layer.router is not None and layer.router.expert_bias is not None:
             yield plain_name(f"{name}.router.expert_bias"), layer.router.expert_bias
 
 
@@ -216,10 +222,11 @@ def tensor_shapes(model: nn.Module, keys: HFKeys) -> dict[str, tuple[int, ...]]:
         for row in names:
             for part in keys.parts(*_split_row(row, is_expert), shape):
                 whole = shape if part.columns is None else (shape[0], part.columns.stop - part.columns.start)
-                whole = whole if part.expert is None else (len(names), *whole)
-                shapes[part.name] = whole[::-1] if part.transposed else whole
-    for name, bias in _expert_biases(model, keys):
-        shapes[keys.parts(name, None, ())[0].name] = tuple(bias.shape)
+                whole = whole[::-1] if part.transposed else whole
+                shapes[part.name] = whole if part.expert is None else (len(names), *whole)
+    shapes |= {keys.parts(name, None, shape)[0].name: tuple(shape) for name, shape in rows.elsewhere.items()}
+    for name, buffer in _stored_buffers(model, keys):
+        shapes[keys.parts(name, None, ())[0].name] = tuple(buffer.shape)
     return shapes
 
 
@@ -248,8 +255,11 @@ def _read_part(files: OpenFiles, stored: Stored, part: Part, local: Tensor, offs
         return
     if part.expert is not None:
         *others, last = ranges
-        read = (0, stored.shape[-1]) if part.interleaved else last
-        values = stored.read(files, [(part.expert, part.expert + 1), *others, read])[0]
+        dim = 1 if part.transposed else -1
+        read = [*others, (0, stored.shape[dim]) if part.interleaved else last]
+        read = read[::-1] if part.transposed else read
+        values = stored.read(files, [(part.expert, part.expert + 1), *read])[0]
+        values = values.t() if part.transposed else values
         if part.interleaved:
             values = halves_apart(values)[..., slice(*last)]
         local.copy_(values)
@@ -260,7 +270,7 @@ def _read_part(files: OpenFiles, stored: Stored, part: Part, local: Tensor, offs
 
 def _clear_empty_slots(model: nn.Module) -> None:
     for layer in moe_layers(model).values():
-        for parameter in layer.experts.parameters():
+        for parameter in layer.experts.slot_parameters().values():
             local = local_part(parameter.detach())
             for slot, expert in enumerate(layer.local_expert_ids):
                 if expert == EMPTY:

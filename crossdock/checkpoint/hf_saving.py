@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from crossdock.checkpoint.experts import ExpertRows
 from crossdock.checkpoint.folders import CheckpointError
 from crossdock.checkpoint.hf import HFKeys, Part, views_of
 from crossdock.checkpoint.hf_writing import MAX_SHARD_BYTES, Entry, ShardWriter
@@ -105,12 +106,13 @@ def _sources_of(model: nn.Module, keys: HFKeys) -> Iterator[_Source]:
         written[writer] += size
         return writer
 
+    of_one_rank = ExpertRows(model).unpacked
     packed: dict[tuple[str, int], Tensor] = {}
     for index, (name, expert, view) in enumerate(views_of(model, keys)):
         if expert is not None and keys.packed:
             packed[name, expert] = view
             continue
-        if expert is None:
+        if expert is None and name not in of_one_rank:
             writer = next_writer(view.numel())
         elif isinstance(view, DTensor):
             holders = dist.get_process_group_ranks(view.device_mesh.get_group())
@@ -120,11 +122,15 @@ def _sources_of(model: nn.Module, keys: HFKeys) -> Iterator[_Source]:
         parts = keys.parts(name, expert, view.shape)
         yield _Source({part.name: _shape_of(part, view) for part in parts}, writer, partial(_gather, view, parts))
     for layer_name, layer in moe_layers(model).items() if keys.packed else ():
-        for key, parameter in base_of(layer.experts).items():
+        base = base_of(layer.experts)
+        for key, parameter in layer.experts.slot_parameters().items():
+            if key not in base:
+                continue
             name = plain_name(f"{layer_name}.experts.{key}")
             own = {expert: view for (of, expert), view in packed.items() if of == name}
             (part,) = keys.parts(name, 0, parameter.shape[1:])
-            tensors = {part.name: (layer.num_experts, *parameter.shape[1:])}
+            shape = tuple(parameter.shape[1:])
+            tensors = {part.name: (layer.num_experts, *(shape[::-1] if part.transposed else shape))}
             gather = partial(_gather_packed, layer, own, part, parameter)
             yield _Source(tensors, next_writer(parameter.numel()), gather)
 
@@ -151,7 +157,8 @@ def _gather_packed(layer: MoE, own: Mapping[int, Tensor], part: Part, parameter:
             buffer.copy_(_whole(own[expert]))
         if layer.ep_group is not None:
             dist.broadcast(buffer, group=layer.ep_group, group_src=slot // layer.placement.slots_per_rank)
-        yield halves_interleaved(buffer) if part.interleaved else buffer
+        whole = halves_interleaved(buffer) if part.interleaved else buffer
+        yield whole.t() if part.transposed else whole
 
 
 def _whole(tensor: Tensor) -> Tensor:

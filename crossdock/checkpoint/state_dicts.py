@@ -130,7 +130,8 @@ def to_hf(state_dict: Mapping[str, Tensor], keys: HFKeys, num_experts: int) -> d
             slots = ExpertPlacement.contiguous(num_experts, _ep_of(tensor)[0]).expert_to_slot
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             whole = whole[torch.tensor(slots, device=whole.device)]
-            result[part.name] = halves_interleaved(whole) if part.interleaved else whole
+            whole = halves_interleaved(whole) if part.interleaved else whole
+            result[part.name] = whole.mT if part.transposed else whole
         else:
             size, rank = _ep_of(tensor)
             own = ExpertPlacement.contiguous(num_experts, size).experts_on(rank)
@@ -175,8 +176,8 @@ def _row(state_dict: Mapping[str, Tensor], parts: list[Part]) -> Tensor:
         value = state_dict[part.name]
         value = value.full_tensor() if isinstance(value, DTensor) else value
         value = value if part.expert is None else value[part.expert]
-        value = halves_apart(value) if part.interleaved else value
-        pieces.append(value.t() if part.transposed else value)
+        value = value.t() if part.transposed else value
+        pieces.append(halves_apart(value) if part.interleaved else value)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 

@@ -238,7 +238,7 @@ def _check_initial_weights(config: Config, hf_config: PreTrainedConfig) -> None:
     try:
         if checkpoint is None:
             model = build_model(family, hf_config, config.moe, torch.float32)
-            HFCheckpoint.open(folder).check(model, family.hf_keys)
+            HFCheckpoint.open(folder).check(model, family.keys(model))
     except CheckpointError as error:
         why = "; the adapters of this run stand beside these weights" if is_resumed else ""
         raise ConfigError(field, str(folder), f"{error}{why}") from None

@@ -21,6 +21,7 @@ from crossdock.experts.module import GroupedExperts
 from crossdock.experts.operator import EXPERTS_OPS
 from crossdock.experts.scaling import load_factors
 from crossdock.experts.shared import SharedExperts
+from crossdock.experts.unpacked import UnpackedExperts, ranks_apart
 
 __all__ = [
     "ACTIVATIONS",
@@ -37,6 +38,7 @@ __all__ = [
     "ExpertsFormula",
     "GroupedExperts",
     "SharedExperts",
+    "UnpackedExperts",
     "autocast_dtype",
     "choose_backend",
     "cpu",
@@ -48,4 +50,5 @@ __all__ = [
     "halves_interleaved",
     "load_factors",
     "lora_experts",
+    "ranks_apart",
 ]

@@ -92,6 +92,10 @@ class GroupedExperts(nn.Module):
             return None
         return ExpertAdapters(*(getattr(self, name) for name in ExpertAdapters._fields))
 
+    def slot_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters with a row for each slot, by name: all of them."""
+        return dict(self.named_parameters())
+
     def forward(
         self, tokens: Tensor, slot_ids: Tensor, weights: Tensor, gradient_factors: Tensor | None = None
     ) -> Tensor:

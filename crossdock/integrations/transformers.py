@@ -25,11 +25,8 @@ Gradients follow transformers' conventions, not this library's (which only sums,
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,9 +36,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 try:
-    from transformers.activations import ACT2FN
     from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 except ImportError as error:
     raise ImportError(
         "crossdock.integrations.transformers needs transformers >= 5.23, where expert parallelism has a registry; "
@@ -56,38 +52,15 @@ from crossdock.dispatch import (
     build_dispatcher,
     plan_dispatch,
 )
-from crossdock.experts import (
-    ACTIVATIONS,
-    GPT_OSS,
-    QUICK_GELU_ALPHA,
-    ActivationName,
-    ExpertParams,
-    ExpertsFormula,
-    autocast_dtype,
-    choose_backend,
-    halves_apart,
-)
+from crossdock.experts import ACTIVATIONS, ExpertsFormula, autocast_dtype, choose_backend
 from crossdock.integrations.options import current_options
+from crossdock.models.hf_experts import UnknownExperts, experts_formula, experts_params
 
 __all__ = ["NAME", "CrossdockEP", "crossdock_experts_forward"]
 
 logger = logging.getLogger(__name__)
 
 NAME = "crossdock"
-
-# transformers' modules to the names of ours.
-_ACTIVATIONS: Mapping[type, ActivationName] = MappingProxyType(
-    {
-        nn.SiLU: "silu",
-        nn.ReLU: "relu",
-        type(ACT2FN["silu"]): "silu",
-        type(ACT2FN["gelu"]): "gelu",
-        type(ACT2FN["gelu_new"]): "gelu_tanh",
-        type(ACT2FN["gelu_pytorch_tanh"]): "gelu_tanh",
-        type(ACT2FN["quick_gelu"]): "quick_gelu",
-        type(ACT2FN["relu2"]): "relu_squared",
-    }
-)
 
 
 class CrossdockEP(EPImplementation):
@@ -228,7 +201,7 @@ def crossdock_experts_forward(
     Raises:
         ValueError: if these are experts that ours would compute wrongly.
     """
-    formula, params = _formula(experts), _params(experts)
+    formula, params = _formula(experts), experts_params(experts)
     # Autocast does not know every backend's products.
     params = params.to(autocast_dtype(params.down_projs))
     tokens = hidden_states.to(params.down_projs.dtype)
@@ -243,52 +216,21 @@ def _tell_once(message: str) -> None:
     logger.info(message)
 
 
-def _params(experts: nn.Module) -> ExpertParams:
-    """The module's parameters as ours: views, but for interleaved ones, whose two halves are copied apart."""
-    module: Any = experts
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    gate_up, down = getattr(module, first), module.down_proj
-    if not module.is_transposed:
-        # The products take either order in memory, and the gradients come back in the parameters' own.
-        gate_up, down = gate_up.mT, down.mT
-    biases = [getattr(module, f"{name}_bias") if module.has_bias else None for name in (first, "down_proj")]
-    if not module.is_concatenated:
-        gate_up = halves_apart(gate_up)
-        biases[0] = None if biases[0] is None else halves_apart(biases[0])
-    return ExpertParams(gate_up, down, *biases)
-
-
 def _formula(experts: nn.Module) -> ExpertsFormula:
     """What these experts compute; refuses what our backends would compute wrongly."""
     module: Any = experts
-    own_gate = module.has_gate and type(module)._apply_gate is not _default_apply_gate
-    if own_gate and _is_gpt_oss(module):
-        formula, activation, own_gate = replace(GPT_OSS, limit=module.limit), "quick_gelu", False
-    else:
-        activation = _ACTIVATIONS.get(type(getattr(module, "act_fn", None)))
-        formula = ExpertsFormula(activation or "silu", gated=module.has_gate)
-    what = [
-        (module.has_post_expert_norm, "a norm after each expert"),
-        (own_gate, "a gating function of its own"),
-        (activation is None and not own_gate, f"the activation {type(getattr(module, 'act_fn', None)).__name__}"),
-    ]
-    reasons = [reason for applies, reason in what if applies]
-    if reasons:
-        # FSDP renames the class of what it wraps.
-        name = type(module).__name__.removeprefix("FSDP")
-        raise ValueError(
-            f"experts_implementation={NAME!r} computes experts of two products with {', '.join(sorted(ACTIVATIONS))} "
-            f"between, but {name} has {', '.join(reasons)}. Choose one of transformers' own, such as "
-            f"experts_implementation='grouped_mm'; ep_implementation={NAME!r} works with all of them"
-        )
-    return formula
-
-
-def _is_gpt_oss(experts: Any) -> bool:
-    """Whether these are gpt-oss's experts, whose clamped gate `GPT_OSS` computes."""
-    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts  # a model's module, slow to import
-
-    return type(experts)._apply_gate is GptOssExperts._apply_gate and experts.alpha == QUICK_GELU_ALPHA
+    if "crossdock_formula" not in vars(module):
+        try:
+            module.crossdock_formula = experts_formula(experts)
+        except UnknownExperts as error:
+            # FSDP renames the class of what it wraps.
+            name = type(module).__name__.removeprefix("FSDP")
+            raise ValueError(
+                f"experts_implementation={NAME!r} computes experts of two products with "
+                f"{', '.join(sorted(ACTIVATIONS))} between, but {name} has {error}. Choose one of transformers' own, "
+                f"such as experts_implementation='grouped_mm'; ep_implementation={NAME!r} works with all of them"
+            ) from None
+    return module.crossdock_formula
 
 
 EPImplementationInterface.register(NAME, CrossdockEP)

@@ -13,7 +13,8 @@ from crossdock.checkpoint import HFCheckpoint
 from crossdock.models.assets import export_hf, left_out, write_assets
 from crossdock.models.attention import register_wide_attention
 from crossdock.models.families import FAMILIES
-from crossdock.models.family import DEEPEP_SUFFIX, ExpertSizes, Family, Kernels, ModelConfig
+from crossdock.models.family import DEEPEP_SUFFIX, ExpertSizes, Family, Kernels, ModelConfig, ModelError
+from crossdock.models.generic import replace_experts
 from crossdock.models.initial import initialise_weights
 from crossdock.models.loss import LossHead, batch_loss, token_loss
 from crossdock.models.peft import PeftAdapter, save_peft_adapter
@@ -36,22 +37,13 @@ __all__ = [
     "initialise_weights",
     "left_out",
     "materialise",
+    "no_adapter",
+    "replace_experts",
     "resolve_hf_config",
     "save_peft_adapter",
     "token_loss",
     "write_assets",
 ]
-
-
-class ModelError(ValueError):
-    """A `[model]` setting that names no model. `field` is the key, `value` what it holds, `valid` what would do."""
-
-    def __init__(self, field: str, value: str, valid: str) -> None:
-        super().__init__(field, value, valid)
-        self.field, self.value, self.valid = field, value, valid
-
-    def __str__(self) -> str:
-        return f"{self.field} = {self.value!r}: {self.valid}"
 
 
 def resolve_hf_config(config: ModelConfig) -> PreTrainedConfig:
@@ -75,6 +67,12 @@ def resolve_hf_config(config: ModelConfig) -> PreTrainedConfig:
     return family.hf_config(flavor or "debug")
 
 
+def no_adapter(model_type: object) -> str:
+    """What to do with a model of this type, which no family's adapter is for."""
+    known = ", ".join(family.model_type for family in FAMILIES.values() if family.model_type)
+    return f"there are adapters for {known}; set model.name = generic for {model_type}, which keeps its own router"
+
+
 def _config_of_folder(family: Family, folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
     try:
@@ -83,9 +81,9 @@ def _config_of_folder(family: Family, folder: Path) -> PreTrainedConfig:
         raise ModelError(
             "hf_assets_path", str(folder), f"a folder with a readable config.json ({error}), or set model.flavor"
         ) from None
-    if model_type != family.model_type:
-        known = {each.model_type: name for name, each in FAMILIES.items()}
-        named = f"set model.name = {known[model_type]}" if model_type in known else f"known: {', '.join(known)}"
+    if family.model_type and model_type != family.model_type:
+        known = {each.model_type: name for name, each in FAMILIES.items() if each.model_type}
+        named = f"set model.name = {known[model_type]}" if model_type in known else no_adapter(model_type)
         raise ModelError(
             "hf_assets_path",
             str(folder),
@@ -155,14 +153,14 @@ def materialise(
     for layer in moe_layers(model).values():
         layer.reset_buffers()
     if weights is not None:
-        weights.load(model, family.hf_keys)
+        weights.load(model, family.keys(model))
         if seed is not None:
             initialise_weights(model, seed, model.config.initializer_range, adapters_alone=True)
     elif seed is not None:
         initialise_weights(model, seed, model.config.initializer_range)
     else:
         for layer in moe_layers(model).values():
-            for parameter in layer.experts.parameters():
+            for parameter in layer.experts.slot_parameters().values():
                 local_part(parameter.detach()).zero_()  # A checkpoint has nothing for slots without an expert.
 
 
@@ -170,6 +168,6 @@ def count_parameters(model: PreTrainedModel) -> int:
     """Parameters of the whole model on any layout; slots without an expert do not count."""
     total = sum(parameter.numel() for parameter in model.parameters())
     for layer in moe_layers(model).values():
-        per_slot = sum(parameter.numel() for parameter in layer.experts.parameters()) // layer.placement.num_slots
+        per_slot = sum(p.numel() for p in layer.experts.slot_parameters().values()) // layer.placement.num_slots
         total -= per_slot * (layer.placement.num_slots - layer.num_experts)
     return total

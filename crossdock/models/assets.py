@@ -104,7 +104,8 @@ def write_assets(
 
 def left_out(model: PreTrainedModel, keys: HFKeys) -> str:
     """What an export leaves out of a model, in brackets, for a message; empty where that is nothing."""
-    biased = not keys.expert_bias and any(layer.router.expert_bias is not None for layer in moe_layers(model).values())
+    routers = [layer.router for layer in moe_layers(model).values() if layer.router is not None]
+    biased = not keys.expert_bias and any(router.expert_bias is not None for router in routers)
     return " (without the expert bias, for which its format has no place)" if biased else ""
 
 

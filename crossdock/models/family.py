@@ -22,7 +22,7 @@ from crossdock.moe import MoE
 from crossdock.moe_config import MoEConfig
 from crossdock.routing import RouterConfig
 
-__all__ = ["DEEPEP_SUFFIX", "Block", "ExpertSizes", "Family", "Kernels", "ModelConfig", "formula_of"]
+__all__ = ["DEEPEP_SUFFIX", "Block", "ExpertSizes", "Family", "Kernels", "ModelConfig", "ModelError", "formula_of"]
 
 DEEPEP_SUFFIX = "-deepep"
 
@@ -46,7 +46,7 @@ class ModelConfig:
     """`[model]`: which model is trained."""
 
     name: str = "qwen3"
-    """Model family."""
+    """Model family; `generic` for those of transformers that none is for."""
     flavor: str = ""
     """A named size of the family; a suffix `-deepep` chooses that dispatcher. Empty: config.json of hf_assets_path, or
     `debug` without one."""
@@ -57,6 +57,17 @@ class ModelConfig:
     """Attention, by transformers' names. `flash_attention_*` need their package and a GPU."""
     kernels: Kernels = "none"
     """`liger` computes norms and the loss with liger-kernel, which must be installed."""
+
+
+class ModelError(ValueError):
+    """A `[model]` setting that names no model. `field` is the key, `value` what it holds, `valid` what would do."""
+
+    def __init__(self, field: str, value: str, valid: str) -> None:
+        super().__init__(field, value, valid)
+        self.field, self.value, self.valid = field, value, valid
+
+    def __str__(self) -> str:
+        return f"{self.field} = {self.value!r}: {self.valid}"
 
 
 @dataclass(frozen=True)
@@ -131,6 +142,14 @@ class Family(ABC):
         counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
         size = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
         return ExpertSizes(next(count for count in counts if count is not None), config.hidden_size, size)
+
+    def keys(self, model: PreTrainedModel) -> HFKeys:
+        """How a checkpoint of `model`, from `adapt`, names its tensors.
+
+        Raises:
+            CheckpointError: where that cannot be read and written.
+        """
+        return self.hf_keys
 
     def hf_config(self, flavor: str) -> PreTrainedConfig:
         """The configuration of a flavor."""

@@ -37,7 +37,7 @@ def initialise_weights(model: nn.Module, seed: int, std: float, *, adapters_alon
     expert_ids = {
         parameter: layer.local_expert_ids
         for layer in moe_layers(model).values()
-        for parameter in layer.experts.parameters()
+        for parameter in layer.experts.slot_parameters().values()
     }
     norms = (module for module in model.modules() if isinstance(module, RMSNorm))
     around_zero = {norm.weight for norm in norms if norm.formula.offset}

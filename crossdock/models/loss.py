@@ -26,12 +26,14 @@ def batch_loss(model: nn.Module, input_ids: Tensor, labels: Tensor, **inputs: An
     """Sum of the cross entropies of a model with a `LossHead`; differentiable.
 
     Args:
-        model: from `build_model`.
+        model: from `build_model`; without a `LossHead`, the loss is that of its logits.
         input_ids: `[B, S]`.
         labels: `[B, S]`, the token after each; -100 is left out.
         inputs: for the model, such as `position_ids` `[B, S]` and `padding_mask` `[B, S]`.
     """
-    head = next(module for module in model.modules() if isinstance(module, LossHead))
+    head = next((module for module in model.modules() if isinstance(module, LossHead)), None)
+    if head is None:
+        return token_loss(model(input_ids=input_ids, use_cache=False, **inputs).logits, labels)
     with head.losses(labels):
         return model(input_ids=input_ids, use_cache=False, **inputs).logits
 

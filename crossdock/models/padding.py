@@ -9,7 +9,7 @@ from torch import nn
 from crossdock.moe import moe_layers
 from crossdock.parallel import transformer_blocks
 
-__all__ = ["accept_padding_mask"]
+__all__ = ["accept_padding_mask", "keep_padding_mask"]
 
 
 def accept_padding_mask(model: nn.Module) -> None:
@@ -30,3 +30,25 @@ def accept_padding_mask(model: nn.Module) -> None:
             return args, kwargs
 
         block.register_forward_pre_hook(hand_down, with_kwargs=True)
+
+
+def keep_padding_mask(model: nn.Module) -> None:
+    """`accept_padding_mask` for a model whose code may not hand down what it does not know.
+
+    The mask stays with the model until its next forward pass, so that recompute before that sees it again.
+    """
+    held: dict[str, Any] = {}
+
+    def take(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        held["mask"] = kwargs.pop("padding_mask", None)
+        return args, kwargs
+
+    model.register_forward_pre_hook(take, with_kwargs=True)
+    for block in transformer_blocks(model):
+        layers = list(moe_layers(block).values())
+
+        def hand_down(module: nn.Module, args: Any, layers: list[Any] = layers) -> None:
+            for layer in layers:
+                layer.padding_mask = held["mask"]
+
+        block.register_forward_pre_hook(hand_down)

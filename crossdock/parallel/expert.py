@@ -14,8 +14,10 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from crossdock.dispatch import DispatchSituation, build_dispatcher, plan_dispatch
-from crossdock.moe import MoE, moe_layers
+from crossdock.experts import GroupedExperts, UnpackedExperts
+from crossdock.moe import moe_layers
 from crossdock.placement import EMPTY, Placement
+from crossdock.routed_experts import RoutedExperts
 
 __all__ = ["ExpertParallel", "apply_ep"]
 
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 class ExpertParallel(ParallelStyle):
     """A torch `ParallelStyle` for `MoE` modules: expert parameters become DTensors, `Shard(0)` over a 1-D mesh.
 
+    Of experts that are modules, each rank keeps its own, whose parameters stay as they are.
     For `parallelize_module(model, mesh["ep"], {"layers.*.moe": ExpertParallel()})`; `apply_ep` finds the layers itself.
     Each rank keeps its own rows of the values it has; an initialised model must hold the same values on all ranks. On a
     mesh of one rank it changes nothing.
@@ -39,7 +42,7 @@ class ExpertParallel(ParallelStyle):
         self.tokens_per_rank, self.dtype = tokens_per_rank, dtype
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, MoE):
+        if not isinstance(module, RoutedExperts):
             raise TypeError(f"ExpertParallel applies to crossdock.MoE, not {type(module).__name__}")
         if module.ep_world_size != 1:
             raise ValueError("expert parallelism has been applied to this layer already")
@@ -52,9 +55,9 @@ class ExpertParallel(ParallelStyle):
         situation = DispatchSituation(
             device_mesh.size(),
             module.num_experts,
-            module.router.config.top_k,
+            module.top_k,
             module.hidden_size,
-            self.dtype or module.experts.down_projs.dtype,
+            self.dtype or module.example().dtype,
             torch.device(device_mesh.device_type),
             self.tokens_per_rank,
             tuple(dist.get_process_group_ranks(group)),
@@ -63,18 +66,26 @@ class ExpertParallel(ParallelStyle):
         options = replace(options, overlap_chunks=plan.overlap_chunks)
         dispatcher = build_dispatcher(plan.dispatcher, group, placement.slots_per_rank, options)
         own = placement.experts_on(device_mesh.get_local_rank())
-        for name, parameter in list(module.experts.named_parameters(recurse=False)):
-            if isinstance(parameter, DTensor):
-                raise TypeError(f"{name} is a DTensor already; apply expert parallelism first, FSDP afterwards")
-            with torch.no_grad():
-                rows = parameter.new_zeros(len(own), *parameter.shape[1:])
-                for slot, expert in enumerate(own):
-                    if expert != EMPTY:
-                        rows[slot] = parameter[expert]
-            sharded = DTensor.from_local(rows, device_mesh, [Shard(0)], run_check=False)
-            module.experts.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
+        if isinstance(module.experts, UnpackedExperts):
+            module.experts.keep(own, device_mesh.size())
+        else:
+            _shard_rows(module.experts, own, device_mesh)
         module.place(placement, dispatcher, group, plan)
         return module
+
+
+def _shard_rows(experts: GroupedExperts, own: tuple[int, ...], device_mesh: DeviceMesh) -> None:
+    """Keep the rows of this rank's `own` experts of each parameter, one for each slot."""
+    for name, parameter in list(experts.named_parameters(recurse=False)):
+        if isinstance(parameter, DTensor):
+            raise TypeError(f"{name} is a DTensor already; apply expert parallelism first, FSDP afterwards")
+        with torch.no_grad():
+            rows = parameter.new_zeros(len(own), *parameter.shape[1:])
+            for slot, expert in enumerate(own):
+                if expert != EMPTY:
+                    rows[slot] = parameter[expert]
+        sharded = DTensor.from_local(rows, device_mesh, [Shard(0)], run_check=False)
+        experts.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
 
 
 def apply_ep(

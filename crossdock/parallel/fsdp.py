@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from crossdock.experts import GroupedExperts
+from crossdock.experts import GroupedExperts, UnpackedExperts
 from crossdock.parallel.blocks import transformer_blocks
 
 __all__ = ["apply_fsdp"]
@@ -44,15 +45,18 @@ def apply_fsdp(
     """
     if not {"ep_shard", "ep"} <= set(mesh.mesh_dim_names or ()):
         raise ValueError(f"the mesh must have dimensions ep_shard and ep, not {mesh.mesh_dim_names}; see ParallelDims")
-    expert_modules = [module for module in model.modules() if isinstance(module, GroupedExperts)]
+    expert_modules = [m for m in model.modules() if isinstance(m, GroupedExperts | UnpackedExperts)]
     _check_even(expert_modules, mesh["ep_shard"].size())
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype is not None else None
     )
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
     dense_mesh = mesh._flatten("fsdp")
-    shard_experts = _expert_sharding(mesh)
-    if shard_experts is None:
+    sharding = _expert_sharding(mesh)
+    # Modules are sharded as dense parameters are, unevenly where need be; of rows for slots, the next dimension.
+    dims = {parameter: 0 for module in expert_modules for parameter in module.parameters()}
+    dims |= {parameter: 1 for module in expert_modules for parameter in module.slot_parameters().values()}
+    if sharding is None:
         # The experts' inputs hold fp32 routing weights, which FSDP would cast along with the tokens.
         expert_policy = dataclasses.replace(policy, cast_forward_inputs=False)
         for experts in expert_modules:
@@ -62,12 +66,11 @@ def apply_fsdp(
                 mp_policy=expert_policy,
                 offload_policy=offload,
                 reshard_after_forward=reshard_after_forward,
-                shard_placement_fn=lambda _: Shard(1),
+                shard_placement_fn=lambda parameter: Shard(dims[parameter]),
             )
-    expert_parameters = {parameter for module in expert_modules for parameter in module.parameters()}
 
     def sharding_of(parameter: nn.Parameter) -> Any:
-        return shard_experts if parameter in expert_parameters else None
+        return None if sharding is None or parameter not in dims else sharding(dims[parameter])
 
     for unit in [*(transformer_blocks(model) if blocks is None else blocks), model]:
         fully_shard(
@@ -84,27 +87,33 @@ def apply_fsdp(
             # gloo has no division within a reduction, so that the sum must be asked for as well.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    for module in expert_modules:
+        if isinstance(module, UnpackedExperts):
+            module.mark()
     return model
 
 
-def _expert_sharding(mesh: DeviceMesh) -> Any:
-    """What `shard_placement_fn` returns for experts, or `None` where this torch cannot mix meshes in one FSDP group.
+def _expert_sharding(mesh: DeviceMesh) -> Callable[[int], Any] | None:
+    """What `shard_placement_fn` returns for experts that are sharded over a dimension of theirs, as a function of that.
+
+    `None` where this torch cannot mix meshes in one FSDP group.
 
     One `fully_shard` per block gathers dense parameters and experts side by side; a nested one costs hooks and, where
     experts are checkpointed, records that selective recompute does not find again.
     """
     if mesh["ep"].size() == 1:
-        return Shard(1)
+        return lambda dim: Shard(dim)
     try:
         from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
     except ImportError:  # torch < 2.13
         return None
-    return ShardPlacementResult(Shard(1), FSDPMeshInfo(mesh["ep_shard"], shard_mesh_dim=0))
+    mesh_info = FSDPMeshInfo(mesh["ep_shard"], shard_mesh_dim=0)
+    return lambda dim: ShardPlacementResult(Shard(dim), mesh_info)
 
 
-def _check_even(expert_modules: list[GroupedExperts], ep_shard: int) -> None:
+def _check_even(expert_modules: list[GroupedExperts | UnpackedExperts], ep_shard: int) -> None:
     for module in expert_modules:
-        for name, parameter in module.named_parameters():
+        for name, parameter in module.slot_parameters().items():
             if parameter.shape[1] % ep_shard:
                 raise ValueError(
                     f"{name} {tuple(parameter.shape)}: dimension 1 must be divisible by ep_shard ({ep_shard}); "

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from crossdock.experts import ranks_apart
+
 __all__ = ["clip_grad_norm_", "global_grad_norm"]
 
 
@@ -16,8 +18,9 @@ __all__ = ["clip_grad_norm_", "global_grad_norm"]
 def global_grad_norm(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None) -> Tensor:
     """The 2-norm of all gradients of the model, each element counted once: the same bits on every rank.
 
-    A DTensor's elements live on the ranks of its `Shard` dimensions; those that other ranks of `group` hold as well
-    (a `Replicate` dimension, a plain tensor) count by one over the number of holders on each.
+    A DTensor's elements live on the ranks of its `Shard` dimensions, an unpacked expert's on one expert-parallel rank;
+    those that other ranks of `group` hold as well (a `Replicate` dimension, a plain tensor) count by one over the
+    number of holders on each.
 
     Args:
         parameters: of the whole model on this rank.
@@ -29,10 +32,10 @@ def global_grad_norm(parameters: Iterable[nn.Parameter], group: dist.ProcessGrou
     world_size = dist.get_world_size(group) if dist.is_initialized() else 1
     parameters = list(parameters)
     device = parameters[0].device if parameters else torch.device("cpu")
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     squares = [
-        torch.linalg.vector_norm(_local(gradient), dtype=torch.float64).square() / _holders(gradient, world_size)
-        for gradient in gradients
+        torch.linalg.vector_norm(_local(parameter.grad), dtype=torch.float64).square() / _holders(parameter, world_size)
+        for parameter in parameters
+        if parameter.grad is not None
     ]
     total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
     if world_size == 1:
@@ -60,11 +63,11 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _holders(tensor: Tensor, world_size: int) -> int:
-    """How many ranks hold each element of `tensor`."""
-    if not isinstance(tensor, DTensor):
-        return world_size
-    distinct = 1
-    for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
-        distinct *= 1 if isinstance(placement, Replicate) else size
+def _holders(parameter: nn.Parameter, world_size: int) -> int:
+    """How many ranks hold each element of a parameter, whose gradient is laid out as it is."""
+    distinct = ranks_apart(parameter)
+    tensor: Tensor = parameter
+    if isinstance(tensor, DTensor):
+        for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+            distinct *= 1 if isinstance(placement, Replicate) else size
     return world_size // distinct

@@ -23,6 +23,7 @@ __all__ = [
     "BatchTotals",
     "LossCoefficients",
     "attach_losses",
+    "count_in_backward",
     "router_losses",
     "switch_loss",
     "z_loss",
@@ -188,12 +189,25 @@ def attach_losses(
     routes = count_experts(routing.expert_ids, routing.logits.shape[-1])
     tokens = routes.new_full((), len(routing.logits)) if padding_mask is None else (~padding_mask).sum()
     observed = Observed(routes, tokens, routes.new_zeros(()) if routing.dropped is None else routing.dropped)
-    values = {name: loss.detach() for name, loss in losses.items()}
+    return _attach(output, total, observed, {name: loss.detach() for name, loss in losses.items()}, load)
+
+
+def count_in_backward(
+    output: Tensor, expert_ids: Tensor, num_experts: int, load: LoadCounter, padding_mask: Tensor | None = None
+) -> Tensor:
+    """`attach_losses` without losses, for `expert_ids` `[T, K]` of any router."""
+    routes = count_experts(expert_ids, num_experts)
+    tokens = routes.new_full((), len(expert_ids)) if padding_mask is None else (~padding_mask).sum()
+    observed = Observed(routes, tokens, routes.new_zeros(()))
+    return _attach(output, output.new_zeros(()), observed, {}, load)
+
+
+def _attach(output: Tensor, loss: Tensor, observed: Observed, values: dict[str, Tensor], load: LoadCounter) -> Tensor:
     if not output.requires_grad:
         if not is_recompute():
             load.record(observed, values)
         return output
-    return _AttachLosses.apply(output, total, observed, values, load)  # type: ignore[return-value]
+    return _AttachLosses.apply(output, loss, observed, values, load)  # type: ignore[return-value]
 
 
 class _AttachLosses(Function):

@@ -49,5 +49,6 @@ def export(
         save_peft_adapter(model, source.family, source.lora, source.base_path, destination, dtype)
         return ""
     merge_lora(model)
-    export_hf(model, source.family.hf_keys, source.assets, destination, dtype, max_shard_bytes=max_shard_bytes)
-    return left_out(model, source.family.hf_keys)
+    keys = source.family.keys(model)
+    export_hf(model, keys, source.assets, destination, dtype, max_shard_bytes=max_shard_bytes)
+    return left_out(model, keys)

@@ -175,7 +175,7 @@ def open_model(
 
 def _open_weights(folder: Path, model: PreTrainedModel, family: Family) -> HFCheckpoint:
     weights = HFCheckpoint.open(folder)
-    weights.check(model, family.hf_keys)
+    weights.check(model, family.keys(model))
     return weights
 
 

@@ -65,14 +65,15 @@ def model_flops_per_token(model: PreTrainedModel, seq_len: int, *, causal: bool 
         seq_len: `S`.
         causal: whether attention looks back alone.
     """
-    experts = {parameter for layer in moe_layers(model).values() for parameter in layer.experts.parameters()}
+    layers = moe_layers(model).values()
+    experts = {parameter for layer in layers for parameter in layer.experts.slot_parameters().values()}
     operations = _products(parameter for parameter in model.parameters() if parameter not in experts)
     embedding, head = model.get_input_embeddings().get_parameter("weight"), model.get_output_embeddings()
     if head is None or head.get_parameter("weight") is not embedding:
         operations -= _products([embedding])
-    for layer in moe_layers(model).values():
-        per_slot = _products(layer.experts.parameters()) // layer.placement.num_slots
-        operations += per_slot * layer.router.config.top_k
+    for layer in layers:
+        per_slot = _products(layer.experts.slot_parameters().values()) // layer.placement.num_slots
+        operations += per_slot * layer.top_k
     config: Any = model.config.get_text_config()
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

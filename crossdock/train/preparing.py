@@ -107,7 +107,8 @@ def build_training_model(
         force_load_balance=training.debug_moe_force_load_balance,
     )
     for layer in moe_layers(model).values():
-        layer.router.requires_grad_(not training.freeze_router)
+        if layer.router is not None:
+            layer.router.requires_grad_(not training.freeze_router)
         layer.experts.requires_grad_(not training.freeze_experts)
     if config.lora.rank:
         add_lora(model, config.lora, family.attention)
@@ -115,7 +116,7 @@ def build_training_model(
     checkpoint = find_checkpoint(start) if start is not None else None
     weights = None
     if start is not None and checkpoint is None:
-        weights = together(lambda: _open_weights(start, model, family.hf_keys))
+        weights = together(lambda: _open_weights(start, model, family.keys(model)))
     parallelize(
         model,
         dims.build_mesh(device.type, timedelta(seconds=config.job.comm_timeout_seconds)),

@@ -26,7 +26,7 @@ from crossdock.data import IGNORED_LABEL, Batch, TokenBatches, TooLong, evaluati
 from crossdock.dispatch import Traffic
 from crossdock.lora import adapters_of
 from crossdock.models import FAMILIES, batch_loss, count_parameters, export_hf, left_out, save_peft_adapter
-from crossdock.moe import finish_step, moe_layers, set_batch_totals
+from crossdock.moe import MoE, finish_step, moe_layers, set_batch_totals
 from crossdock.parallel import ParallelDims, clip_grad_norm_, plain_name
 from crossdock.routing import CollapseMonitor
 from crossdock.tools.evaluate import evaluate
@@ -105,7 +105,7 @@ class Trainer:
         )
         self.layers = list(moe_layers(self.model).values())
         names = [plain_name(name) for name in moe_layers(self.model)]
-        self._collapse = CollapseMonitor(names, self.layers[0].router.config.top_k)
+        self._collapse = CollapseMonitor(names, self.layers[0].top_k)
         self.speed = Speed.of(self.model, config.training.seq_len, device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         materialise_optimizer_state(self.optimizer)
@@ -254,9 +254,11 @@ class Trainer:
     def _gather_metrics(self, loss: torch.Tensor) -> tuple[dict[str, float], dict[str, float]]:
         """Loss and auxiliary losses (mean over layers) summed over the ranks, and the largest memory of a rank."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        first = self.layers[0]
+        names = first.coefficients.active() if isinstance(first, MoE) else ()
         auxiliary = {
             name: sum((layer.load.losses[name].double() for layer in self.layers if name in layer.load.losses), zero)
-            for name in self.layers[0].coefficients.active()
+            for name in names
         }
         memory = [zero + value for value in memory_use(self.device)]
         own = torch.stack([loss, *(value / len(self.layers) for value in auxiliary.values()), *memory])
@@ -312,7 +314,7 @@ class Trainer:
         destination = self.folder / (ADAPTER_FOLDER if lora.rank else EXPORT_FOLDER)
         if self.step == self._resumed_step and from_first_rank(destination.exists):
             return
-        keys, dtype = family.hf_keys, self.config.checkpoint.export_dtype
+        keys, dtype = family.keys(self.model), self.config.checkpoint.export_dtype
         try:
             if lora.rank:
                 base = self.config.initial_weights

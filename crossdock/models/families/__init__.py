@@ -16,6 +16,7 @@ from crossdock.models.families.qwen2 import Qwen2
 from crossdock.models.families.qwen3 import Qwen3
 from crossdock.models.families.qwen3_next import Qwen3Next
 from crossdock.models.family import Family
+from crossdock.models.generic import Generic
 
 __all__ = ["FAMILIES"]
 
@@ -31,5 +32,6 @@ _ALL: tuple[Family, ...] = (
     Qwen2(),
     Qwen3(),
     Qwen3Next(),
+    Generic(),
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in _ALL})
