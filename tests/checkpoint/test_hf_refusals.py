@@ -191,7 +191,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "an index that leads to the root": (
         _edit_index(lambda index: index["weight_map"].update({EXPERT: "/secret.safetensors"})),
-        ["weight_map of names to files in the same folder"],
+        ["it must be the name of a file in the same folder"],
     ),
     "an index that leads to the folder above": (
         _edit_index(lambda index: index["weight_map"].update({EXPERT: ".."})),
