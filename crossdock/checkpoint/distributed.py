@@ -126,11 +126,11 @@ class Checkpointer:
         self.wait()
         final = self.folder / f"step-{step:08d}"
         random_states = self._random_states()
-        error: Exception | None = None
+        uncopied: Exception | None = None
         if background is None:
             entries = self._entries(_contiguous)
         else:
-            entries, error = self._staged_entries()
+            entries, uncopied = self._staged_entries()
         tensors = {name: view for entry in entries for name, view in entry.views.items()}
         tensors |= {f"{_RANDOM}{device}.{self._rank}": state for device, state in random_states.items()}
         # torch hands the first rank's map to all.
@@ -142,7 +142,7 @@ class Checkpointer:
             "random_states": list(random_states),
             "counters": copy.deepcopy(counters),
         }
-        write = partial(self._write, error, final, tensors, files, state)
+        write = partial(self._write, uncopied, final, tensors, files, state)
         if background is None:
             write(None)
         else:
@@ -160,7 +160,7 @@ class Checkpointer:
 
     def _write(
         self,
-        error: Exception | None,
+        uncopied: Exception | None,
         final: Path,
         tensors: dict[str, Tensor],
         files: dict[str, int],
@@ -169,9 +169,9 @@ class Checkpointer:
     ) -> None:
         """Write a checkpoint beside its place, move it there and drop old ones; all collectives are in `group`.
 
-        Raises on all ranks where one comes with an `error`.
+        Raises on all ranks where one has `uncopied`, why it has no copy to write.
         """
-        raise_together(error, group)
+        raise_together(uncopied, group)
         beside = final.with_name(f".{final.name}.partial")
         self._on_first_rank(lambda: make_room(beside), group)
         try:
