@@ -295,7 +295,7 @@ class Ours:
         return {
             "HF load": (self.drop, self.load_hf, _nothing),
             "HF save": (lambda: _empty(self.hf), self.save_hf, lambda: _wait_for_disk(self.hf)),
-            "DCP save": (lambda: _empty(self.dcp), lambda: self.checkpointer().save(1, {}), _nothing),
+            "DCP save": (lambda: _empty(self.dcp), lambda: self.checkpointer().save(1, {}, blocking=True), _nothing),
             "DCP load": (self.drop, self.load_dcp, _nothing),
             "blocking save": (_nothing, lambda: self.checkpointer().save(1, {}, blocking=True), _nothing),
             "background save": (_nothing, lambda: self.checkpointer().save(1, {}), lambda: self.checkpointer().wait()),

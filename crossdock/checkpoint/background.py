@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,8 @@ class Staging:
     """Copies of this rank's tensors in the machine's memory, kept so that the next copy takes no memory."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        # This rank's part, and the whole that it is a part of.
+        self._kept: dict[str, tuple[Tensor, Tensor]] = {}
 
     def copy(self, name: str, tensor: Tensor) -> Tensor:
         """A copy of `tensor`, contiguous, laid out over the ranks as it is; overwritten by the next one of that name.
@@ -29,19 +31,24 @@ class Staging:
         One from a GPU is whole after `finish` only.
         """
         local = local_part(tensor)
-        buffer = self._buffers.get(name)
-        if buffer is None or (buffer.shape, buffer.dtype) != (local.shape, local.dtype):
-            buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
-            self._buffers[name] = buffer
+        buffer, whole = self._kept.get(name, (None, None))
+        if buffer is None or whole is None or _description(buffer, whole) != _description(local, tensor):
+            buffer = whole = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+            if isinstance(tensor, DTensor):
+                whole = as_shard(buffer, tensor.device_mesh, tensor.placements, tensor.shape)
+            self._kept[name] = buffer, whole
         buffer.copy_(local, non_blocking=True)
-        if not isinstance(tensor, DTensor):
-            return buffer
-        return as_shard(buffer, tensor.device_mesh, tensor.placements, tensor.shape)
+        return whole
 
     def finish(self) -> None:
         """Wait for copies from a GPU."""
-        if any(buffer.is_pinned() for buffer in self._buffers.values()):
+        if any(buffer.is_pinned() for buffer, _ in self._kept.values()):
             torch.cuda.current_stream().synchronize()
+
+
+def _description(local: Tensor, whole: Tensor) -> tuple[Any, ...]:
+    layout = (whole.device_mesh, whole.placements, whole.shape) if isinstance(whole, DTensor) else None
+    return local.shape, local.dtype, layout
 
 
 class Background:

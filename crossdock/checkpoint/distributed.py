@@ -131,7 +131,11 @@ class Checkpointer:
         self.wait()
         final = self.folder / f"step-{step:08d}"
         random_states = self._random_states()
-        entries = self._entries(_contiguous) if background is None else self._staged_entries()
+        uncopied: Exception | None = None
+        if background is None:
+            entries = self._entries(_contiguous)
+        else:
+            entries, uncopied = self._staged_entries()
         tensors = {name: view for entry in entries for name, view in entry.views.items()}
         tensors |= {f"{_RANDOM}{device}.{self._rank}": state for device, state in random_states.items()}
         # torch hands the first rank's map to all.
@@ -143,7 +147,7 @@ class Checkpointer:
             "random_states": list(random_states),
             "counters": copy.deepcopy(counters),
         }
-        write = partial(self._write, final, tensors, files, state)
+        write = partial(self._write, uncopied, final, tensors, files, state)
         if background is None:
             write(None)
         else:
@@ -161,13 +165,18 @@ class Checkpointer:
 
     def _write(
         self,
+        uncopied: Exception | None,
         final: Path,
         tensors: dict[str, Tensor],
         files: dict[str, int],
         state: dict[str, Any],
         group: dist.ProcessGroup | None,
     ) -> None:
-        """Write a checkpoint beside its place, move it there and drop old ones; all collectives are in `group`."""
+        """Write a checkpoint beside its place, move it there and drop old ones; all collectives are in `group`.
+
+        Raises on all ranks where one has `uncopied`, why it has no copy to write.
+        """
+        raise_together(uncopied, group)
         beside = final.with_name(f".{final.name}.partial")
         self._on_first_rank(lambda: make_room(beside), group)
         try:
@@ -213,18 +222,16 @@ class Checkpointer:
                 torch.cuda.set_rng_state(own)
         return state["counters"]
 
-    def _staged_entries(self) -> list[_Entry]:
-        """All tensors, copied: training may go on. Raises on all ranks where one has no memory for the copy."""
-        entries: list[_Entry] = []
-        error: Exception | None = None
+    def _staged_entries(self) -> tuple[list[_Entry], Exception | None]:
+        """All tensors, copied: training may go on. Or what kept this rank from it, which the others must hear of."""
         try:
             entries = self._entries(self._staging.copy)
             self._staging.finish()
+        except CheckpointError:  # on all ranks
+            raise
         except (MemoryError, RuntimeError) as caught:
-            refused = isinstance(caught, CheckpointError)
-            error = caught if refused else CheckpointError(f"no memory for the copy that is to be written: {caught}")
-        raise_together(error)
-        return entries
+            return [], CheckpointError(f"no memory for the copy that is to be written: {caught}")
+        return entries, None
 
     def _entries(self, taken: Callable[[str, Tensor], Tensor]) -> list[_Entry]:
         """All tensors of model and optimizer but the random state.

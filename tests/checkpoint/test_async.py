@@ -147,8 +147,8 @@ def fail_in_the_background(folder: str) -> dict[str, Any]:
         told["before the last"] = message_of(lambda: run.checkpointer.save(4, {}, blocking=True))
     no_memory = mock.patch.object(Staging, "copy", side_effect=MemoryError("none is left"))
     with no_memory if dist.get_rank() == 1 else nullcontext():
-        told["no memory on a rank"] = message_of(lambda: run.checkpointer.save(4, {}))
-    told["nothing was begun"] = message_of(run.checkpointer.wait)
+        told["begins without memory"] = message_of(lambda: run.checkpointer.save(4, {}))
+    told["no memory on a rank"] = message_of(run.checkpointer.wait)
     told["loads"] = loads()
     run.checkpointer.save(5, {})
     run.checkpointer.wait()
@@ -164,7 +164,7 @@ def test_a_failure_is_told_once_on_all_ranks_and_the_previous_checkpoint_loads(r
         assert "none is left" in told.pop("no memory on a rank")
         assert told.pop("loads")
         assert told.pop("loads the next")
-        assert told == dict.fromkeys(["begins", "once", "nothing was begun"], "no error")
+        assert told == dict.fromkeys(["begins", "once", "begins without memory"], "no error")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000005"]
 
 
