@@ -372,9 +372,10 @@ def _check_run_folder(config: Config) -> None:
     if os.path.isfile(saved):
         before = read_toml(Path(saved))
         for name in _FIXED:
-            old = attrgetter(name)(before)
+            value = attrgetter("data.row_packing" if name == "data.packing" else name)
+            old = value(before)
             valid = f"must be {old!r}, as in the run that {folder} holds; or choose another job.dump_folder"
-            _require(config, name, attrgetter(name)(config) == old, valid)
+            _require(config, name, value(config) == old, valid)
         old, dtype = before.training.dtype, config.training.dtype
         valid = f"the run that {folder} holds is {old}; weights of float64 and others do not mix"
         _require(config, "training.dtype", (old == "float64") == (dtype == "float64"), valid)
