@@ -65,7 +65,7 @@ def main() -> None:
         moe_intermediate_size=64,
         norm_topk_prob=True,
         max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
