@@ -133,7 +133,7 @@ def evaluate_command(arguments: list[str], options: argparse.Namespace) -> int:
 
         data, seq_len = _data_of(parsed, source), parsed.seq_len or source.seq_len
         tokens = together(lambda: prepare_tokens(data, source.assets), patient_group())
-        if (too_long := TooLong.of(tokens.train, seq_len)).count and rank == 0:
+        if (too_long := TooLong.of(tokens.train, seq_len)).conversations and rank == 0:
             _write(f"{too_long}\n")
         model = open_model(source, device, compute_dtype=_compute_dtype(parsed.dtype))
         batches = evaluation_batches(

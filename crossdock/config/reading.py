@@ -54,8 +54,6 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         config.data,
         source=tuple(_absolute_source(entry) for entry in config.data.source),
         chat_template=absolute(config.data.chat_template),
-        packing=config.data.row_packing,
-        attend_within_documents=config.data.within_documents,
     )
     validation = replace(config.validation, data=_absolute_source(config.validation.data))
     job = replace(config.job, dump_folder=folder)

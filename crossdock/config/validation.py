@@ -408,9 +408,10 @@ def _check_run_folder(config: Config) -> None:
     if os.path.isfile(saved):
         before = read_toml(Path(saved))
         for name in _FIXED:
-            old = attrgetter(name)(before)
+            value = attrgetter("data.row_packing" if name == "data.packing" else name)
+            old = value(before)
             valid = f"must be {old!r}, as in the run that {folder} holds; or choose another job.dump_folder"
-            _require(config, name, attrgetter(name)(config) == old, valid)
+            _require(config, name, value(config) == old, valid)
         base = before.initial_weights
         if before.lora.rank and config.initial_weights != base and os.path.exists(base):
             valid = f"must name {base!r}, the weights beside the adapters in {folder}; they are still there"

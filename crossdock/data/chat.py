@@ -56,7 +56,7 @@ class ChatTokenizer:
         self._encoder, self._plain_encoder = (_encoder(tokenizer.backend_tokenizer) for _ in range(2))
         self._plain_encoder.encode_special_tokens = True
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._special_ids = {self._encoder.token_to_id(token) for token in special}
+        self._special_ids = {number for token in special if (number := self._encoder.token_to_id(token)) is not None}
         longest_first = sorted(map(re.escape, special), key=len, reverse=True)
         self._special = re.compile("|".join(longest_first) or "(?!)")
 
@@ -106,7 +106,8 @@ class ChatTokenizer:
         template = self._tokenizer.get_chat_template(self._template, conversation.tools)
         if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             return None
-        (rendered,), (spans,) = render_jinja_template(
+        render: Any = render_jinja_template  # Its annotations say less than it returns.
+        (rendered,), (spans,) = render(
             [conversation.messages],
             tools=conversation.tools,
             chat_template=template,
@@ -186,10 +187,10 @@ class ChatTokenizer:
 class ChatEncoder:
     """Conversations to token ids and targets, as `Encoder` does texts; nothing is put between conversations."""
 
-    end_of_text_id: Final = None
-
     def __init__(self, tokenizer: ChatTokenizer, train_on: TrainOn) -> None:
-        self._tokenizer, self._train_on = tokenizer, train_on
+        self._tokenizer = tokenizer
+        self._train_on: TrainOn = train_on
+        self.end_of_text_id: int | None = None
         self.vocab_size = tokenizer.vocab_size
         self.dtype = "uint16" if self.vocab_size <= 1 << 16 else "uint32"
 

@@ -166,7 +166,7 @@ def read_rows(
 class TooLong(NamedTuple):
     """How many conversations do not fit a row, and how many of these have none of their answers in it."""
 
-    count: int
+    conversations: int
     without_answer: int
 
     @classmethod
@@ -181,7 +181,7 @@ class TooLong(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.count:,} conversations are longer than a row: their ends are cut off, and "
+            f"{self.conversations:,} conversations are longer than a row: their ends are cut off, and "
             f"{self.without_answer:,} of them are left out, of which no answer would remain"
         )
 

@@ -92,7 +92,7 @@ class Trainer:
             packing=config.data.row_packing,
             attend_within_documents=config.data.within_documents,
         )
-        if (too_long := TooLong.of(tokens.train, config.training.seq_len)).count:
+        if (too_long := TooLong.of(tokens.train, config.training.seq_len)).conversations:
             self._tell(str(too_long))
         newest = from_first_rank(lambda: latest_step(self.folder / CHECKPOINT_FOLDER))
         self.model = build_training_model(config, dims, device, self.folder, tokens, is_new=newest is None)

@@ -339,7 +339,7 @@ def test_what_makes_tokens_or_targets_makes_the_cached_folder(
 
 
 def batches(prepared: Tokens, seq_len: int, **options: Any) -> list[Any]:
-    layout = {"seq_len": seq_len, "local_batch_size": 1, "dp_rank": 0, "dp_degree": 1}
+    layout: dict[str, Any] = {"seq_len": seq_len, "local_batch_size": 1, "dp_rank": 0, "dp_degree": 1}
     data = DataConfig(format="chat")
     layout |= {"packing": data.row_packing, "attend_within_documents": data.within_documents} | options
     return list(evaluation_batches(prepared.train, **layout))

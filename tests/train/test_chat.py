@@ -36,7 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _train(ranks: RankPool, folder: Path, name: str, world_size: int, source: str, *overrides: str) -> dict[str, Any]:
+def _train(
+    ranks: RankPool, folder: Path, name: str, world_size: int, source: str, *overrides: str
+) -> list[dict[str, Any]]:
     settings = [
         *("--data.format", "chat", "--data.source", str(folder / source), "--checkpoint.initial-load-in-hf"),
         *("--training.steps", "2", "--training.seq-len", str(SEQ_LEN)),
