@@ -15,6 +15,7 @@ from crossdock.models.family import Block, ExpertSizes, Family, Kernels, ModelEr
 from crossdock.models.hf_experts import UnknownExperts, experts_formula, experts_params, is_experts
 from crossdock.models.hf_keys import converted_keys
 from crossdock.models.padding import keep_padding_mask
+from crossdock.moe import moe_layers
 from crossdock.moe_config import MoEConfig
 from crossdock.routed_experts import RoutedExperts
 
@@ -88,6 +89,9 @@ class Generic(Family):
             raise ModelError(
                 "name", self.name, f"{model.config.model_type} has {error}, which ours compute not"
             ) from None
+        if not moe_layers(model):
+            valid = f"{model.config.model_type} has no experts that transformers' registry of experts knows"
+            raise ModelError("name", self.name, valid)
         keep_padding_mask(model)
         return model
 

@@ -65,18 +65,18 @@ def experts_formula(experts: nn.Module) -> ExpertsFormula:
         UnknownExperts: for what our backends would compute wrongly.
     """
     module: Any = experts
-    # The one that most have is a function of that decorator.
-    own_gate = module.has_gate and type(module)._apply_gate.__module__ != _DECORATOR
-    if own_gate:
+    reasons = ["a norm after each expert"] * bool(module.has_post_expert_norm)
+    activation = getattr(module, "act_fn", None)
+    # The gating function that most have is one of the decorator's.
+    if module.has_gate and type(module)._apply_gate.__module__ != _DECORATOR:
         formula = _formula_of_gate(module)
-        missing = formula is None and "a gating function of its own"
+        missing = "a gating function of its own"
     else:
-        activation = _ACTIVATIONS.get(type(getattr(module, "act_fn", None)))
-        formula = ExpertsFormula(activation or "silu", gated=module.has_gate)
-        missing = activation is None and f"the activation {type(getattr(module, 'act_fn', None)).__name__}"
-    reasons = ["a norm after each expert"] * bool(module.has_post_expert_norm) + [missing] * bool(missing)
-    if reasons or formula is None:
-        raise UnknownExperts(", ".join(map(str, reasons)))
+        name = _ACTIVATIONS.get(type(activation)) or _name_of_values(activation)
+        formula = None if name is None else ExpertsFormula(name, gated=module.has_gate)
+        missing = f"the activation {getattr(activation, '__name__', type(activation).__name__)}"
+    if formula is None or reasons:
+        raise UnknownExperts(", ".join([*reasons, *([missing] if formula is None else [])]))
     return formula
 
 
@@ -90,18 +90,33 @@ def _formula_of_gate(module: Any) -> ExpertsFormula | None:
     most = 2 * max(limits, default=1.0) + 4
     gate, up = (torch.linspace(-most, most, 61, device="cpu").roll(shift) for shift in (0, 17))
     halves = torch.cat([gate, up]) if module.is_concatenated else torch.stack([gate, up], dim=-1).flatten()
-    try:
-        expected = module._apply_gate(halves[None])[0]
-    except (RuntimeError, TypeError, ValueError, AttributeError):
-        return None
-    for activation in ACTIVATIONS:
+    expected = _values(module._apply_gate, halves[None])
+    for name in ACTIVATIONS:
         for limit in (None, *sorted(limits)):
             for up_offset in (0.0, 1.0):
-                formula = ExpertsFormula(activation, limit=limit, up_offset=up_offset)
-                if _equal(formula.activate(gate, up), expected):
+                formula = ExpertsFormula(name, limit=limit, up_offset=up_offset)
+                if _equal(formula.activate(gate, up)[None], expected):
                     return formula
     return None
 
 
-def _equal(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.shape == theirs.shape and torch.allclose(ours, theirs.to(ours.dtype), rtol=1e-5, atol=1e-6)
+@torch.no_grad()
+def _name_of_values(activation: Any) -> ActivationName | None:
+    """The activation that has the values of a function that is none of transformers' modules."""
+    probe = torch.linspace(-8, 8, 61, device="cpu")
+    expected = _values(activation, probe)
+    return next((name for name, (function, _) in ACTIVATIONS.items() if _equal(function(probe), expected)), None)
+
+
+def _values(function: Any, probe: Tensor) -> Tensor | None:
+    """What a function gives; `None` where it is none of a single tensor."""
+    try:
+        return function(probe)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _equal(ours: Tensor, theirs: Tensor | None) -> bool:
+    if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
+        return False
+    return torch.allclose(ours, theirs.to(ours.dtype), rtol=1e-5, atol=1e-6)
