@@ -31,6 +31,7 @@ from crossdock.dispatch import choose_deepep_api, find_nodes, load_deepep
 from crossdock.lora import LoRAError, add_lora
 from crossdock.models import FAMILIES, ExpertSizes, ModelError, PeftAdapter, build_model, resolve_hf_config
 from crossdock.models.family import DEEPEP_SUFFIX
+from crossdock.models.generic import Generic
 from crossdock.moe import moe_layers
 from crossdock.moe_config import MoEConfigError
 from crossdock.parallel import LayoutError, ParallelDims
@@ -260,6 +261,8 @@ def _check_lora(config: Config, hf_config: PreTrainedConfig) -> None:
     _require(config, "lora.rank", bool(config.initial_weights), f"{valid}checkpoint.initial_load_path")
     unique = bool(lora.targets) and len(set(lora.targets)) == len(lora.targets)
     _require(config, "lora.targets", unique, "must be attention, experts or both, each once")
+    valid = "must be attention alone with model.name = generic, which knows no adapters of experts"
+    _require(config, "lora.targets", not isinstance(family, Generic) or "experts" not in lora.targets, valid)
     for name in ("training.freeze_router", "training.freeze_experts"):
         frozen = attrgetter(name)(config)
         _require(config, name, not frozen, "does not go with lora.rank: LoRA leaves all weights as they are")

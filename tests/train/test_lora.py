@@ -185,6 +185,7 @@ MISTAKES = [
     ([FROM_HF, "--lora.rank=4", "--lora.alpha=0"], "lora.alpha", "positive"),
     ([FROM_HF, "--lora.rank=4", "--lora.targets="], "lora.targets", "attention, experts or both"),
     ([FROM_HF, "--lora.rank=4", "--lora.targets=mlp"], "lora.targets", "attention"),
+    ([FROM_HF, "--lora.rank=4", "--model.name=generic"], "lora.targets", "generic"),
     ([FROM_HF, "--lora.rank=4", "--training.freeze-router"], "training.freeze_router", "leaves all weights"),
     ([FROM_HF, "--lora.rank=4", "--training.freeze-experts"], "training.freeze_experts", "leaves all weights"),
     ([FROM_HF, "--lora.adapter-path=HF"], "lora.adapter_path", "needs lora.rank"),
