@@ -39,7 +39,8 @@ def test_command_works(
 ) -> None:
     for name in ("runs", "speech.txt"):
         (tmp_path / name).symlink_to(folder / name)
-    (tmp_path / "Qwen3-30B-A3B").symlink_to(folder / RUN / "hf")
+    for name in ("Qwen3-30B-A3B", "granite-3.1-1b-a400m-base"):  # the generic adapter takes any family
+        (tmp_path / name).symlink_to(folder / RUN / "hf")
     monkeypatch.chdir(tmp_path)
     arguments = [RUN if word == "MODEL" else word for word in shlex.split(command)]
     # Smaller, not other, work.

@@ -110,6 +110,7 @@ def evaluate_command(arguments: list[str], options: argparse.Namespace) -> int:
     def check(source: ModelSource) -> None:
         from crossdock.config import ConfigError
         from crossdock.data import check_chat_template, check_source, read_chat_template
+        from crossdock.models import most_positions
 
         source.tokenizer()
         check_source(parsed.data)
@@ -119,7 +120,7 @@ def evaluate_command(arguments: list[str], options: argparse.Namespace) -> int:
                 raise ConfigError(name, given, "needs --format chat")
         if read_chat_template(parsed.chat_template) is None and chat:
             check_chat_template(source.assets)
-        most = source.hf_config.max_position_embeddings
+        most = most_positions(source.hf_config)
         if (parsed.seq_len or 1) > most:
             raise ConfigError("--seq-len", parsed.seq_len, f"at most the model's {most} positions")
 
@@ -219,6 +220,9 @@ def _parser(command: str, description: str, *, has_dtype: bool = True) -> Parser
     parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint, or folder in Hugging Face's format")
     if has_dtype:
         parser.add_argument("--dtype", default=_DTYPES[0], choices=_DTYPES, help=f"of the computation ({_DTYPES[0]})")
+        parser.add_argument("--family", default="", help="as model.name; else that of its model_type")
+    else:
+        parser.set_defaults(family="")
     return parser
 
 
@@ -243,7 +247,7 @@ def _on_ranks(
     from crossdock.train.launch import run_rank, start_ranks
     from crossdock.train.together import TrainingStopped
 
-    source = find_model(Path(parsed.model).absolute())
+    source = find_model(Path(parsed.model).absolute(), parsed.family)
 
     def act(device: torch.device) -> int:
         action(source, device, int(os.environ["RANK"]))

@@ -29,7 +29,15 @@ from crossdock.data import (
 )
 from crossdock.dispatch import choose_deepep_api, find_nodes, load_deepep
 from crossdock.lora import LoRAError, add_lora
-from crossdock.models import FAMILIES, ExpertSizes, ModelError, PeftAdapter, build_model, resolve_hf_config
+from crossdock.models import (
+    FAMILIES,
+    ExpertSizes,
+    ModelError,
+    PeftAdapter,
+    build_model,
+    most_positions,
+    resolve_hf_config,
+)
 from crossdock.models.family import DEEPEP_SUFFIX
 from crossdock.models.generic import Generic
 from crossdock.moe import moe_layers
@@ -190,6 +198,9 @@ def _check_trackers(config: Config) -> None:
 
 def _check_model(config: Config) -> PreTrainedConfig:
     chosen, attention = config.run_model, config.model.attn_implementation
+    for name in ("training.freeze_router", "training.debug_moe_force_load_balance"):
+        own = chosen.name == "generic" and attrgetter(name)(config)
+        _require(config, name, not own, "must be false with model.name = generic, which keeps the family's own router")
     assets = chosen.hf_assets_path
     try:
         model: Any = resolve_hf_config(chosen)
@@ -208,7 +219,7 @@ def _check_model(config: Config) -> PreTrainedConfig:
         raise ConfigError("model.hf_assets_path", assets, cause) from error
     if assets:
         _check_tokenizer(assets, model.vocab_size)
-    most = model.max_position_embeddings
+    most = most_positions(model)
     _require(config, "training.seq_len", config.training.seq_len <= most, f"at most the model's {most} positions")
     return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ __all__ = [
     "initialise_weights",
     "left_out",
     "materialise",
+    "most_positions",
     "no_adapter",
     "replace_experts",
     "resolve_hf_config",
@@ -65,6 +67,12 @@ def resolve_hf_config(config: ModelConfig) -> PreTrainedConfig:
     if (flavor or "debug") not in family.flavors:
         raise ModelError("flavor", config.flavor, f"one of {', '.join(family.flavors)}, each also with -deepep")
     return family.hf_config(flavor or "debug")
+
+
+def most_positions(config: PreTrainedConfig) -> int:
+    """The longest sequence that a configuration is for; without end where it names none."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return sys.maxsize if most is None else most
 
 
 def no_adapter(model_type: object) -> str:

@@ -92,8 +92,8 @@ def converted_keys(model: PreTrainedModel) -> HFKeys:
     places: dict[tuple[str, int], Sequence[_Place]] = {}
     for prefix, module in modules.items():
         ours = _as_ours(module, {name: stand_ins[f"{prefix}.{name}"] for name, _ in module.named_parameters()})
-        for name, param in ours._asdict().items():
-            for expert, matrix in enumerate(() if param is None else param):
+        for name, param in ((name, param) for name, param in ours._asdict().items() if param is not None):
+            for expert, matrix in enumerate(param):
                 found = _places(matrix, param, stored, owners)
                 # Halves of a vector would have to be read in parts.
                 if not found or (matrix.ndim == 1 and len(found) > 1) or sum(p.half is not None for p in found) == 1:

@@ -15,7 +15,17 @@ from crossdock.checkpoint import CHECKPOINT_FOLDER, Checkpointer, CheckpointErro
 from crossdock.config import ASSETS_FOLDER, RUN_CONFIG_FILE, ConfigError, expert_parallel_degrees, read_toml
 from crossdock.data import ChatTokenizer, DataConfig, DataError, open_tokenizer, vocabulary_size
 from crossdock.lora import LoRAConfig, add_lora
-from crossdock.models import FAMILIES, Family, ModelConfig, ModelError, build_model, materialise, resolve_hf_config
+from crossdock.models import (
+    FAMILIES,
+    Family,
+    ModelConfig,
+    ModelError,
+    build_model,
+    materialise,
+    most_positions,
+    no_adapter,
+    resolve_hf_config,
+)
 from crossdock.moe_config import MoEConfig
 from crossdock.parallel import ParallelDims, parallelize
 
@@ -76,13 +86,14 @@ class ModelSource:
         return ChatTokenizer(self.assets)
 
 
-def find_model(path: Path) -> ModelSource:
+def find_model(path: Path, family_name: str = "") -> ModelSource:
     """The model at `path`: a run folder (its newest checkpoint), a checkpoint, or a folder in Hugging Face's format.
 
     Reads settings and headers alone. Needs no process group.
 
     Args:
         path: the folder.
+        family_name: of one in Hugging Face's format, as `model.name`; empty for the one that is for its `model_type`.
 
     Raises:
         ConfigError: for a path that holds no model, or one whose weights do not fit its configuration.
@@ -101,7 +112,7 @@ def find_model(path: Path) -> ModelSource:
         lora, base_path = config.lora, config.initial_weights if config.lora.rank else ""
         dtype = torch.float64 if config.training.dtype == "float64" else torch.float32
     elif (path / "config.json").is_file():
-        name, moe, assets, weights = _family_of(path), MoEConfig(), path, None
+        name, moe, assets, weights = family_name or _family_of(path), MoEConfig(), path, None
         seq_len = 1024
     else:
         found = "no checkpoint yet" if (path / RUN_CONFIG_FILE).is_file() else "no config.json"
@@ -120,7 +131,7 @@ def find_model(path: Path) -> ModelSource:
     except Exception as error:  # Whatever transformers raises for a config.json that it cannot make a model of.
         cause = f"its config.json makes no model ({type(error).__name__}: {error})"
         raise ConfigError("model", str(path), cause) from error
-    seq_len = min(seq_len, hf_config.max_position_embeddings)
+    seq_len = min(seq_len, most_positions(hf_config))
     end_of_text_ids = _end_of_text_ids(assets)
     return ModelSource(
         path, family, hf_config, moe, assets, weights, lora, base, base_path, seq_len, data, dtype, end_of_text_ids
@@ -201,7 +212,6 @@ def _family_of(folder: Path) -> str:
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError("model", str(folder), f"its config.json cannot be read ({error})") from None
     for name, family in FAMILIES.items():
-        if family.model_type == model_type:
+        if family.model_type and family.model_type == model_type:
             return name
-    known = ", ".join(family.model_type for family in FAMILIES.values())
-    raise ConfigError("model", str(folder), f"its config.json has model_type {model_type!r}; known: {known}")
+    raise ConfigError("model", str(folder), f"its config.json has model_type {model_type!r}; {no_adapter(model_type)}")

@@ -16,12 +16,23 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from crossdock.checkpoint import CheckpointError, HFCheckpoint, save_hf
-from crossdock.models import FAMILIES, batch_loss, build_model, materialise, replace_experts
+from crossdock.config import ConfigError
+from crossdock.models import (
+    FAMILIES,
+    ModelConfig,
+    ModelError,
+    batch_loss,
+    build_model,
+    materialise,
+    replace_experts,
+    resolve_hf_config,
+)
 from crossdock.models.hf_experts import UnknownExperts
 from crossdock.models.hf_keys import converted_keys
 from crossdock.moe import finish_step, moe_layers
 from crossdock.moe_config import MoEConfig, MoEConfigError
 from crossdock.parallel import ParallelDims, clip_grad_norm_, parallelize, plain_name
+from crossdock.tools.opening import find_model
 from tests.checkpoint.hf_folders import differences, read_tensors
 from tests.models.tiny_generic import families_with_a_plan, model_class, tiny_config, tiny_model
 from tests.ranks import RankPool
@@ -234,3 +245,21 @@ def test_settings_of_a_router_are_refused_by_name(name: str, value: Any) -> None
         model = model_class(config)(config)
     with pytest.raises(MoEConfigError, match=f"{name} = .*model.name = generic keeps the family's own"):
         replace_experts(model, config, MoEConfig(**{name: value}))
+
+
+def test_the_program_in_the_docs_runs(tmp_path: Path) -> None:
+    tiny_model(tiny_config(families_with_a_plan()["granitemoe"])).save_pretrained(tmp_path)
+    (program,) = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {"folder": tmp_path}
+    exec(compile(program, "docs/models.md", "exec"), names)
+    assert len(moe_layers(names["model"])) == 2
+
+
+def test_a_family_without_an_adapter_is_told_of_the_generic_one(tmp_path: Path) -> None:
+    tiny_model(tiny_config(families_with_a_plan()["granitemoe"])).save_pretrained(tmp_path)
+    told = r"adapters for .*qwen3_moe.*; set model.name = generic for granitemoe"
+    with pytest.raises(ModelError, match=told):
+        resolve_hf_config(ModelConfig(hf_assets_path=str(tmp_path)))
+    with pytest.raises(ConfigError, match=told):
+        find_model(tmp_path)
+    assert find_model(tmp_path, "generic").hf_config.model_type == "granitemoe"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers.models
@@ -121,7 +121,7 @@ def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """transformers' causal language model of this configuration, or the text model of a multimodal one."""
     if type(config) in AutoModelForCausalLM._model_mapping:
-        return AutoModelForCausalLM._model_mapping[type(config)]
+        return cast(Any, AutoModelForCausalLM._model_mapping[type(config)])
     module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
     values = (value for value in vars(module).values() if isinstance(value, type))
     models = [value for value in values if issubclass(value, PreTrainedModel) and value.__module__ == module.__name__]
