@@ -95,13 +95,11 @@ def _rewritten_answer(renderer: Renderer, conversation: Conversation, text: str,
     following = rest.removeprefix(end)
     if not rest.startswith(end) or not text.endswith(following):
         raise _untold(conversation, index, "it ends in another way when messages follow")
-    if text.startswith(prompt):
-        return Span(len(prompt), len(text) - len(following))
-    # Messages before it were rewritten, too, or the header goes on with the beginning of thoughts that are left out.
+    # The header may go on with the beginning of thoughts that are left out here, and is there in part.
     header = prompt.removeprefix(renderer.render(conversation, messages[:index]))
     most = range(-(-len(header) // 2), len(header) + 1)
     if header == prompt or not any(head.endswith(header[:size]) for size in most) or not text.startswith(head):
-        raise _untold(conversation, index, "the messages before it are shown in another way when it follows")
+        raise _untold(conversation, index, "what is before it is shown in another way when it follows")
     return Span(len(head), len(text) - len(following))
 
 

@@ -119,8 +119,8 @@ def test_white_space_is_not_lost_to_a_tokenizer_that_trims_the_places_of_tokens(
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # type: ignore[assignment]
     tokenizer.save(str(folder / "tokenizer.json"))
-    for template in (CHATML, TAGGED):
-        assert texts(folder, *encoded(folder, turns("a", " \n b "), template)) == [" \n b <|im_end|>"]
+    for template, end in ((CHATML, "<|im_end|>"), (TAGGED, "<|im_end|>"), (PLAIN, "\n\n")):
+        assert texts(folder, *encoded(folder, turns("a", " \n b "), template)) == [f" \n b {end}"]
 
 
 def test_a_token_across_the_border_is_the_prompts(tmp_path: Path) -> None:
