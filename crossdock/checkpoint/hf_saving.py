@@ -20,7 +20,7 @@ from crossdock.comm import raise_together
 from crossdock.moe import moe_layers
 from crossdock.parallel import plain_name
 
-__all__ = ["save_hf"]
+__all__ = ["as_stored", "save_hf"]
 
 _FILE_BYTES = 2 * 2**30
 
@@ -56,7 +56,7 @@ def save_hf(model: nn.Module, keys: HFKeys, folder: Path, dtypes: Mapping[str, s
         if error is not None or not (writes_experts if of_one_expert else rank == 0):
             continue
         try:
-            writer.add(part.name, _as_stored(part, whole).to("cpu", DTYPES[dtypes.get(part.name, default_dtype)]))
+            writer.add(part.name, as_stored(part, whole).to("cpu", DTYPES[dtypes.get(part.name, default_dtype)]))
         except (OSError, RuntimeError, SafetensorError) as caught:  # RuntimeError: no memory for it.
             error = caught
     try:
@@ -92,7 +92,7 @@ def _parts_of(model: nn.Module, keys: HFKeys) -> Iterator[tuple[Part, Tensor, bo
             yield part, whole.detach()[slots], False
 
 
-def _as_stored(part: Part, whole: Tensor) -> Tensor:
+def as_stored(part: Part, whole: Tensor) -> Tensor:
     """What a checkpoint's tensor holds of a parameter, an expert of it, or (packed) all its experts."""
     if part.interleaved:
         return torch.stack(whole.chunk(2, dim=-1), dim=-1).flatten(-2)

@@ -4,7 +4,7 @@ from crossdock.data.batches import MIXTURE_BLOCK, TokenBatches, evaluation_batch
 from crossdock.data.config import DataConfig, DataError, Packing
 from crossdock.data.packing import IGNORED_LABEL, Batch
 from crossdock.data.sources import check_source, is_path
-from crossdock.data.tokenizer import open_tokenizer, vocabulary_size
+from crossdock.data.tokenizer import open_tokenizer, read_tokenizer, vocabulary_size
 from crossdock.data.tokens import TokenFile, Tokens, prepare_tokens
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "mixture_quotas",
     "open_tokenizer",
     "prepare_tokens",
+    "read_tokenizer",
     "vocabulary_size",
 ]
