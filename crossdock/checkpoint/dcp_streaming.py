@@ -26,7 +26,7 @@ _FILE_BYTES = 128 * 2**20  # Saving holds a file's bytes three times.
 def stream_checkpoint(
     weights: HFCheckpoint, model: nn.Module, keys: HFKeys, folder: Path, progress: Callable[[int, int], None]
 ) -> None:
-    """Write `weights` as the checkpoint of step 0 below `folder`: what `Checkpointer.save` writes, without an optimizer.
+    """Write `weights` as the checkpoint of step 0 below `folder`, as `Checkpointer.save` does without an optimizer.
 
     Args:
         weights: checked ones.

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, HuggingFaceStorageReader
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from crossdock.checkpoint.folders import CheckpointError
 from crossdock.checkpoint.hf import HFCheckpoint, HFKeys, Part, views_of
@@ -94,20 +92,21 @@ class DCPTensors:
     def __init__(self, folder: Path, reader: FileSystemReader) -> None:
         self.folder = folder
         self._reader = reader
-        stored = reader.read_metadata().state_dict_metadata
+        self._metadata = reader.read_metadata()
+        reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        stored = self._metadata.state_dict_metadata
         self.sizes = {name: about for name, about in stored.items() if isinstance(about, TensorStorageMetadata)}
 
     def read(self, name: str) -> Tensor:
         """The whole tensor. Raises CheckpointError."""
         about = self.sizes[name]
         tensor = torch.empty(about.size, dtype=about.properties.dtype)
+        planner = DefaultLoadPlanner()
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that there is one process
-                dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True)
-        except CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
-            raise CheckpointError(f"cannot read {name} in {self.folder}: {type(cause).__name__}: {cause}") from None
+            planner.set_up_planner({name: tensor}, self._metadata, is_coordinator=True)
+            self._reader.read_data(planner.create_local_plan(), planner).wait()
+        except Exception as error:  # Whatever is wrong with a file, torch asserts something.
+            raise CheckpointError(f"cannot read {name} in {self.folder}: {type(error).__name__}: {error}") from error
         return tensor
 
     def as_hf(self, located: Mapping[str, Located]) -> HFCheckpoint:
@@ -117,9 +116,7 @@ class DCPTensors:
             located: names of Hugging Face's format, and where they are; those that are not in the folder are left out.
         """
         there = {
-            name: entry
-            for name, entry in located.items()
-            if all(place.name in self.sizes for _, place in entry.places)
+            name: entry for name, entry in located.items() if all(place.name in self.sizes for _, place in entry.places)
         }
         uses = Counter(place.name for entry in there.values() for _, place in entry.places)
         recent = _Recent(self, {name for name, count in uses.items() if count > 1})
@@ -210,17 +207,6 @@ def _name_of(dtype: torch.dtype) -> str:
     return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
 
 
-class _OwnReader(HuggingFaceStorageReader):
-    """Reads the headers once."""
-
-    _metadata: Metadata | None = None
-
-    def read_metadata(self) -> Metadata:
-        if self._metadata is None:
-            self._metadata = super().read_metadata()
-        return self._metadata
-
-
 def checkpoint_as_hf(folder: Path, model: nn.Module, keys: HFKeys) -> HFCheckpoint:
     """The weights of one of our checkpoints, which `read_state` has looked at, as a folder of Hugging Face's format.
 
@@ -228,9 +214,9 @@ def checkpoint_as_hf(folder: Path, model: nn.Module, keys: HFKeys) -> HFCheckpoi
         CheckpointError: for files that are damaged, or weights that do not fit `model`.
     """
     try:
-        tensors = DCPTensors(folder, _OwnReader(str(folder)))
+        tensors = DCPTensors(folder, HuggingFaceStorageReader(str(folder)))
     except Exception as error:  # Whatever safetensors raises for a file that is none.
-        raise CheckpointError(f"checkpoint {folder}: cannot read its files: {error}") from None
+        raise CheckpointError(f"checkpoint {folder}: cannot read its files: {error}") from error
 
     def convention(name: str, expert: int | None, part: Part) -> Place:
         return our_rows(f"model.{name}", expert, part)

@@ -109,7 +109,7 @@ def open_foreign(folder: Path) -> DCPTensors:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # A damaged pickle may raise anything.
-        raise CheckpointError(f"cannot read {path}: {error}") from None
+        raise CheckpointError(f"cannot read {path}: {error}") from error
     try:
         metadata = _metadata(found)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -135,7 +135,8 @@ def _metadata(found: Any) -> Metadata:
             raise ValueError(f"{place.fqn} is in {value['relative_path']!r}")
         if value.get("transform_descriptors"):
             raise ValueError(f"{place.fqn} is stored as {value['transform_descriptors']}, not as it is")
-        storage[place] = _StorageInfo(value["relative_path"], *_sizes([value["offset"], value["length"]]))
+        offset, length = _sizes([value["offset"], value["length"]])
+        storage[place] = _StorageInfo(value["relative_path"], offset, length)
     return Metadata(tensors, storage_data=storage)
 
 
@@ -173,7 +174,7 @@ def _check_places(folder: Path, metadata: Metadata) -> None:
     for index, info in metadata.storage_data.items():
         path = info.relative_path
         if path not in lengths:
-            if path in (".", "..") or Path(path).name != path:
+            if path in ("", "..") or Path(path).name != path:
                 raise CheckpointError(f"{folder}: {index.fqn} is in {path!r}, which is no file of this folder")
             if not (folder / path).is_file():
                 raise CheckpointError(f"{folder}: {path}, which holds {index.fqn}, is missing")

@@ -39,26 +39,22 @@ def foreign_weights(tensors: DCPTensors, model: PreTrainedModel, family: Family)
     names = tensors.sizes.keys()
     best: tuple[float, str] = (-1.0, "")
     for (kind, convention), prefix in product(_conventions(family, names).items(), _PREFIXES):
-
-        def prefixed(name: str, expert: int | None, part: Part, prefix: str = prefix, of: Convention = convention) -> Place:
-            place = of(name, expert, part)
-            return place._replace(name=prefix + place.name)
-
-        located = locate(model, family.hf_keys, prefixed)
+        located = locate(model, family.hf_keys, _prefixed(convention, prefix))
         wanted = {place.name for entry in located.values() for _, place in entry.places}
         if missing := sorted(wanted - names):
             share = 1 - len(missing) / len(wanted)
-            expected = f"{kind} fits best, and {len(missing)} of its {len(wanted)} names are not there: {_some(missing)}"
-            best = max(best, (share, expected), key=lambda each: each[0])
+            lacks = f"{len(missing)} of its {len(wanted)} names are not there: {_some(missing)}"
+            best = max(best, (share, f"{kind} fits best, and {lacks}"), key=lambda each: each[0])
             continue
         own = {name for name in names if name.startswith(prefix)} if prefix else {*names}
-        for name in own - wanted:
-            rest = name.removeprefix(prefix)
-            if not rest.startswith(_OTHERS):
-                located.setdefault(rest, Located([(Part(rest), Place(name))], 0))
-        weights = tensors.as_hf(located)
-        weights.check(model, family.hf_keys)
-        return weights
+        rest = {name.removeprefix(prefix): name for name in own - wanted}
+        others = {
+            name: Located([(Part(name), Place(there))], 0)
+            for name, there in rest.items()
+            if name not in located and not name.startswith(_OTHERS)
+        }
+        tensors.as_hf(located | others).check(model, family.hf_keys)
+        return tensors.as_hf(located)
     raise CheckpointError(
         f"the names in {tensors.folder} are not those of {family.model_type}: {best[1]}. There are "
         f"{_some(sorted(names)) or 'no tensors'}"
@@ -94,6 +90,14 @@ def _conventions(family: Family, names: Set[str]) -> dict[str, Convention]:
         "crossdock's naming by expert": our_rows,
     }
     return conventions | ({"torchtitan's naming": torchtitan} if family.name in TORCHTITAN_FAMILIES else {})
+
+
+def _prefixed(convention: Convention, prefix: str) -> Convention:
+    def prefixed(name: str, expert: int | None, part: Part) -> Place:
+        place = convention(name, expert, part)
+        return place._replace(name=prefix + place.name)
+
+    return prefixed
 
 
 def _some(names: list[str]) -> str:

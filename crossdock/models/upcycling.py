@@ -1,4 +1,4 @@
-"""A MoE model made of a dense one: every expert is a copy of the dense block, the router is drawn (arXiv 2212.05055)."""
+"""A MoE model made of a dense one: experts are copies of the dense block, routers are drawn (arXiv 2212.05055)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ UPCYCLED: Mapping[str, _Sibling] = MappingProxyType(
         "qwen3": _Sibling("qwen3", {"use_sliding_window": False}, ("layer_types", "max_window_layers"), _qwen3),
     }
 )
-"""By the `model_type` of a dense model. All normalise the weights of the chosen experts: equal ones give the dense output."""
+"""By the `model_type` of a dense model. All normalise the weights of a token's experts: equal ones give what it gives."""
 
 # Of the file, not of the model.
 _OF_THE_FILE = ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path")
@@ -77,7 +77,9 @@ def upcycled_config(folder: Path, model_type: str, num_experts: int, top_k: int)
     family = FAMILIES[sibling.family]
     for name, value in sibling.needs.items():
         if getattr(dense, name) != value:
-            raise ValueError(f"its config.json has {name} {getattr(dense, name)!r}; {family.model_type} has {value!r} alone")
+            raise ValueError(
+                f"its config.json has {name} {getattr(dense, name)!r}; {family.model_type} has {value!r} alone"
+            )
     fields = {name: value for name, value in dense.to_dict().items() if name not in (*_OF_THE_FILE, *sibling.dropped)}
     settings = sibling.settings(num_experts, top_k, dense.intermediate_size)
     config = CONFIG_MAPPING[family.model_type](**fields, **settings)
@@ -118,11 +120,10 @@ def upcycled_weights(dense: HFCheckpoint, model: PreTrainedModel, family: Family
                 raise CheckpointError(f"weights in {dense.folder} do not fit the model: {theirs} is missing")
             tensors[part.name] = dense.tensors[theirs]
             used.add(theirs)
-    # The check of what is left names what the dense model has and the other one has not.
-    tensors |= {name: stored for name, stored in dense.tensors.items() if name not in used and name not in tensors}
-    weights = HFCheckpoint(dense.folder, tensors)
-    weights.check(model, family.hf_keys)
-    return weights
+    # What is left is checked too: the dense model must have nothing that the other one has not.
+    left = {name: stored for name, stored in dense.tensors.items() if name not in used and name not in tensors}
+    HFCheckpoint(dense.folder, tensors | left).check(model, family.hf_keys)
+    return HFCheckpoint(dense.folder, tensors)
 
 
 class _Drawn(Stored):

@@ -228,11 +228,12 @@ def _write_run(conversion: Conversion, folder: Path, progress: Callable[[int, in
 
 def _known_source(path: Path) -> _Source:
     """A folder in Hugging Face's format, a run or a checkpoint."""
-    if not (path / "config.json").is_file() and (refusal := pickle_refusal(path)):
-        raise ConfigError("source", str(path), refusal)
     try:
         found = find_model(path)
     except ConfigError as error:
+        is_run, has_config = ((path / name).is_file() for name in (RUN_CONFIG_FILE, "config.json"))
+        if not (is_run or has_config) and (refusal := pickle_refusal(path)):
+            raise ConfigError("source", str(path), refusal) from None
         if _model_type(path) in UPCYCLED:
             valid = f"is a dense model ({_model_type(path)}); --upcycle E,K makes a MoE of it"
             raise ConfigError("source", str(path), valid) from None

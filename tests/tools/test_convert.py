@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from crossdock.checkpoint import dcp_streaming, find_checkpoint
+from crossdock.checkpoint import dcp_streaming
 from crossdock.config import ConfigError, load_config, validate
-from crossdock.models import FAMILIES
 from crossdock.tools.convert import ConvertOptions, convert, plan_conversion
 from crossdock.tools.opening import find_model, open_model
 from tests.checkpoint.hf_folders import differences, mixed, read_tensors, snapshot, write_shards
@@ -70,23 +66,17 @@ def test_hugging_face_to_dcp_and_back_gives_the_same_bits(
     back = converted(run, tmp_path / "back")
     assert differences(read_tensors(back), read_tensors(source)) == []
     ours, theirs = (AutoConfig.from_pretrained(folder).to_dict() for folder in (back, source))
-    assert {**ours, "dtype": None} == {**theirs, "dtype": None}
+    of_the_file = {"dtype": None, "_name_or_path": None}
+    assert ours | of_the_file == theirs | of_the_file
     AutoModelForCausalLM.from_pretrained(back)
 
 
 def test_a_converted_run_is_opened_on_two_ranks(families: dict[str, tuple[Path, Path]], ranks: RankPool) -> None:
-    names = ["deepseek_v3", "gpt_oss", "minimax_m2", "qwen3"]
+    names = ["deepseek_v3", "gpt_oss"]
     results = ranks.run(2, opened_logits, [str(families[name][1]) for name in names])
     for index, name in enumerate(names):
         for result in results:
             np.testing.assert_allclose(result[index], logits_of(families[name][0]), rtol=0, atol=1e-5, err_msg=name)
-
-
-def test_what_the_format_has_no_place_for_begins_with_zero(tmp_path: Path) -> None:
-    folder = converted(write_family(tmp_path / "hf", "qwen3", torch_dtype=None), tmp_path / "run")
-    text = (folder / "config.toml").read_text()
-    assert 'name = "qwen3"' in text
-    assert find_checkpoint(folder) == (folder / "checkpoint", 0)
 
 
 @pytest.mark.parametrize("size", ["1", "20000", "10000000"])
@@ -99,8 +89,10 @@ def test_files_have_the_size_that_was_asked_for(
     assert differences(tensors, read_tensors(source)) == []
     files = sorted(back.glob("*.safetensors"))
     total = sum(tensor.nbytes for tensor in tensors.values())
-    assert len(files) == {"1": len(tensors), "20000": len(files), "10000000": 1}[size]
-    assert len(files) >= total / int(size)
+    if size == "1":
+        assert len(files) == len(tensors)
+    else:
+        assert total / int(size) <= len(files) <= 2 * total / int(size) + 1
     largest = max(tensor.nbytes for tensor in tensors.values())
     for path in files:
         header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
@@ -243,7 +235,7 @@ def test_an_upcycled_model_has_the_dense_ones_logits(tmp_path: Path, model_type:
     config = AutoConfig.from_pretrained(moe)
     assert config.num_local_experts == 5
     assert config.num_experts_per_tok == top_k
-    assert config.architectures[0].lower().startswith(config.model_type.replace("_", ""))
+    assert [name.lower() for name in config.architectures or ()] == [config.model_type.replace("_", "") + "forcausallm"]
     routers = [tensor for name, tensor in read_tensors(moe).items() if name.endswith(".gate.weight")]
     assert [router.shape for router in routers] == [(5, 32)] * 2
     assert not torch.equal(*routers)
@@ -362,7 +354,7 @@ def test_the_command_says_what_it_did(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folders)
-    assert call(f"convert run {tmp_path}/out --dtype bfloat16 --file-size 0.1MB") == 0
+    assert call(f"convert run {tmp_path}/out --dtype bfloat16 --file-size 50KB") == 0
     lines = capsys.readouterr().out.splitlines()
     assert "qwen3_moe" in lines[0]
     assert lines[-1] == f"written: {tmp_path}/out"
