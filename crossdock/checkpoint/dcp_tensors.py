@@ -119,28 +119,30 @@ class DCPTensors:
             name: entry for name, entry in located.items() if all(place.name in self.sizes for _, place in entry.places)
         }
         uses = Counter(place.name for entry in there.values() for _, place in entry.places)
-        recent = _Recent(self, {name for name, count in uses.items() if count > 1})
+        recent = _Recent(self, uses)
         tensors: dict[str, Stored] = {name: _InFolder(recent, entry) for name, entry in there.items()}
         return HFCheckpoint(self.folder, tensors)
 
 
 class _Recent:
-    """Reads tensors; those that several others are made of are kept until two more have been read."""
+    """Reads tensors, and keeps one that others are still to be made of until two more such have been read."""
 
-    def __init__(self, tensors: DCPTensors, shared: set[str]) -> None:
+    def __init__(self, tensors: DCPTensors, uses: Mapping[str, int]) -> None:
         self.tensors = tensors
-        self._shared = shared
+        self._uses = dict(uses)
         self._kept: dict[str, Tensor] = {}
 
-    def read(self, name: str) -> Tensor:
-        if name in self._kept:
-            return self._kept[name]
-        if name not in self._shared:
-            return self.tensors.read(name)
-        while len(self._kept) > 1:  # Gate and up may be two tensors, which are needed in turn.
-            del self._kept[next(iter(self._kept))]
-        self._kept[name] = self.tensors.read(name)
-        return self._kept[name]
+    def read(self, name: str, uses: int = 1) -> Tensor:
+        """The tensor, for as many `uses` of it."""
+        tensor = self._kept.pop(name, None)
+        if tensor is None:
+            while len(self._kept) > 1:  # Gate and up may be two tensors, which are needed in turn.
+                del self._kept[next(iter(self._kept))]
+            tensor = self.tensors.read(name)
+        self._uses[name] -= uses
+        if self._uses[name] > 0:
+            self._kept[name] = tensor
+        return tensor
 
 
 class _InFolder(Stored):
@@ -170,7 +172,9 @@ class _InFolder(Stored):
     def _find_shape(self) -> None:
         sizes = self._source.tensors.sizes
         try:
-            made = self._made(lambda name: torch.empty(sizes[name].size, device="meta"), 0, len(self._located.places))
+            made = self._made(
+                lambda name, _=1: torch.empty(sizes[name].size, device="meta"), 0, len(self._located.places)
+            )
             self.shape = tuple(made.shape)
         except (IndexError, RuntimeError):  # Fewer dimensions than it should have, or ragged rows.
             (_, place), *_ = self._located.places
@@ -183,12 +187,12 @@ class _InFolder(Stored):
         packed = self._made(self._source.read, first, last)
         return packed[(slice(None), *(slice(*ends) for ends in others))]
 
-    def _made(self, read: Callable[[str], Tensor], first: int, last: int) -> Tensor:
+    def _made(self, read: Callable[..., Tensor], first: int, last: int) -> Tensor:
         """The tensor; of packed experts those from `first` until `last`."""
         places = self._located.places
         if self._packed and places[0][1].expert is not None:  # They lie together there, too.
             part, place = places[0]
-            return _taken(part, place, read(place.name)[first:last])
+            return _taken(part, place, read(place.name, last - first)[first:last])
         rows = []
         for part, place in places[first:last]:
             tensor = read(place.name)

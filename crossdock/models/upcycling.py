@@ -54,7 +54,7 @@ UPCYCLED: Mapping[str, _Sibling] = MappingProxyType(
         "qwen3": _Sibling("qwen3", {"use_sliding_window": False}, ("layer_types", "max_window_layers"), _qwen3),
     }
 )
-"""By the `model_type` of a dense model. All normalise the weights of a token's experts: equal ones give what it gives."""
+"""By the `model_type` of a dense model. All normalise a token's weights: equal experts give what it gives."""
 
 # Of the file, not of the model.
 _OF_THE_FILE = ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
 from collections.abc import Callable, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +254,25 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"names (posix.system|builtins.eval|torch.serialization.load)"):
             open_foreign(folder)
     assert not written.exists()
+
+
+class _OtherPython(pickle.Pickler):
+    """Pickles as Python 3.11.2 does, which looks enumerations up by name."""
+
+    def reducer_override(self, obj: Any) -> Any:  # type: ignore[override]
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, Enum) else NotImplemented
+
+
+def test_metadata_of_other_pythons(tmp_path: Path) -> None:
+    folder = save(tmp_path / "dcp", {"a": torch.ones(3)})
+    metadata = FileSystemReader(folder).read_metadata()
+    written = io.BytesIO()
+    _OtherPython(written, protocol=2, fix_imports=False).dump(metadata)
+    # Paths have a module of their own in Python 3.13.
+    moved = written.getvalue().replace(b"cpathlib\nPosixPath", b"cpathlib._local\nPosixPath")
+    assert moved != written.getvalue()
+    (folder / ".metadata").write_bytes(moved)
+    assert torch.equal(open_foreign(folder).read("a"), torch.ones(3))
 
 
 def test_a_pickle_changes_no_class_of_torchs(tmp_path: Path) -> None:

@@ -191,11 +191,15 @@ def write_large(folder: Path) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def test_it_takes_the_memory_of_a_few_files(ranks: RankPool, tmp_path: Path) -> None:
+def test_it_takes_the_memory_of_a_few_files(tmp_path: Path) -> None:
     size = write_large(tmp_path / "hf")
     assert size > 400e6
     file_bytes = 16 * 2**20
-    (peak,) = ranks.run(1, peak_of_anonymous_memory, str(tmp_path / "hf"), str(tmp_path / "run"), file_bytes)
+    fresh = RankPool()  # A process that has done other work has memory to spare that it has not given back.
+    try:
+        (peak,) = fresh.run(1, peak_of_anonymous_memory, str(tmp_path / "hf"), str(tmp_path / "run"), file_bytes)
+    finally:
+        fresh.close()
     assert peak < 3 * file_bytes + 24e6, f"{peak / 1e6:.0f} MB"
     assert differences(read_tensors(tmp_path / "run-back"), read_tensors(tmp_path / "hf")) == []
 
