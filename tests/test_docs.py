@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed.checkpoint as dcp
@@ -19,7 +20,7 @@ TEXT = (ROOT / "README.md").read_text() + (ROOT / "docs" / "models.md").read_tex
 COMMANDS = re.findall(r"^    (?:\.venv/bin/)?crossdock (.+)$", TEXT, re.MULTILINE)
 RUN = "runs/debug/20261121-101622"
 TITAN = "torchtitan/step-1000"
-DENSE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+DENSE: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="module")
