@@ -20,7 +20,13 @@ TEXT = (ROOT / "README.md").read_text() + (ROOT / "docs" / "models.md").read_tex
 COMMANDS = re.findall(r"^    (?:\.venv/bin/)?crossdock (.+)$", TEXT, re.MULTILINE)
 RUN = "runs/debug/20261121-101622"
 TITAN = "torchtitan/step-1000"
-DENSE: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+DENSE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +35,8 @@ def folder(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_assets(folder / "assets")
     arguments = (str(folder / "assets"), str(folder / RUN), str(folder / "cache"))
     ranks.run(1, run_trainer, *arguments, ["--training.steps", "1"])
-    dcp.save(AutoModelForCausalLM.from_pretrained(folder / RUN / "hf").state_dict(), checkpoint_id=folder / TITAN)
+    titan = AutoModelForCausalLM.from_pretrained(folder / RUN / "hf").state_dict()
+    dcp.save(titan, checkpoint_id=folder / TITAN, no_dist=True)
     Qwen3ForCausalLM(Qwen3Config(**DENSE)).save_pretrained(folder / "Qwen3-1.7B")
     (folder / "speech.txt").write_text("Fellow citizens of the Senate and of the House of Representatives. " * 3)
     return folder

@@ -23,17 +23,20 @@ from crossdock.checkpoint.folders import (
     saved_world_size,
 )
 from crossdock.checkpoint.foreign import METADATA_FILE, open_foreign
-from crossdock.checkpoint.hf import HFCheckpoint, HFKeys, Part, views_of
+from crossdock.checkpoint.hf import HFCheckpoint, HFKeys, Part, tensor_shapes, views_of
 from crossdock.checkpoint.hf_files import DTYPES, OpenFiles
 from crossdock.checkpoint.hf_saving import save_hf
 from crossdock.checkpoint.hf_streaming import stream_hf
+from crossdock.checkpoint.hf_writing import MAX_SHARD_BYTES
 from crossdock.checkpoint.optimizer import materialise_optimizer_state
 from crossdock.checkpoint.pickles import pickle_refusal
+from crossdock.checkpoint.state_dicts import expert_range, from_hf, to_hf, validate_experts
 from crossdock.checkpoint.stored import Stored
 
 __all__ = [
     "CHECKPOINT_FOLDER",
     "DTYPES",
+    "MAX_SHARD_BYTES",
     "METADATA_FILE",
     "CheckpointConfig",
     "CheckpointError",
@@ -48,7 +51,9 @@ __all__ = [
     "Place",
     "Stored",
     "checkpoint_as_hf",
+    "expert_range",
     "find_checkpoint",
+    "from_hf",
     "holds_weights_alone",
     "latest_step",
     "locate",
@@ -63,5 +68,8 @@ __all__ = [
     "saved_world_size",
     "stream_checkpoint",
     "stream_hf",
+    "tensor_shapes",
+    "to_hf",
+    "validate_experts",
     "views_of",
 ]

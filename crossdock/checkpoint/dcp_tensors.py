@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from crossdock.checkpoint.folders import CheckpointError
 from crossdock.checkpoint.hf import HFCheckpoint, HFKeys, Part, views_of
 from crossdock.checkpoint.hf_files import DTYPES, OpenFiles
-from crossdock.checkpoint.hf_saving import as_stored
 from crossdock.checkpoint.stored import Stored
+from crossdock.experts import halves_interleaved
 
 __all__ = ["Convention", "DCPTensors", "Located", "Place", "checkpoint_as_hf", "locate", "our_rows"]
 
@@ -202,9 +202,12 @@ class _InFolder(Stored):
 
 def _taken(part: Part, place: Place, tensor: Tensor) -> Tensor:
     """What `place` means of its tensor, of one expert or several, as Hugging Face's format has it."""
-    if place.as_ours:
-        return as_stored(part, tensor)
-    return tensor if place.rows is None else tensor[place.rows]
+    if not place.as_ours:
+        return tensor if place.rows is None else tensor[place.rows]
+    if part.interleaved:
+        return halves_interleaved(tensor)
+    piece = tensor if part.columns is None else tensor[:, part.columns]
+    return piece.t() if part.transposed else piece
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -11,7 +11,7 @@ from crossdock.moe import moe_layers
 from crossdock.parallel import as_shard, plain_name
 from crossdock.placement import EMPTY
 
-__all__ = ["ExpertRows"]
+__all__ = ["ExpertRows", "expert_rows"]
 
 
 class ExpertRows:
@@ -45,7 +45,7 @@ class ExpertRows:
         layer = self._layers.get(parameter)
         if layer is None or tensor.ndim == 0:
             return {plain_name(name): tensor}
-        rows = zip(layer.local_expert_ids, _rows(tensor), strict=True)
+        rows = zip(layer.local_expert_ids, expert_rows(tensor), strict=True)
         return {f"{plain_name(name)}.{expert}": row for expert, row in rows if expert != EMPTY}
 
     def all_names(self, name: str, parameter: nn.Parameter, tensor: Tensor) -> list[str]:
@@ -56,7 +56,7 @@ class ExpertRows:
         return [f"{plain_name(name)}.{expert}" for expert in range(layer.num_experts)]
 
 
-def _rows(tensor: Tensor) -> Iterator[Tensor]:
+def expert_rows(tensor: Tensor) -> Iterator[Tensor]:
     """The rows of this rank's part of an expert tensor `[P/R, A, B]`: each `[A, B]`, sharded over `A` or whole."""
     if not isinstance(tensor, DTensor):
         yield from tensor

@@ -26,7 +26,7 @@ from crossdock.moe import moe_layers
 from crossdock.parallel import local_part, local_with_offsets, plain_name
 from crossdock.placement import EMPTY
 
-__all__ = ["HFCheckpoint", "HFKeys", "Part", "read_part", "views_of"]
+__all__ = ["HFCheckpoint", "HFKeys", "Part", "read_part", "tensor_shapes", "views_of"]
 
 _SHOWN = 8
 
@@ -90,9 +90,9 @@ class HFKeys:
             shape: of the parameter or matrix.
         """
         if expert is None:
-            return [Part(self._there(name))]
+            return [Part(self.theirs(name))]
         module, _, parameter = name.rpartition(".")
-        module = self._there(f"{module}.")
+        module = self.theirs(f"{module}.")
         if self.packed:
             interleaved = self.interleaved and parameter.startswith("gate_and_up")
             return [Part(module + _PACKED[parameter], expert=expert, interleaved=interleaved)]
@@ -104,9 +104,16 @@ class HFKeys:
             Part(module + self.up.format(expert), slice(size, 2 * size), transposed=True),
         ]
 
-    def _there(self, name: str) -> str:
+    def theirs(self, name: str) -> str:
+        """A name of ours, or the beginning of one, in a checkpoint."""
         for ours, theirs in self.renamed:
             name = name.replace(ours, theirs)
+        return name
+
+    def ours(self, name: str) -> str:
+        """A name of a checkpoint, or the beginning of one, in our model."""
+        for ours, theirs in reversed(self.renamed):
+            name = name.replace(theirs, ours)
         return name
 
 
@@ -138,7 +145,7 @@ class HFCheckpoint:
         Raises:
             CheckpointError: naming the tensors that are missing, unexpected, misshapen or of a dtype that is not read.
         """
-        wanted = dict(_global_parts(model, keys))
+        wanted = tensor_shapes(model, keys)
         problems = [f"{name} is missing" for name in sorted(wanted.keys() - self.tensors.keys())]
         for name in sorted(wanted.keys() & self.tensors.keys()):
             stored = self.tensors[name]
@@ -197,9 +204,10 @@ def _expert_biases(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, Tensor
             yield plain_name(f"{name}.router.expert_bias"), layer.router.expert_bias
 
 
-def _global_parts(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor that a checkpoint of this model has."""
+def tensor_shapes(model: nn.Module, keys: HFKeys) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a checkpoint of `model` has; on any layout, or on the meta device."""
     rows = ExpertRows(model)
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
         is_expert = rows.is_expert(parameter)
         shape = tuple(parameter.shape[1:] if is_expert else parameter.shape)
@@ -208,9 +216,10 @@ def _global_parts(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, tuple[i
             for part in keys.parts(*_split_row(row, is_expert), shape):
                 whole = shape if part.columns is None else (shape[0], part.columns.stop - part.columns.start)
                 whole = whole if part.expert is None else (len(names), *whole)
-                yield part.name, whole[::-1] if part.transposed else whole
+                shapes[part.name] = whole[::-1] if part.transposed else whole
     for name, bias in _expert_biases(model, keys):
-        yield keys.parts(name, None, ())[0].name, tuple(bias.shape)
+        shapes[keys.parts(name, None, ())[0].name] = tuple(bias.shape)
+    return shapes
 
 
 def _split_row(name: str, is_expert: bool) -> tuple[str, int | None]:

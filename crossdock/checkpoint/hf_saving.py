@@ -1,37 +1,41 @@
-"""Writing weights in Hugging Face's format: one tensor per expert, from any layout, on all ranks together."""
+"""Writing weights in Hugging Face's format: from any layout, by all ranks in parallel, as they are gathered."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from crossdock.checkpoint.folders import CheckpointError
 from crossdock.checkpoint.hf import HFKeys, Part, views_of
-from crossdock.checkpoint.hf_files import DTYPES, INDEX_FILE, SINGLE_FILE
+from crossdock.checkpoint.hf_writing import MAX_SHARD_BYTES, Entry, ShardWriter
 from crossdock.comm import raise_together
-from crossdock.moe import moe_layers
+from crossdock.experts import halves_interleaved
+from crossdock.moe import MoE, moe_layers
 from crossdock.parallel import plain_name
 
-__all__ = ["as_stored", "save_hf"]
-
-_FILE_BYTES = 2 * 2**30
+__all__ = ["save_hf"]
 
 
 @torch.no_grad()
-def save_hf(model: nn.Module, keys: HFKeys, folder: Path, dtypes: Mapping[str, str], default_dtype: str) -> None:
+def save_hf(
+    model: nn.Module,
+    keys: HFKeys,
+    folder: Path,
+    dtypes: Mapping[str, str],
+    default_dtype: str,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
     """Write the weights of `model` into an existing folder, with an index. Collective; on any layout.
 
-    The experts are written by the ranks that hold them (the first of those that share them), all else by the first
-    rank, in files of some 2 GiB: no rank holds more than that beside its part of the model. Where a layer's experts are
-    packed in one tensor, all ranks hold that for a moment and the first one writes it.
+    All ranks write, each its own files: an expert is written by one of the ranks that hold it, all else by the rank
+    that has least to write. A rank holds a few matrices beside its part of the model, whole layers never.
 
     Args:
         model: its weights.
@@ -39,106 +43,115 @@ def save_hf(model: nn.Module, keys: HFKeys, folder: Path, dtypes: Mapping[str, s
         folder: the same one for all ranks.
         dtypes: of tensors by name, for those that shall not have `default_dtype`.
         default_dtype: one of `DTYPES`.
+        max_shard_bytes: of a file's tensors.
 
     Raises:
         CheckpointError: on all ranks, if a file could not be written.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    groups = [layer.ep_group for layer in moe_layers(model).values() if layer.ep_group is not None]
-    writes_experts = 0 in dist.get_process_group_ranks(groups[0]) if groups else rank == 0
-    writer = _Writer(folder, f"part-{rank:05d}")
-    error: Exception | None = None
     # First of all, since it makes FSDP shard again what a forward pass has left gathered.
     model.state_dict()
-    for part, view, of_one_expert in _parts_of(model, keys):
-        # Collective: it goes on after an error, since other ranks wait for this one's part.
-        whole = view.full_tensor() if isinstance(view, DTensor) else view
-        if error is not None or not (writes_experts if of_one_expert else rank == 0):
-            continue
+    sources = list(_sources_of(model, keys))
+    entries = [
+        Entry(name, dtypes.get(name, default_dtype), shape)
+        for source in sources
+        for name, shape in source.tensors.items()
+        if source.writer == rank
+    ]
+    error: Exception | None = None
+    with ShardWriter(folder, entries, max_shard_bytes) as writer:
+        for source in sources:
+            # Collective: it goes on after an error, since other ranks wait for this one's part.
+            for values in source.gather():
+                if source.writer != rank or error is not None:
+                    continue
+                try:
+                    writer.write(values)
+                except (OSError, RuntimeError) as caught:  # RuntimeError: no memory for it.
+                    error = caught
+    if rank == 0 and error is None:
         try:
-            writer.add(part.name, as_stored(part, whole).to("cpu", DTYPES[dtypes.get(part.name, default_dtype)]))
-        except (OSError, RuntimeError, SafetensorError) as caught:  # RuntimeError: no memory for it.
-            error = caught
-    try:
-        writer.flush()
-    except (OSError, SafetensorError) as caught:
-        error = error or caught
-    raise_together(error and CheckpointError(f"cannot write the weights below {folder}: {error}"))
-    written = [writer]
-    if dist.is_initialized():
-        written = [writer] * dist.get_world_size()
-        dist.all_gather_object(written, writer)
-    error = None
-    if rank == 0:
-        try:
-            _finish(folder, written)
+            writer.write_index()
         except OSError as caught:
-            error = CheckpointError(f"cannot write the weights below {folder}: {caught}")
-    raise_together(error)
+            error = caught
+    raise_together(error and CheckpointError(f"cannot write the weights below {folder}: {error}"))
 
 
-def _parts_of(model: nn.Module, keys: HFKeys) -> Iterator[tuple[Part, Tensor, bool]]:
-    """Every tensor of a checkpoint, what it is made of, and whether that is one expert, on the ranks that hold it."""
-    for name, expert, view in views_of(model, keys):
-        if expert is None or not keys.packed:
-            yield from ((part, view, expert is not None) for part in keys.parts(name, expert, view.shape))
-    if not keys.packed:
-        return
-    for layer_name, layer in moe_layers(model).items():
-        for name, parameter in layer.experts.named_parameters():
-            (part,) = keys.parts(plain_name(f"{layer_name}.experts.{name}"), 0, parameter.shape[1:])
-            slots = torch.tensor(layer.placement.expert_to_slot, device=parameter.device)
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            yield part, whole.detach()[slots], False
+class _Source(NamedTuple):
+    """One or more tensors of a checkpoint, of which this rank has a part.
+
+    Attributes:
+        tensors: names and shapes.
+        writer: the rank that writes them.
+        gather: their values in order, in pieces. Collective among the ranks that have a part.
+    """
+
+    tensors: dict[str, tuple[int, ...]]
+    writer: int
+    gather: Callable[[], Iterator[Tensor]]
 
 
-def as_stored(part: Part, whole: Tensor) -> Tensor:
-    """What a checkpoint's tensor holds of a parameter, an expert of it, or (packed) all its experts."""
-    if part.interleaved:
-        return torch.stack(whole.chunk(2, dim=-1), dim=-1).flatten(-2)
-    piece = whole if part.columns is None else whole[:, part.columns]
-    return piece.t() if part.transposed else piece
+def _sources_of(model: nn.Module, keys: HFKeys) -> Iterator[_Source]:
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    groups = [layer.ep_group for layer in moe_layers(model).values() if layer.ep_group is not None]
+    # Where nothing is sharded, several groups may hold the same experts: the first one writes them.
+    in_first_group = 0 in dist.get_process_group_ranks(groups[0]) if groups else rank == 0
+    written = [0] * world_size
+
+    def next_writer(size: int) -> int:
+        """For what all ranks have: whoever has least of that so far."""
+        writer = written.index(min(written))
+        written[writer] += size
+        return writer
+
+    packed: dict[tuple[str, int], Tensor] = {}
+    for index, (name, expert, view) in enumerate(views_of(model, keys)):
+        if expert is not None and keys.packed:
+            packed[name, expert] = view
+            continue
+        if expert is None:
+            writer = next_writer(view.numel())
+        elif isinstance(view, DTensor):
+            holders = dist.get_process_group_ranks(view.device_mesh.get_group())
+            writer = holders[index % len(holders)]
+        else:
+            writer = rank if in_first_group else -1
+        parts = keys.parts(name, expert, view.shape)
+        yield _Source({part.name: _shape_of(part, view) for part in parts}, writer, partial(_gather, view, parts))
+    for layer_name, layer in moe_layers(model).items() if keys.packed else ():
+        for key, parameter in layer.experts.named_parameters():
+            name = plain_name(f"{layer_name}.experts.{key}")
+            own = {expert: view for (of, expert), view in packed.items() if of == name}
+            (part,) = keys.parts(name, 0, parameter.shape[1:])
+            tensors = {part.name: (layer.num_experts, *parameter.shape[1:])}
+            gather = partial(_gather_packed, layer, own, part, parameter)
+            yield _Source(tensors, next_writer(parameter.numel()), gather)
 
 
-class _Writer:
-    """One rank's files: tensors are collected, and written when there are enough of them."""
-
-    def __init__(self, folder: Path, prefix: str) -> None:
-        self.folder = folder
-        self.prefix = prefix
-        self.names_of_file: dict[str, list[str]] = {}
-        self.total_bytes = 0
-        self._tensors: dict[str, Tensor] = {}
-        self._num_bytes = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        # A copy of its own: the whole of which this is a part must not stay, and a view is no tensor of a file.
-        self._tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
-        self._num_bytes += tensor.nbytes
-        if self._num_bytes >= _FILE_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self._tensors:
-            return
-        file = f"{self.prefix}-{len(self.names_of_file):05d}.safetensors"
-        save_file(self._tensors, self.folder / file, metadata={"format": "pt"})
-        self.names_of_file[file] = list(self._tensors)
-        self.total_bytes += self._num_bytes
-        self._tensors, self._num_bytes = {}, 0
+def _shape_of(part: Part, view: Tensor) -> tuple[int, ...]:
+    shape = tuple(view.shape)
+    if part.columns is not None:
+        shape = (shape[0], part.columns.stop - part.columns.start)
+    return shape[::-1] if part.transposed else shape
 
 
-def _finish(folder: Path, written: list[_Writer]) -> None:
-    """Give the files of all ranks their final names, and write the index where there are several."""
-    names_of_file = {file: names for writer in written for file, names in writer.names_of_file.items()}
-    weight_map: dict[str, str] = {}
-    for number, (file, names) in enumerate(sorted(names_of_file.items()), start=1):
-        final = f"model-{number:05d}-of-{len(names_of_file):05d}.safetensors"
-        if len(names_of_file) == 1:
-            final = SINGLE_FILE
-        (folder / file).rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    if len(names_of_file) > 1:
-        metadata = {"total_size": sum(writer.total_bytes for writer in written)}
-        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+def _gather(view: Tensor, parts: Sequence[Part]) -> Iterator[Tensor]:
+    whole = _whole(view)
+    for part in parts:
+        piece = whole if part.columns is None else whole[:, part.columns]
+        yield piece.t() if part.transposed else piece
+
+
+def _gather_packed(layer: MoE, own: Mapping[int, Tensor], part: Part, parameter: Tensor) -> Iterator[Tensor]:
+    """All experts of a layer, one after another, from the ranks that hold them."""
+    buffer = torch.empty(parameter.shape[1:], dtype=parameter.dtype, device=layer.load.tokens.device)
+    for expert, slot in enumerate(layer.placement.expert_to_slot):
+        if expert in own:
+            buffer.copy_(_whole(own[expert]))
+        if layer.ep_group is not None:
+            dist.broadcast(buffer, group=layer.ep_group, group_src=slot // layer.placement.slots_per_rank)
+        yield halves_interleaved(buffer) if part.interleaved else buffer
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from crossdock.train.launch import Machines
 
-__all__ = ["Parser", "check_gpus", "fail", "is_rank", "machine_options", "machines_of"]
+__all__ = ["Parser", "check_gpus", "fail", "is_rank", "machine_options", "machines_of", "parse_bytes"]
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 def machine_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -57,6 +60,15 @@ def check_gpus(machines: Machines, dtype: str = "") -> None:
         raise ConfigError("--nproc", machines.nproc, f"at most {gpus}, the GPUs of this machine")
     if gpus and dtype == "float64":
         raise ConfigError("training.dtype", "float64", "is for CPU alone; CUDA_VISIBLE_DEVICES= hides the GPUs")
+
+
+def parse_bytes(text: str) -> int:
+    """`500MB`, `2GiB` or a number of bytes, for `argparse`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip(), re.IGNORECASE)
+    size = round(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a size such as 500MB or 2GiB")
+    return size
 
 
 def is_rank() -> bool:

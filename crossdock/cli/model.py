@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crossdock.cli.common import Parser, check_gpus, fail, is_rank, machines_of
+from crossdock.cli.common import Parser, check_gpus, fail, is_rank, machines_of, parse_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -143,6 +143,9 @@ def export_command(arguments: list[str], options: argparse.Namespace) -> int:
     parser.add_argument("destination", help="a folder that does not exist yet")
     choices = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", default="", choices=choices, help="of the weights; else as they were loaded")
+    parser.add_argument(
+        "--max-shard-size", type=parse_bytes, default=parse_bytes("5GB"), help="of a file, such as 500MB or 2GiB (5GB)"
+    )
     parsed = parser.parse_args(arguments)
     destination = Path(parsed.destination).absolute()
 
@@ -154,7 +157,7 @@ def export_command(arguments: list[str], options: argparse.Namespace) -> int:
     def export(source: ModelSource, device: torch.device, rank: int) -> None:
         from crossdock.tools.export import export
 
-        left_out = export(source, destination, device, parsed.dtype)
+        left_out = export(source, destination, device, parsed.dtype, parsed.max_shard_size)
         if rank == 0:
             _write(f"written: {destination}{left_out}\n")
 

@@ -13,6 +13,7 @@ from crossdock.experts.formula import (
     ActivationName,
     ExpertsFormula,
     halves_apart,
+    halves_interleaved,
 )
 from crossdock.experts.grouped_mm import grouped_mm
 from crossdock.experts.module import GroupedExperts
@@ -40,5 +41,6 @@ __all__ = [
     "eager",
     "grouped_mm",
     "halves_apart",
+    "halves_interleaved",
     "load_factors",
 ]

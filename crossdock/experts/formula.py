@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "GPT_OSS", "QUICK_GELU_ALPHA", "SWIGLU", "ActivationName", "ExpertsFormula", "halves_apart"]
+__all__ = [
+    "ACTIVATIONS",
+    "GPT_OSS",
+    "QUICK_GELU_ALPHA",
+    "SWIGLU",
+    "ActivationName",
+    "ExpertsFormula",
+    "halves_apart",
+    "halves_interleaved",
+]
 
 _aten = torch.ops.aten
 QUICK_GELU_ALPHA = 1.702
@@ -134,6 +143,11 @@ class ExpertsFormula:
 def halves_apart(interleaved: Tensor) -> Tensor:
     """`[..., 2I]` with gate and up in turn to gate first, up after."""
     return torch.cat([interleaved[..., ::2], interleaved[..., 1::2]], dim=-1)
+
+
+def halves_interleaved(apart: Tensor) -> Tensor:
+    """The inverse of `halves_apart`."""
+    return torch.stack(apart.chunk(2, dim=-1), dim=-1).flatten(-2)
 
 
 SWIGLU = ExpertsFormula()

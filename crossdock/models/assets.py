@@ -13,7 +13,15 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from crossdock.checkpoint import DTYPES, CheckpointError, HFCheckpoint, HFKeys, replace_folder, save_hf
+from crossdock.checkpoint import (
+    DTYPES,
+    MAX_SHARD_BYTES,
+    CheckpointError,
+    HFCheckpoint,
+    HFKeys,
+    replace_folder,
+    save_hf,
+)
 from crossdock.comm import raise_together
 from crossdock.moe import moe_layers
 
@@ -119,7 +127,14 @@ def dtypes_of(model: PreTrainedModel, weights: HFCheckpoint | None) -> ExportDty
 
 
 def export_hf(
-    model: PreTrainedModel, keys: HFKeys, assets: Path, destination: Path, dtype: str = "", *, replace: bool = False
+    model: PreTrainedModel,
+    keys: HFKeys,
+    assets: Path,
+    destination: Path,
+    dtype: str = "",
+    *,
+    replace: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads. Collective; on any layout.
 
@@ -132,6 +147,7 @@ def export_hf(
         destination: must not exist, unless `replace`.
         dtype: torch's name of the dtype of all tensors; empty: each tensor has the one that `assets` names.
         replace: remove what is at `destination`, when the new folder is whole.
+        max_shard_bytes: of a file's tensors.
 
     Raises:
         CheckpointError: on all ranks, if it exists or something could not be read or written.
@@ -151,7 +167,7 @@ def export_hf(
     except (OSError, ValueError) as caught:
         error = CheckpointError(f"cannot export to {destination}: {getattr(caught, 'strerror', None) or caught}")
     raise_together(error)
-    save_hf(model, keys, partial, dtypes.others, dtypes.default)
+    save_hf(model, keys, partial, dtypes.others, dtypes.default, max_shard_bytes)
     if rank == 0:
         try:
             replace_folder(partial, destination)

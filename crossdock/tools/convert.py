@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from crossdock.checkpoint import (
     CHECKPOINT_FOLDER,
+    MAX_SHARD_BYTES,
     METADATA_FILE,
     CheckpointConfig,
     CheckpointError,
@@ -79,7 +80,7 @@ class ConvertOptions:
         upcycle: experts per layer and experts per token, of a dense source.
         seed: of the routers of `upcycle`; `None` is 0.
         dtype: torch's name of the dtype of all tensors in Hugging Face's format; empty: their own.
-        file_bytes: of the files in Hugging Face's format; `None` is 5 GB.
+        max_shard_bytes: of a file in Hugging Face's format; `None` is 5 GB.
     """
 
     to: Literal["", "hf", "dcp"] = ""
@@ -87,7 +88,7 @@ class ConvertOptions:
     upcycle: tuple[int, int] | None = None
     seed: int | None = None
     dtype: str = ""
-    file_bytes: int | None = None
+    max_shard_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def plan_conversion(source: Path, destination: Path, options: ConvertOptions) ->
     if to == stays:
         more = "; --upcycle E,K makes a MoE of a dense model" if to == "hf" else ""
         raise ConfigError("--to", to, f"{source} is {_FORMATS[to]} already{more}")
-    for name, value in (("--dtype", options.dtype), ("--file-size", options.file_bytes)):
+    for name, value in (("--dtype", options.dtype), ("--max-shard-size", options.max_shard_bytes)):
         if value and to == "dcp":
             raise ConfigError(name, str(value), "is for --to hf: a run holds float32 in files of its own size")
     if is_foreign:
@@ -204,7 +205,7 @@ def _write_hf(conversion: Conversion, folder: Path, progress: Callable[[int, int
     else:
         dtypes = dtypes_of(source.model, source.weights)
     copy_assets(source.assets, folder, dtypes.default, source.hf_config)
-    stream_hf(source.weights, folder, dtypes.of, options.file_bytes or 5 * 10**9, progress)
+    stream_hf(source.weights, folder, dtypes.of, options.max_shard_bytes or MAX_SHARD_BYTES, progress)
 
 
 def _write_run(conversion: Conversion, folder: Path, progress: Callable[[int, int], None]) -> None:

@@ -25,12 +25,12 @@ def check_export(source: ModelSource, destination: Path) -> None:
     check_writable("destination", str(destination))
 
 
-def export(source: ModelSource, destination: Path, device: torch.device, dtype: str) -> str:
+def export(source: ModelSource, destination: Path, device: torch.device, dtype: str, max_shard_bytes: int) -> str:
     """Write `source` to `destination`, see `export_hf`; says what is left out, see `left_out`. Collective.
 
     Raises:
         CheckpointError: on all ranks, where something could not be read or written.
     """
     model = open_model(source, device)
-    export_hf(model, source.family.hf_keys, source.assets, destination, dtype)
+    export_hf(model, source.family.hf_keys, source.assets, destination, dtype, max_shard_bytes=max_shard_bytes)
     return left_out(model, source.family.hf_keys)

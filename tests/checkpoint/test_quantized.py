@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, PreTrainedModel
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.utils.quantization_config import Mxfp4Config
 
 from crossdock.checkpoint import CheckpointError, HFCheckpoint
 from crossdock.models import FAMILIES, build_model, export_hf, materialise, write_assets

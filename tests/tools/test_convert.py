@@ -84,7 +84,7 @@ def test_files_have_the_size_that_was_asked_for(
     families: dict[str, tuple[Path, Path]], tmp_path: Path, size: str
 ) -> None:
     source, run = families["deepseek_v3"]
-    back = converted(run, tmp_path / "back", file_bytes=int(size))
+    back = converted(run, tmp_path / "back", max_shard_bytes=int(size))
     tensors = read_tensors(back)
     assert differences(tensors, read_tensors(source)) == []
     files = sorted(back.glob("*.safetensors"))
@@ -150,7 +150,7 @@ def peak_of_anonymous_memory(source: str, destination: str, file_bytes: int) -> 
     sampler.start()
     try:
         converted(Path(source), Path(destination))
-        converted(Path(destination), Path(f"{destination}-back"), file_bytes=10 * file_bytes)
+        converted(Path(destination), Path(f"{destination}-back"), max_shard_bytes=10 * file_bytes)
     finally:
         done.set()
         sampler.join()
@@ -314,9 +314,9 @@ MISTAKES = [
     ("convert hf there --seed 1", "--seed", "--upcycle"),
     ("convert hf there --dtype float32", "--dtype", "--to hf"),
     ("convert run there --dtype float8", "--dtype", "bfloat16"),
-    ("convert hf there --file-size 1GB", "--file-size", "--to hf"),
-    ("convert run there --file-size 5", "--file-size", "GB"),
-    ("convert run there --file-size 0GB", "--file-size", "above 0"),
+    ("convert hf there --max-shard-size 1GB", "--max-shard-size", "--to hf"),
+    ("convert run there --max-shard-size 5PB", "--max-shard-size", "500MB"),
+    ("convert run there --max-shard-size 0GB", "--max-shard-size", "500MB"),
     ("convert hf there --assets hf", "--assets", "torch's distributed checkpoint"),
     ("convert foreign there", "--assets", "config.json"),
     ("convert foreign there --assets taken", "--assets", "config.json"),
@@ -358,7 +358,7 @@ def test_the_command_says_what_it_did(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folders)
-    assert call(f"convert run {tmp_path}/out --dtype bfloat16 --file-size 50KB") == 0
+    assert call(f"convert run {tmp_path}/out --dtype bfloat16 --max-shard-size 50KB") == 0
     lines = capsys.readouterr().out.splitlines()
     assert "qwen3_moe" in lines[0]
     assert lines[-1] == f"written: {tmp_path}/out"

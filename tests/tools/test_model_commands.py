@@ -93,6 +93,7 @@ MISTAKES = [
     ("export run taken", "taken'", "exists"),
     ("export run file", "file'", "exists"),
     ("export run there --dtype float8", "--dtype", "bfloat16"),
+    ("export run there --max-shard-size 5TB", "--max-shard-size", "500MB or 2GiB"),
     ("export new there", "new'", "no checkpoint yet"),
     ("export run there --nproc 9", "--nproc", "use 1 or 2 or 3"),
 ]
