@@ -52,7 +52,7 @@ def panels(text: str) -> int:
 
 # What is typed, and words that the message must hold: field, value, what would be valid.
 MISTAKES = [
-    ("trian", "command", "'trian'", "train, config, generate, eval, export, report"),
+    ("trian", "command", "'trian'", "train, config, generate, eval, export, convert, report"),
     ("train nofile.toml", "config file", "'nofile.toml'", "No such file"),
     ("train folder", "config file", "'folder'", "directory"),
     ("train binary.toml", "config file", "'binary.toml'", "valid TOML"),

@@ -16,6 +16,7 @@ __all__ = [
     "CheckpointError",
     "find_checkpoint",
     "finish",
+    "holds_weights_alone",
     "latest_step",
     "make_room",
     "read_counters",
@@ -62,6 +63,14 @@ def saved_world_size(folder: Path, step: int) -> int | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return world_size if type(world_size) is int else None
+
+
+def holds_weights_alone(folder: Path, step: int) -> bool:
+    """Whether the checkpoint of `step` below `folder` was converted, and so has no optimizer to go on with."""
+    try:
+        return json.loads((folder / f"step-{step:08d}" / _STATE_FILE).read_text()).get("weights_only") is True
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def read_counters(folder: Path, step: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from crossdock.moe import moe_layers
 from crossdock.parallel import local_part, local_with_offsets, plain_name
 from crossdock.placement import EMPTY
 
-__all__ = ["HFCheckpoint", "HFKeys", "Part", "tensor_shapes", "views_of"]
+__all__ = ["HFCheckpoint", "HFKeys", "Part", "read_part", "tensor_shapes", "views_of"]
 
 _SHOWN = 8
 
@@ -181,7 +181,7 @@ class HFCheckpoint:
                 for name, expert, view in views_of(model, keys):
                     local, offsets = local_with_offsets(view)
                     for part in keys.parts(name, expert, view.shape):
-                        _read_part(files, self.tensors[part.name], part, local, offsets)
+                        read_part(files, self.tensors[part.name], part, local, offsets)
         except (OSError, RuntimeError, SafetensorError) as caught:  # torch raises RuntimeError where mmap fails.
             error = CheckpointError(f"cannot read the weights in {self.folder}: {caught}")
         raise_together(error)
@@ -244,7 +244,7 @@ def _second_names(model: nn.Module) -> set[str]:
     return {plain_name(name) for name in every} - {plain_name(name) for name, _ in model.named_parameters()}
 
 
-def _read_part(files: OpenFiles, stored: Stored, part: Part, local: Tensor, offsets: tuple[int, ...]) -> None:
+def read_part(files: OpenFiles, stored: Stored, part: Part, local: Tensor, offsets: tuple[int, ...]) -> None:
     """Copy what `local` covers of a stored tensor; `offsets` says where `local` starts in the parameter."""
     ranges = [(start, start + size) for start, size in zip(offsets, local.shape, strict=True)]
     if part.columns is not None:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from crossdock.checkpoint.folders import CheckpointError
+from crossdock.checkpoint.pickles import pickle_refusal
 
 __all__ = ["DTYPES", "INDEX_FILE", "QUANTIZED_DTYPES", "SINGLE_FILE", "Header", "OpenFiles", "read_headers"]
 
@@ -96,7 +97,8 @@ def _read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX_FILE
     if not path.is_file():
         if not (folder / SINGLE_FILE).is_file():
-            raise CheckpointError(f"{folder} holds no weights: neither {INDEX_FILE} nor {SINGLE_FILE}")
+            missing = f"{folder} holds no weights: neither {INDEX_FILE} nor {SINGLE_FILE}"
+            raise CheckpointError(pickle_refusal(folder) or missing)
         return {}
     try:
         index = json.loads(path.read_text())["weight_map"]

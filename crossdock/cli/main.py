@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from crossdock import __version__
 from crossdock.cli.common import Parser, check_gpus, fail, is_rank, machine_options, machines_of
+from crossdock.cli.convert import convert_command
 from crossdock.cli.model import evaluate_command, export_command, generate_command
 
 if TYPE_CHECKING:
@@ -28,11 +29,12 @@ crossdock: expert parallelism for PyTorch
   crossdock generate MODEL --prompt TEXT [--chat]            continue a text, or answer it
   crossdock eval MODEL --data FILE                           loss and perplexity on a text
   crossdock export RUN DESTINATION                           write a folder that transformers loads
+  crossdock convert SRC DST                                  Hugging Face's format to a run folder, and back
   crossdock report RUN [--output FILE]                       write the report of a run folder, RUN/report.html
   crossdock --version
 
 MODEL is a run folder (its newest checkpoint), one of its checkpoints, or a folder in Hugging Face's format. generate,
-eval and export have a --help of their own.
+eval, export and convert have a --help of their own.
 
 Ranks are started here, one per GPU or two on a machine without. Several machines run the same command:
   --nproc N          ranks on this machine
@@ -171,5 +173,6 @@ _COMMANDS = {
     "generate": generate_command,
     "eval": evaluate_command,
     "export": export_command,
+    "convert": convert_command,
     "report": _report,
 }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from crossdock.checkpoint import CheckpointError, HFCheckpoint, find_checkpoint
+from crossdock.checkpoint import CheckpointError, HFCheckpoint, find_checkpoint, holds_weights_alone
 from crossdock.config.reading import RUN_CONFIG_FILE, absolute, read_toml
 from crossdock.config.settings import Config, ConfigError, setting_types
 from crossdock.data import (
@@ -418,6 +418,9 @@ def _check_run_folder(config: Config) -> None:
     if not folder:
         return
     check_writable("job.dump_folder", folder)
+    checkpoint = find_checkpoint(Path(folder))
+    valid = "holds converted weights and no run to go on with; name it in checkpoint.initial_load_path instead"
+    _require(config, "job.dump_folder", checkpoint is None or not holds_weights_alone(*checkpoint), valid)
     saved = os.path.join(folder, RUN_CONFIG_FILE)
     if os.path.isfile(saved):
         before = read_toml(Path(saved))

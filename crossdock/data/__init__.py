@@ -5,7 +5,7 @@ from crossdock.data.chat import ChatTokenizer, check_chat_template, read_chat_te
 from crossdock.data.config import DataConfig, DataError, Packing, TrainOn
 from crossdock.data.packing import IGNORED_LABEL, Batch, TooLong
 from crossdock.data.sources import check_source, is_path
-from crossdock.data.tokenizer import open_tokenizer, vocabulary_size
+from crossdock.data.tokenizer import open_tokenizer, read_tokenizer, vocabulary_size
 from crossdock.data.tokens import TokenFile, Tokens, prepare_tokens
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "open_tokenizer",
     "prepare_tokens",
     "read_chat_template",
+    "read_tokenizer",
     "vocabulary_size",
 ]

@@ -11,20 +11,23 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from crossdock.checkpoint import HFCheckpoint
-from crossdock.models.assets import export_hf, left_out, write_assets
+from crossdock.models.assets import copy_assets, dtypes_of, export_hf, left_out, read_dtypes, write_assets
 from crossdock.models.attention import register_wide_attention
 from crossdock.models.families import FAMILIES
 from crossdock.models.family import DEEPEP_SUFFIX, ExpertSizes, Family, Kernels, ModelConfig, ModelError
+from crossdock.models.foreign import foreign_weights
 from crossdock.models.generic import replace_experts
 from crossdock.models.initial import initialise_weights
 from crossdock.models.loss import LossHead, batch_loss, token_loss
 from crossdock.models.peft import PeftAdapter, save_peft_adapter
+from crossdock.models.upcycling import UPCYCLED, upcycled_config, upcycled_weights
 from crossdock.moe import moe_layers
 from crossdock.moe_config import MoEConfig
 from crossdock.parallel import local_part
 
 __all__ = [
     "FAMILIES",
+    "UPCYCLED",
     "ExpertSizes",
     "Family",
     "LossHead",
@@ -33,17 +36,23 @@ __all__ = [
     "PeftAdapter",
     "batch_loss",
     "build_model",
+    "copy_assets",
     "count_parameters",
+    "dtypes_of",
     "export_hf",
+    "foreign_weights",
     "initialise_weights",
     "left_out",
     "materialise",
     "most_positions",
     "no_adapter",
+    "read_dtypes",
     "replace_experts",
     "resolve_hf_config",
     "save_peft_adapter",
     "token_loss",
+    "upcycled_config",
+    "upcycled_weights",
     "write_assets",
 ]
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 from tokenizers import Tokenizer
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from crossdock.checkpoint import (
     DTYPES,
@@ -25,7 +25,16 @@ from crossdock.checkpoint import (
 from crossdock.comm import raise_together
 from crossdock.moe import moe_layers
 
-__all__ = ["EXPORT_DTYPES", "export_hf", "left_out", "write_assets"]
+__all__ = [
+    "EXPORT_DTYPES",
+    "ExportDtypes",
+    "copy_assets",
+    "dtypes_of",
+    "export_hf",
+    "left_out",
+    "read_dtypes",
+    "write_assets",
+]
 
 _CONFIG_FILE = "config.json"
 _GENERATION_FILE = "generation_config.json"
@@ -48,17 +57,21 @@ EXPORT_DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float
 """torch's names of the dtypes that weights can be exported in, and safetensors'."""
 
 
-class _Dtypes(NamedTuple):
+class ExportDtypes(NamedTuple):
     """In what dtype a model's tensors are stored: most of them in `default`, the `others` by name."""
 
     default: str
     others: dict[str, str]
 
+    def of(self, name: str) -> str:
+        """That of a tensor."""
+        return self.others.get(name, self.default)
+
 
 def write_assets(
     folder: Path,
     model: PreTrainedModel,
-    tokenizer_path: Path,
+    tokenizer_path: Path | None,
     end_of_text_id: int | None,
     source: Path | None,
     weights: HFCheckpoint | None,
@@ -69,7 +82,7 @@ def write_assets(
     Args:
         folder: made where it is missing.
         model: whose configuration is written.
-        tokenizer_path: a tokenizer.json.
+        tokenizer_path: a tokenizer.json; `None` where there is none.
         end_of_text_id: its id of the end of a text, where it has one.
         source: folder in Hugging Face's format with further files of the tokenizer and a generation_config.json.
         weights: those that the model starts from, whose dtypes an export shall have; `None` gives the model's own.
@@ -81,7 +94,8 @@ def write_assets(
     folder.mkdir(parents=True, exist_ok=True)
     if source is not None:
         _copy_texts(source, folder)
-    shutil.copyfile(tokenizer_path, folder / _TOKENIZER_FILES[0])
+    if tokenizer_path is not None:
+        shutil.copyfile(tokenizer_path, folder / _TOKENIZER_FILES[0])
     if chat_template is not None:
         (folder / _TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
     config = type(model.config).from_dict(model.config.to_dict())
@@ -93,13 +107,13 @@ def write_assets(
     config.save_pretrained(folder)
     if not (folder / _GENERATION_FILE).is_file():
         GenerationConfig.from_model_config(config).save_pretrained(folder)
-    if not (folder / _TOKENIZER_FILES[1]).is_file():
+    if tokenizer_path is not None and not (folder / _TOKENIZER_FILES[1]).is_file():
         tokenizer = Tokenizer.from_file(str(tokenizer_path))
         end_of_text = None if end_of_text_id is None else tokenizer.id_to_token(end_of_text_id)
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end_of_text).save_pretrained(folder)
         # What transformers has written may differ from what the tokens were made with.
         shutil.copyfile(tokenizer_path, folder / _TOKENIZER_FILES[0])
-    (folder / _DTYPES_FILE).write_text(json.dumps(_dtypes_of(model, weights)._asdict(), indent=2) + "\n")
+    (folder / _DTYPES_FILE).write_text(json.dumps(dtypes_of(model, weights)._asdict(), indent=2) + "\n")
 
 
 def left_out(model: PreTrainedModel, keys: HFKeys) -> str:
@@ -109,12 +123,13 @@ def left_out(model: PreTrainedModel, keys: HFKeys) -> str:
     return " (without the expert bias, for which its format has no place)" if biased else ""
 
 
-def _dtypes_of(model: PreTrainedModel, weights: HFCheckpoint | None) -> _Dtypes:
+def dtypes_of(model: PreTrainedModel, weights: HFCheckpoint | None) -> ExportDtypes:
+    """Those of `weights`, else the model's own."""
     if weights is None:
-        return _Dtypes(next(name for name, dtype in DTYPES.items() if dtype == model.dtype), {})
+        return ExportDtypes(next(name for name, dtype in DTYPES.items() if dtype == model.dtype), {})
     stored = {name: tensor.dtype for name, tensor in weights.tensors.items()}
     most = Counter(stored.values()).most_common(1)[0][0]
-    return _Dtypes(most, {name: dtype for name, dtype in stored.items() if dtype != most})
+    return ExportDtypes(most, {name: dtype for name, dtype in stored.items() if dtype != most})
 
 
 def export_hf(
@@ -146,15 +161,15 @@ def export_hf(
     rank = dist.get_rank() if dist.is_initialized() else 0
     partial = destination.with_name(f".{destination.name}.partial")
     error: Exception | None = None
-    dtypes = _Dtypes("", {})
+    dtypes = ExportDtypes("", {})
     try:
         if destination.exists() and not replace:
             raise FileExistsError(0, "it exists; name another folder, or remove it")
-        dtypes = _read_dtypes(assets, dtype)
+        dtypes = read_dtypes(assets, dtype)
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            _copy_assets(assets, partial, dtypes.default)
+            copy_assets(assets, partial, dtypes.default)
     except (OSError, ValueError) as caught:
         error = CheckpointError(f"cannot export to {destination}: {getattr(caught, 'strerror', None) or caught}")
     raise_together(error)
@@ -167,12 +182,13 @@ def export_hf(
     raise_together(error)
 
 
-def _read_dtypes(assets: Path, dtype: str) -> _Dtypes:
+def read_dtypes(assets: Path, dtype: str) -> ExportDtypes:
+    """torch's `dtype` for all, or what `write_assets` has noted. Raises OSError."""
     if dtype:
-        return _Dtypes(EXPORT_DTYPES[dtype], {})
+        return ExportDtypes(EXPORT_DTYPES[dtype], {})
     path = assets / _DTYPES_FILE
     try:
-        return _Dtypes(**json.loads(path.read_text()))
+        return ExportDtypes(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise OSError(0, f"cannot read {path} ({error}); name a dtype") from None
 
@@ -186,9 +202,18 @@ def _copy_texts(source: Path, folder: Path) -> None:
         shutil.copytree(source / _TEMPLATES_FOLDER, folder / _TEMPLATES_FOLDER, dirs_exist_ok=True)
 
 
-def _copy_assets(assets: Path, folder: Path, default_dtype: str) -> None:
+def copy_assets(assets: Path, folder: Path, default_dtype: str, hf_config: PreTrainedConfig | None = None) -> None:
+    """Copy tokenizer and configurations to where weights of `default_dtype` are.
+
+    Args:
+        assets: from `write_assets`, or another folder in Hugging Face's format.
+        folder: exists.
+        default_dtype: of `DTYPES`.
+        hf_config: what config.json shall say instead of the one there.
+    """
     _copy_texts(assets, folder)
-    config = json.loads((assets / _CONFIG_FILE).read_text())
+    config = json.loads((assets / _CONFIG_FILE).read_text() if hf_config is None else hf_config.to_json_string())
     config.pop("torch_dtype", None)
+    config.pop("quantization_config", None)  # Of the weights there, not of those that are written.
     config["dtype"] = str(DTYPES[default_dtype]).removeprefix("torch.")
     (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

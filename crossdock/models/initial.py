@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from crossdock.lora import adapters_of
 from crossdock.models.norm import RMSNorm
@@ -14,7 +14,7 @@ from crossdock.moe import moe_layers
 from crossdock.parallel import local_with_offsets, plain_name
 from crossdock.placement import EMPTY
 
-__all__ = ["initialise_weights"]
+__all__ = ["draw_row", "initialise_weights"]
 
 
 @torch.no_grad()
@@ -57,13 +57,23 @@ def initialise_weights(model: nn.Module, seed: int, std: float, *, adapters_alon
         if name in adapters:
             deviation = 0.0 if name.endswith("lora_b") else (3 * parameter.shape[1]) ** -0.5
         for row, index in rows:
-            generator.manual_seed(_seed(seed, plain_name(name), index))
-            values = torch.randn(parameter.shape[1:], generator=generator) * deviation
+            values = draw_row(parameter.shape[1:], seed, plain_name(name), index, generator) * deviation
             for dim, (offset, size) in enumerate(zip(offsets[1:], local.shape[1:], strict=True)):
                 values = values.narrow(dim, offset, size)
             local[row].copy_(values)
 
 
-def _seed(seed: int, name: str, index: int) -> int:
+def draw_row(
+    shape: Sequence[int], seed: int, name: str, index: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Values from N(0, 1) that depend on the seed, the parameter's name and the row or logical expert alone.
+
+    Args:
+        shape: of the row.
+        seed, name, index: of the run, of the parameter, and which row.
+        generator: one to use; what it was before does not matter.
+    """
+    generator = generator or torch.Generator()
     digest = hashlib.blake2b(f"{seed}/{name}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1
+    generator.manual_seed(int.from_bytes(digest) >> 1)
+    return torch.randn(tuple(shape), generator=generator)

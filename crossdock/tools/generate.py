@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from crossdock.config import ConfigError
 from crossdock.data import ChatTokenizer
+from crossdock.models import most_positions
 
 __all__ = ["Sampling", "check_prompt", "generate"]
 
@@ -49,7 +50,7 @@ def check_prompt(
     except UnicodeEncodeError:
         raise ConfigError("--prompt", ascii(prompt[:40]), "must be text in UTF-8") from None
     prompt_ids = tokenizer.encode(prompt).ids if chat is None else chat.prompt(prompt)
-    most = hf_config.max_position_embeddings - 1
+    most = most_positions(hf_config) - 1
     if not 1 <= len(prompt_ids) <= most:
         raise ConfigError("--prompt", prompt[:40], f"has {len(prompt_ids)} tokens; the model takes 1 to {most}")
     return prompt_ids
@@ -81,7 +82,7 @@ def generate(
         ConfigError: see `check_prompt`.
     """
     prompt_ids = check_prompt(model.config, tokenizer, prompt, chat)
-    room = model.config.max_position_embeddings - len(prompt_ids)
+    room = most_positions(model.config) - len(prompt_ids)
     input_ids = torch.tensor([prompt_ids], device=model.device)
     draws: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:

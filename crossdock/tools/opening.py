@@ -29,7 +29,7 @@ from crossdock.models import (
 from crossdock.moe_config import MoEConfig
 from crossdock.parallel import ParallelDims, parallelize
 
-__all__ = ["ModelSource", "check_ranks", "find_model", "open_model"]
+__all__ = ["ModelSource", "check_ranks", "family_of", "find_model", "open_model"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def find_model(path: Path, family_name: str = "") -> ModelSource:
         lora, base_path = config.lora, config.initial_weights if config.lora.rank else ""
         dtype = torch.float64 if config.training.dtype == "float64" else torch.float32
     elif (path / "config.json").is_file():
-        name, moe, assets, weights = family_name or _family_of(path), MoEConfig(), path, None
+        name, moe, assets, weights = family_name or family_of(path), MoEConfig(), path, None
         seq_len = 1024
     else:
         found = "no checkpoint yet" if (path / RUN_CONFIG_FILE).is_file() else "no config.json"
@@ -205,7 +205,7 @@ def _end_of_text_ids(assets: Path) -> list[int] | None:
     return ids or None
 
 
-def _family_of(folder: Path) -> str:
+def family_of(folder: Path) -> str:
     """The family whose `model_type` is that of `folder/config.json`."""
     try:
         model_type = json.loads((folder / "config.json").read_text()).get("model_type")

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from crossdock.checkpoint import CheckpointError
 from crossdock.config import ConfigError, load_config, validate
+from crossdock.tools.convert import ConvertOptions, plan_conversion
 from crossdock.train.trainer import StopSignal, Trainer
 from tests.checkpoint.hf_folders import differences, read_tensors
 from tests.ranks import RankPool
@@ -196,6 +197,11 @@ MISTAKES = [
     ([*LORA, "--checkpoint.initial-load-path=RUN"], "checkpoint.initial_load_path", "export --merge"),
     ([FROM_HF, "--lora.rank=8", "--job.dump-folder=RUN"], "lora.rank", "must be 4"),
 ]
+
+
+def test_a_run_is_not_converted_but_exported(folder: Path, run: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"hold adapters alone; crossdock export .* --merge"):
+        plan_conversion(folder / "run", folder / "converted", ConvertOptions())
 
 
 @pytest.mark.parametrize(("overrides", "field", "valid"), MISTAKES, ids=[" ".join(mistake[0]) for mistake in MISTAKES])
