@@ -1,6 +1,6 @@
 """Checkpoints of a 2 GB model on two CPU processes, beside transformers' own distributed loading and saving.
 
-    python -m benchmarks.checkpoint [--rounds 5] [--size-mb 2048] [--folder FOLDER] [--write]
+    python -m benchmarks.checkpoint [--rounds 5] [--size-mb 2048] [--parts peer async] [--folder FOLDER] [--write]
 
 Both sides have two gloo processes of one thread each and hold the same model at `ep = 2`, `fsdp = 2`; they take turns,
 so that one runs at a time, and a ratio is taken within a round, of the slower process' time:
@@ -64,6 +64,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size-mb", type=int, default=2048, help="of the model in float32")
+    parser.add_argument("--parts", nargs="+", choices=("peer", "async"), default=["peer", "async"])
     parser.add_argument("--folder", type=Path, help="where files are written (the system's for temporary files)")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/checkpoint_DATE.json")
     arguments = parser.parse_args()
@@ -71,7 +72,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         size = make_model(folder / "model", arguments.size_mb)
-        rows = compare(folder, size, arguments.rounds) + measure_async(folder, size, arguments.rounds)
+        rows = compare(folder, size, arguments.rounds) if "peer" in arguments.parts else []
+        if "async" in arguments.parts:
+            rows += measure_async(folder, size, arguments.rounds)
     if arguments.write:
         print(write_results("checkpoint", ["torch", "transformers", "accelerate", "safetensors", "crossdock"], rows))
     return 0 if all(row["results_agree"] for row in rows) else 1
@@ -172,17 +175,14 @@ def measure_async(folder: Path, size: str, rounds: int) -> list[dict[str, Any]]:
 
 def same_weights(folder: Path, other: Path) -> bool:
     """Whether two folders of safetensors hold the same names with the same bits."""
-    places = [
-        {name: path for path in sorted(where.glob("*.safetensors")) for name in safe_open(path, "pt").keys()}  # noqa: SIM118
+    first, second = (
+        {name: file for path in where.glob("*.safetensors") for file in [safe_open(path, "pt")] for name in file.keys()}  # noqa: SIM118
         for where in (folder, other)
-    ]
-    if places[0].keys() != places[1].keys():
-        return False
-    for name in places[0]:
-        ours, theirs = (safe_open(place[name], "pt").get_tensor(name) for place in places)
-        if ours.dtype != theirs.dtype or not torch.equal(ours.view(torch.int32), theirs.view(torch.int32)):
-            return False
-    return True
+    )
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name].get_tensor(name).view(torch.int32), second[name].get_tensor(name).view(torch.int32))
+        for name in first
+    )
 
 
 class Team:
