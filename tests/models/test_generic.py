@@ -162,7 +162,7 @@ def test_every_family_is_as_the_docs_say(ranks: RankPool, tmp_path: Path, model_
         return
     check_step(ranks, config)
     if "no files" in what:
-        with pytest.raises(CheckpointError, match="hold (another tensor|integers)"), torch.device("meta"):
+        with pytest.raises(CheckpointError, match=r"hold (another tensor|integers)"), torch.device("meta"):
             converted_keys(model_class(config)._from_config(config))
     else:
         check_files(config, tmp_path)
