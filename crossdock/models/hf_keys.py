@@ -106,10 +106,12 @@ def converted_keys(model: PreTrainedModel) -> HFKeys:
     return _ConvertedKeys(packed=packed == {True}, buffers=True, ignored=ignored, dense=dense, places=places)
 
 
-def _stand_ins(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def _stand_ins(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """A small tensor for each of the model's, with as many experts; the n-th has numbers from `n * _STEP`."""
     stand_ins = {}
     for index, (name, tensor) in enumerate(model.state_dict().items()):
+        if not tensor.is_floating_point():
+            raise _refusal(model, f"integers ({name})")
         prefix, _, parameter = name.rpartition(".")
         shape: tuple[int, ...] = (_ROWS, _COLUMNS, 2, 2, 2)[: tensor.ndim]
         if prefix in modules:

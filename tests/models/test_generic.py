@@ -90,10 +90,6 @@ def step_on_ranks(config: PreTrainedConfig, width: int) -> dict[str, Any]:
     return step(model, labels_of(width))
 
 
-def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-30))
-
-
 def listed() -> dict[str, set[str]]:
     """The families in the table of the docs, by what it says of them."""
     rows = re.findall(r"^\| (.+?) \| ((?:`\w+`(?:, )?)+) \|$", DOCS.read_text(), re.MULTILINE)
@@ -117,12 +113,14 @@ def check_step(ranks: RankPool, config: PreTrainedConfig) -> None:
     one = step(ours, labels_of(width))
     both = ranks.run(2, step_on_ranks, config, width)
     assert one["gradients"].keys() == both[0]["gradients"].keys()
+    total = np.sqrt(sum((gradient**2).sum() for gradient in one["gradients"].values()))
     for result in (one, *both):
         np.testing.assert_allclose(result["logits"], peer["logits"], rtol=0, atol=1e-5)
         np.testing.assert_allclose(result["loss"], peer["loss"], rtol=1e-5)
         for name, gradient in one["gradients"].items():
             expected = peer["gradients"].get(name, gradient)  # those of experts lie another way
-            assert relative(result["gradients"][name], expected) < 1e-4 or np.abs(expected).max() < 1e-9, name
+            error = np.linalg.norm(result["gradients"][name] - expected)
+            assert error <= 1e-4 * np.linalg.norm(expected) + 1e-6 * total, name
 
 
 def check_files(config: PreTrainedConfig, folder: Path) -> None:
@@ -151,15 +149,20 @@ def check_files(config: PreTrainedConfig, folder: Path) -> None:
 @pytest.mark.parametrize("model_type", families_with_a_plan())
 def test_every_family_is_as_the_docs_say(ranks: RankPool, tmp_path: Path, model_type: str) -> None:
     what = said(model_type)
+    if what.startswith("not "):
+        pytest.skip(what)
     config = tiny_config(families_with_a_plan()[model_type])
     if what.startswith("refused"):
         model = tiny_model(config)
+        if "does not know" in what:
+            assert not moe_layers(replace_experts(model, model.config.get_text_config()))
+            return
         with pytest.raises(UnknownExperts, match=what.removeprefix("refused: ")):
             replace_experts(model, model.config.get_text_config())
         return
     check_step(ranks, config)
     if "no files" in what:
-        with pytest.raises(CheckpointError, match="hold another tensor"), torch.device("meta"):
+        with pytest.raises(CheckpointError, match=r"hold (another tensor|integers)"), torch.device("meta"):
             converted_keys(model_class(config)._from_config(config))
     else:
         check_files(config, tmp_path)
