@@ -288,9 +288,9 @@ class Trainer:
         destination = self.folder / EXPORT_FOLDER
         if self.step == self._resumed_step and from_first_rank(destination.exists):
             return
-        keys = FAMILIES[self.config.model.name].keys(self.model)
         dtype = self.config.checkpoint.export_dtype
         try:
+            keys = FAMILIES[self.config.model.name].keys(self.model)
             export_hf(self.model, keys, self.folder / ASSETS_FOLDER, destination, dtype, replace=True)
         except CheckpointError as error:
             self._tell(f"{error}; crossdock export {self.folder} DESTINATION tries again")
