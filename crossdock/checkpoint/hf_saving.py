@@ -19,8 +19,9 @@ from crossdock.checkpoint.hf_writing import MAX_SHARD_BYTES, Entry, ShardWriter
 from crossdock.comm import raise_together
 from crossdock.experts import halves_interleaved
 from crossdock.lora import base_of
-from crossdock.moe import MoE, moe_layers
+from crossdock.moe import moe_layers
 from crossdock.parallel import plain_name
+from crossdock.routed_experts import RoutedExperts
 
 __all__ = ["save_hf"]
 
@@ -149,7 +150,7 @@ def _gather(view: Tensor, parts: Sequence[Part]) -> Iterator[Tensor]:
         yield piece.t() if part.transposed else piece
 
 
-def _gather_packed(layer: MoE, own: Mapping[int, Tensor], part: Part, parameter: Tensor) -> Iterator[Tensor]:
+def _gather_packed(layer: RoutedExperts, own: Mapping[int, Tensor], part: Part, parameter: Tensor) -> Iterator[Tensor]:
     """All experts of a layer, one after another, from the ranks that hold them."""
     buffer = torch.empty(parameter.shape[1:], dtype=parameter.dtype, device=layer.load.tokens.device)
     for expert, slot in enumerate(layer.placement.expert_to_slot):

@@ -106,7 +106,7 @@ def _stored(model: nn.Module, family: Family) -> list[_Stored]:
         for name, parameter in adapters._asdict().items() if adapters is not None else ():
             is_first, is_a = name.startswith("gate"), name.endswith("_a") != family.peft_swaps
             place = f"{there}.base_layer" if is_first else there
-            interleaved = family.keys(model).interleaved and name == "gate_and_up_lora_b"
+            interleaved = family.hf_keys.interleaved and name == "gate_and_up_lora_b"
             found.append(
                 _Stored(f"{place}.lora_{'A' if is_a else 'B'}.weight", parameter, layer, is_a, interleaved)  # type: ignore[arg-type]
             )

@@ -314,18 +314,19 @@ class Trainer:
         destination = self.folder / (ADAPTER_FOLDER if lora.rank else EXPORT_FOLDER)
         if self.step == self._resumed_step and from_first_rank(destination.exists):
             return
-        keys, dtype = family.keys(self.model), self.config.checkpoint.export_dtype
+        dtype, note = self.config.checkpoint.export_dtype, ""
         try:
             if lora.rank:
                 base = self.config.initial_weights
                 save_peft_adapter(self.model, family, lora, base, destination, dtype, replace=True)
             else:
+                keys = family.keys(self.model)
                 export_hf(self.model, keys, self.folder / ASSETS_FOLDER, destination, dtype, replace=True)
+                note = left_out(self.model, keys)
         except CheckpointError as error:
             self._tell(f"{error}; crossdock export {self.folder} DESTINATION tries again")
             return
-        written = "adapter" if lora.rank else "Hugging Face model"
-        self._tell(f"{written}: {destination}{'' if lora.rank else left_out(self.model, keys)}")
+        self._tell(f"{'adapter' if lora.rank else 'Hugging Face model'}: {destination}{note}")
 
     def _global_batch_size(self) -> int:
         training = self.config.training

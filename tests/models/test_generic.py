@@ -175,8 +175,8 @@ def test_the_docs_list_every_family() -> None:
     assert set().union(*rows) == families_with_a_plan().keys()
 
 
-# Packed and apart in files; with a bias on the choice, which is a buffer; a clamped gate.
-QUICK = ("ernie4_5_moe", "granitemoe")
+# Apart in files, with a bias on the choice, which is a buffer; packed in files, with a clamped gate.
+QUICK = ("ernie4_5_moe", "minimax_m3_vl_text")
 
 
 @pytest.mark.parametrize("model_type", QUICK)
