@@ -31,9 +31,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from crossdock.checkpoint.background import Background, Staging
+from crossdock.checkpoint.dcp_writing import DCPWriter
 from crossdock.checkpoint.experts import ExpertRows
 from crossdock.checkpoint.folders import CheckpointError, finish, make_room, read_state, saved_steps, set_aside
-from crossdock.checkpoint.writing import ShardWriter
 from crossdock.comm import raise_together
 from crossdock.lora import adapters_of, base_of
 from crossdock.parallel import local_part, plain_name
@@ -180,7 +180,7 @@ class Checkpointer:
         beside = final.with_name(f".{final.name}.partial")
         self._on_first_rank(lambda: make_room(beside), group)
         try:
-            dcp.save(tensors, storage_writer=ShardWriter(beside, files), process_group=group)
+            dcp.save(tensors, storage_writer=DCPWriter(beside, files), process_group=group)
         except CheckpointException as error:
             if self._rank == 0:
                 shutil.rmtree(beside, ignore_errors=True)

@@ -18,13 +18,13 @@ import torch.distributed as dist
 
 from crossdock.checkpoint import latest_step
 from crossdock.checkpoint.background import Background, Staging
-from crossdock.checkpoint.writing import ShardWriter
+from crossdock.checkpoint.dcp_writing import DCPWriter
 from tests.checkpoint.hf_folders import snapshot
 from tests.checkpoint.small import Run
 from tests.checkpoint.test_failures import HalfWriter, equal, message_of
 from tests.ranks import RankPool
 
-WRITER = "crossdock.checkpoint.distributed.ShardWriter"
+WRITER = "crossdock.checkpoint.distributed.DCPWriter"
 SECONDS = 60
 
 
@@ -33,7 +33,7 @@ def held_writes(rank: int | None = None) -> Iterator[threading.Event]:
     """Writes (of one rank, or of all) do not begin until the event is set."""
     go_on = threading.Event()
 
-    class HeldWriter(ShardWriter):
+    class HeldWriter(DCPWriter):
         def write_data(self, plan: Any, planner: Any) -> Any:
             assert rank not in (None, dist.get_rank()) or go_on.wait(SECONDS)
             return super().write_data(plan, planner)
@@ -168,7 +168,7 @@ def test_a_failure_is_told_once_on_all_ranks_and_the_previous_checkpoint_loads(r
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000005"]
 
 
-class DyingWriter(ShardWriter):
+class DyingWriter(DCPWriter):
     """The second rank is killed in the middle of its data."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crossdock.checkpoint import CheckpointError, latest_step
-from crossdock.checkpoint.writing import ShardWriter
+from crossdock.checkpoint.dcp_writing import DCPWriter
 from tests.checkpoint.small import Contents, Run
 from tests.ranks import RankPool
 
@@ -38,7 +38,7 @@ def message_of(action: Callable[[], Any]) -> str:
     return "no error"
 
 
-class HalfWriter(ShardWriter):
+class HalfWriter(DCPWriter):
     """Fails on the second rank, in the middle of its data."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:
@@ -65,7 +65,7 @@ def fail_in_many_ways(folder: str) -> dict[str, Any]:
         other.checkpointer.load(newest)
         return {"message": message, "newest": newest, "loads": equal(other.contents(), whole)}
 
-    writer = "crossdock.checkpoint.distributed.ShardWriter"
+    writer = "crossdock.checkpoint.distributed.DCPWriter"
     outcomes = {}
     with mock.patch(writer, HalfWriter):
         outcomes["disk full on a rank"] = save({})

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from crossdock.checkpoint import CheckpointError, latest_step, saved_world_size
-from crossdock.checkpoint.writing import ShardWriter
+from crossdock.checkpoint.dcp_writing import DCPWriter
 from crossdock.config import LRSchedulerConfig, load_config, validate
 from crossdock.models import token_loss
 from crossdock.tools.report import read_load
@@ -186,7 +186,7 @@ def _save_slowly(assets: str, run_folder: str, cache: str, stop_step: int, *over
     stop = StopSignal()
     trainer = Trainer(config, validate(config, dist.get_world_size()), torch.device("cpu"), dist.get_rank() == 0, stop)
 
-    class SlowWriter(ShardWriter):
+    class SlowWriter(DCPWriter):
         def write_data(self, plan: Any, planner: Any) -> Any:
             time.sleep(0.5)
             return super().write_data(plan, planner)
@@ -195,7 +195,7 @@ def _save_slowly(assets: str, run_folder: str, cache: str, stop_step: int, *over
         stop.requested = trainer.step + 1 >= stop_step
 
     trainer.model.register_forward_pre_hook(ask)
-    with mock.patch("crossdock.checkpoint.distributed.ShardWriter", SlowWriter):
+    with mock.patch("crossdock.checkpoint.distributed.DCPWriter", SlowWriter):
         trainer.train()
     dist.barrier()
     return sorted(path.name for path in Path(run_folder, "checkpoint").iterdir())

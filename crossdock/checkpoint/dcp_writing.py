@@ -22,10 +22,10 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-__all__ = ["ShardWriter"]
+__all__ = ["DCPWriter"]
 
 
-class ShardWriter(HuggingFaceStorageWriter):
+class DCPWriter(HuggingFaceStorageWriter):
     """torch's writer of safetensors, each rank its own files, without its two copies of every file's tensors.
 
     Tensors go to the file from where they are, and Python's lock is free meanwhile, for a step that goes on.
