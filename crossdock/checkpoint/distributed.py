@@ -24,13 +24,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from crossdock.checkpoint.background import Background, Staging
+from crossdock.checkpoint.dcp_loading import StrictLoadPlanner
 from crossdock.checkpoint.dcp_writing import DCPWriter
 from crossdock.checkpoint.experts import ExpertRows
 from crossdock.checkpoint.folders import CheckpointError, finish, make_room, read_state, saved_steps, set_aside
@@ -210,7 +208,7 @@ class Checkpointer:
         ignored = (_RANDOM,) if self.optimizer is not None else (_RANDOM, _OPTIMIZER)
         expected = {name for entry in entries if not entry.elsewhere for name in entry.all_names}
         elsewhere = {name for entry in entries if entry.elsewhere for name in entry.all_names}
-        planner = _StrictLoadPlanner(expected, elsewhere, ignored)
+        planner = StrictLoadPlanner(expected, elsewhere, ignored)
         try:
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), planner=planner)
         except CheckpointException as error:
@@ -321,51 +319,6 @@ class _Entry(NamedTuple):
     """Of what this rank has, or another."""
     elsewhere: bool = False
     """Whether other ranks alone can have it: they look for it."""
-
-
-class _StrictLoadPlanner(DefaultLoadPlanner):
-    """Refuses what torch's reader would load or leave out silently.
-
-    That is: tensors that the checkpoint lacks, wholly or in part, those of another shape or dtype, and those that the
-    checkpoint has and the run has not.
-
-    Args:
-        expected: names that there must be.
-        elsewhere: names that other ranks may expect.
-        ignored: how names begin that the checkpoint may have and the run not.
-    """
-
-    def __init__(self, expected: set[str], elsewhere: set[str], ignored: tuple[str, ...]) -> None:
-        super().__init__()
-        self.expected = expected
-        self.elsewhere = elsewhere
-        self.ignored = ignored
-
-    def create_local_plan(self) -> LoadPlan:
-        metadata = self.metadata
-        assert isinstance(metadata, Metadata)
-        assert self.state_dict is not None
-        stored = metadata.state_dict_metadata
-        missing = (self.expected | self.state_dict.keys()) - stored.keys()
-        unknown = stored.keys() - self.expected - self.elsewhere
-        foreign = {name for name in unknown if not name.startswith(self.ignored)}
-        problems = {name: _mismatch(stored[name], self.state_dict[name]) for name in self.state_dict.keys() - missing}
-        wrong = [f"{name} is missing" for name in sorted(missing)]
-        wrong += [f"{name} {problem}" for name, problem in sorted(problems.items()) if problem]
-        wrong += [f"{name} is in the checkpoint, but not in this run" for name in sorted(foreign)]
-        if wrong:
-            raise CheckpointError(f"{'; '.join(wrong[:5])}{f'; and {len(wrong) - 5} more' if len(wrong) > 5 else ''}")
-        return super().create_local_plan()
-
-
-def _mismatch(stored: Any, tensor: Tensor) -> str | None:
-    assert isinstance(stored, TensorStorageMetadata)
-    held = sum(torch.Size(chunk.sizes).numel() for chunk in stored.chunks)
-    if stored.size != tensor.shape or held != tensor.numel():
-        return f"holds {held} values of shape {tuple(stored.size)}, not {tensor.numel()} of {tuple(tensor.shape)}"
-    if stored.properties.dtype != tensor.dtype:
-        return f"is {stored.properties.dtype}, not {tensor.dtype}"
-    return None
 
 
 def _file_of_each_name(entries: list[_Entry]) -> dict[str, int]:

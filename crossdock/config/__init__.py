@@ -1,6 +1,7 @@
 """Configuration: TOML, then command-line overrides, into typed dataclasses, validated once before anything starts."""
 
 from crossdock.config.reading import RUN_CONFIG_FILE, load_config, read_toml, to_toml
+from crossdock.config.requirements import check_writable
 from crossdock.config.settings import (
     ASSETS_FOLDER,
     Config,
@@ -12,7 +13,7 @@ from crossdock.config.settings import (
     TrainingConfig,
     ValidationConfig,
 )
-from crossdock.config.validation import check_settings, check_writable, expert_parallel_degrees, validate
+from crossdock.config.validation import check_settings, expert_parallel_degrees, validate
 
 __all__ = [
     "ASSETS_FOLDER",
