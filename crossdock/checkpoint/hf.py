@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from crossdock.checkpoint.experts import ExpertRows
 from crossdock.checkpoint.folders import CheckpointError
 from crossdock.checkpoint.hf_files import OpenFiles, read_headers
-from crossdock.checkpoint.stored import Stored, stored_tensors
+from crossdock.checkpoint.stored import Stored, block_size, stored_tensors
 from crossdock.comm import raise_together
 from crossdock.experts import halves_apart
 from crossdock.lora import base_of
@@ -119,6 +119,20 @@ class HFKeys:
             name = name.replace(theirs, ours)
         return name
 
+    def place_of(self, name: str) -> tuple[str, int | None] | None:
+        """Our name of the module of experts that a checkpoint's tensor belongs to, and which expert's it is.
+
+        That is `None` where it is of all of them; the whole is where the tensor is no expert's.
+        """
+        ends = map(re.escape, _PACKED.values() if self.packed else (self.gate, self.up, self.down))
+        ends = (end.replace(re.escape("{}"), r"(?P<expert>\d+)", 1) for end in ends)
+        for end in ends:
+            if (match := re.fullmatch(rf"(?P<module>.+)\.{end}", name)) is not None:
+                module = self.ours(f"{match['module']}.").removesuffix(".")
+                if module.endswith("experts"):
+                    return module, None if self.packed else int(match["expert"])
+        return None
+
 
 @dataclass(frozen=True)
 class HFCheckpoint:
@@ -140,7 +154,7 @@ class HFCheckpoint:
             CheckpointError: for a folder without safetensors, a file that is missing, cut off or none, and a tensor
                 that is in two files or not where the index says.
         """
-        return cls(folder, stored_tensors(folder, read_headers(folder)))
+        return cls(folder, stored_tensors(read_headers(folder), block_size(folder)))
 
     def check(self, model: nn.Module, keys: HFKeys) -> None:
         """Compare names, shapes and dtypes with what `model` holds; it may be on the meta device, on any layout.

@@ -9,8 +9,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +19,8 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 from crossdock.checkpoint.experts import expert_rows
 from crossdock.checkpoint.folders import CheckpointError
 from crossdock.checkpoint.hf import HFKeys, Part
+from crossdock.checkpoint.hf_files import DTYPES, QUANTIZED_DTYPES, Header
+from crossdock.checkpoint.stored import Stored, stored_tensors
 from crossdock.experts import ExpertParams, halves_apart, halves_interleaved
 from crossdock.parallel import as_shard
 from crossdock.placement import EMPTY
@@ -53,22 +54,9 @@ def validate_experts(
         mesh: as in `expert_range`.
 
     Raises:
-        CheckpointError: naming what is missing, or that there is no expert at all.
+        CheckpointError: naming what is missing, misshapen or cannot be read, or that there is no expert at all.
     """
-    layers = _layers(state_dict, keys)
-    if not layers:
-        raise CheckpointError(f"the state dict holds no expert: no name ends like {keys.down.format(0)!r}")
-    missing = [
-        part.name
-        for layer in layers
-        for parameter in _parameters(state_dict, keys, layer)
-        for expert in expert_range(num_experts, mesh)
-        for part in keys.parts(f"{layer}.{parameter}", expert, (0, 0))
-        if part.name not in state_dict
-    ]
-    if missing:
-        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-        raise CheckpointError(f"the state dict lacks {', '.join(missing[:_SHOWN])}{more}")
+    _check(_stored(state_dict), keys, num_experts, expert_range(num_experts, mesh))
 
 
 @torch.no_grad()
@@ -79,33 +67,48 @@ def from_hf(
 
     An expert's matrices become a row of `gate_and_up_projs [P/R, H, 2I]` and `down_projs [P/R, I, H]`. With `mesh`
     these are DTensors, `Shard(0)` over `ep` and `Shard(1)` over `ep_shard`, as in a model on that mesh; slots without
-    an expert are 0. All else keeps its value.
+    an expert are 0. FP8 and MXFP4 become float32. All else keeps its value.
 
     Args:
-        state_dict: this rank's experts at least. A DTensor is gathered, a matrix at a time; collective then.
+        state_dict: this rank's experts at least; of a rank without experts, one of each layer, for its shape. Experts
+            that are DTensors are gathered, a matrix at a time: a collective of the ranks that they are spread over.
         keys: of its family.
         num_experts: `E`.
         mesh: with a dimension `ep`, and `ep_shard` where experts are sharded; or of one dimension, which is `ep`.
 
     Raises:
-        CheckpointError: where an expert of this rank is missing.
+        CheckpointError: see `validate_experts`.
     """
-    validate_experts(state_dict, keys, num_experts, mesh)
-    own = _own_slots(num_experts, mesh)
+    stored = _stored(state_dict)
+    _check(stored, keys, num_experts, expert_range(num_experts, mesh))
+    own, memory = _own_slots(num_experts, mesh), _Memory(state_dict)
+    is_distributed = any(isinstance(tensor, DTensor) for tensor in state_dict.values())
     result: dict[str, Tensor] = {}
-    used: set[str] = set()
-    for layer in _layers(state_dict, keys):
-        for parameter in _parameters(state_dict, keys, layer):
-            name = f"{layer}.{parameter}"
-            rows: list[Tensor | None] = []
-            for expert in own:
-                parts = keys.parts(name, max(expert, 0), (0, 0))
-                rows.append(None if expert == EMPTY else _row(state_dict, parts))
-            like = next(row for row in rows if row is not None)
-            stacked = torch.stack([torch.zeros_like(like) if row is None else row for row in rows])
-            result[name] = stacked if mesh is None else _distributed(stacked, mesh)
-        used |= _names_of(state_dict, keys, layer)
-    return result | {keys.ours(name): tensor for name, tensor in state_dict.items() if name not in used}
+    layers = _layers(stored, keys)
+    for layer, experts in layers.items():
+        # In one order on all ranks, and what others need as well: gathering is collective.
+        names = sorted(name for name, expert in experts.items() if is_distributed or expert is None or expert in own)
+        values = {}
+        for name in names:
+            value = stored[name].read(memory, [(0, size) for size in stored[name].shape])
+            if experts[name] is None or experts[name] in own:
+                values[name] = value
+        like = next(iter(values.values()), None)
+        dtype = like.dtype if like is not None else DTYPES[stored[next(iter(experts))].dtype]
+        for parameter in _parameters(experts):
+            parts = keys.parts(f"{layer}.{parameter}", _some_expert(experts), (0, 0))
+            rows = [torch.zeros(_row_shape(stored, parts), dtype=dtype)] * len(own)
+            for slot, expert in enumerate(own):
+                if expert != EMPTY:
+                    rows[slot] = _row(values, keys.parts(f"{layer}.{parameter}", expert, (0, 0)))
+            stacked = torch.stack(rows)
+            result[f"{layer}.{parameter}"] = stacked if mesh is None else _distributed(stacked, mesh)
+    of_experts = {name for experts in layers.values() for name in experts}
+    for name, tensor in stored.items():
+        if name not in of_experts:
+            whole = [(0, size) for size in tensor.shape]
+            result[keys.ours(name)] = state_dict[name] if tensor.is_plain else tensor.read(memory, whole)
+    return result
 
 
 @torch.no_grad()
@@ -119,6 +122,9 @@ def to_hf(state_dict: Mapping[str, Tensor], keys: HFKeys, num_experts: int) -> d
         state_dict: of a model of ours, on any layout.
         keys: of its family.
         num_experts: `E`.
+
+    Raises:
+        CheckpointError: for another number of experts.
     """
     result: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
@@ -126,15 +132,15 @@ def to_hf(state_dict: Mapping[str, Tensor], keys: HFKeys, num_experts: int) -> d
         if parameter not in ExpertParams._fields or not layer.endswith("experts"):
             result[keys.parts(name, None, ())[0].name] = tensor
         elif keys.packed:
-            (part,) = keys.parts(name, 0, tensor.shape[1:])
-            slots = ExpertPlacement.contiguous(num_experts, _ep_of(tensor)[0]).expert_to_slot
+            placement = _placement(name, tensor, num_experts)
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            whole = whole[torch.tensor(slots, device=whole.device)]
-            whole = halves_interleaved(whole) if part.interleaved else whole
-            result[part.name] = whole.mT if part.transposed else whole
+            whole = whole[torch.tensor(placement.expert_to_slot, device=whole.device)]
+            for part in keys.parts(name, 0, tensor.shape[1:]):
+                piece = whole if part.columns is None else whole[..., part.columns]
+                piece = halves_interleaved(piece) if part.interleaved else piece
+                result[part.name] = piece.mT if part.transposed else piece
         else:
-            size, rank = _ep_of(tensor)
-            own = ExpertPlacement.contiguous(num_experts, size).experts_on(rank)
+            own = _placement(name, tensor, num_experts).experts_on(_ep_of(tensor)[1])
             for expert, row in zip(own, expert_rows(tensor), strict=True):
                 for part in keys.parts(name, expert, row.shape) if expert != EMPTY else ():
                     piece = row if part.columns is None else row[:, part.columns]
@@ -142,43 +148,106 @@ def to_hf(state_dict: Mapping[str, Tensor], keys: HFKeys, num_experts: int) -> d
     return result
 
 
-def _layers(names: Iterable[str], keys: HFKeys) -> list[str]:
-    """Our names of the modules that hold experts, of all that `names` tell of."""
-    pattern = re.escape(keys.down).replace(re.escape("{}"), r"\d+")
-    if keys.packed:
-        pattern = "down_proj"
-    found = (re.fullmatch(rf"(.+\.){pattern}", name) for name in names)
-    return list(dict.fromkeys(keys.ours(match[1]).removesuffix(".") for match in found if match))
+class _Memory:
+    """The tensors of a state dict, to be read as those of files are."""
+
+    def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
+        self.state_dict = state_dict
+
+    def read(self, header: Header, bounds: Sequence[tuple[int, int]]) -> Tensor:
+        """What lies within `bounds`, of each dimension; collective for a DTensor."""
+        value = self.state_dict[header.name]
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        return value[tuple(slice(*ends) for ends in bounds)]
 
 
-def _parameters(state_dict: Mapping[str, Tensor], keys: HFKeys, layer: str) -> list[str]:
-    """Which of the experts' parameters a family has: biases are not in all."""
-    return [
-        parameter
-        for parameter in ExpertParams._fields
-        if not parameter.endswith("bias")
-        or (keys.packed and keys.parts(f"{layer}.{parameter}", 0, (0, 0))[0].name in state_dict)
-    ]
+def _stored(state_dict: Mapping[str, Tensor]) -> dict[str, Stored]:
+    """What the tensors stand for: quantised ones and their scales are one."""
+    names = {dtype: name for name, dtype in (DTYPES | QUANTIZED_DTYPES).items()}
+    return stored_tensors(
+        {
+            name: Header(name, "", names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+            for name, tensor in state_dict.items()
+        }
+    )
 
 
-def _names_of(state_dict: Mapping[str, Tensor], keys: HFKeys, layer: str) -> set[str]:
-    """All names of a layer's experts, those of other ranks too."""
-    module = keys.theirs(f"{layer}.")
-    if keys.packed:
-        return {keys.parts(f"{layer}.{parameter}", 0, (0, 0))[0].name for parameter in ExpertParams._fields}
-    return {name for name in state_dict if re.match(rf"{re.escape(module)}\d+\.", name)}
+def _layers(names: Iterable[str], keys: HFKeys) -> dict[str, dict[str, int | None]]:
+    """By our name of each module of experts: the names of its tensors, and whose they are (`None`: of all experts)."""
+    layers: dict[str, dict[str, int | None]] = {}
+    for name in names:
+        if (place := keys.place_of(name)) is not None:
+            layers.setdefault(place[0], {})[name] = place[1]
+    return layers
 
 
-def _row(state_dict: Mapping[str, Tensor], parts: list[Part]) -> Tensor:
+def _check(stored: Mapping[str, Stored], keys: HFKeys, num_experts: int, own: range) -> None:
+    layers = _layers(stored, keys)
+    if not layers:
+        like = keys.theirs("experts.down_proj") if keys.packed else keys.down.format(0)
+        raise CheckpointError(f"the state dict holds no expert: no name ends like {like!r}")
+    problems = []
+    for layer, experts in layers.items():
+        for name, expert in experts.items():
+            tensor = stored[name]
+            if tensor.problem:
+                problems.append(f"{name} {tensor.problem}")
+            elif expert is None and tensor.shape[:1] != (num_experts,):
+                problems.append(f"{name} has shape {list(tensor.shape)}, not of {num_experts} experts")
+            elif expert is not None and expert >= num_experts:
+                problems.append(f"{name} is of expert {expert}, there are {num_experts}")
+        for parameter in _parameters(experts):
+            shapes = {}
+            for expert in own or [_some_expert(experts)]:
+                parts = keys.parts(f"{layer}.{parameter}", expert, (0, 0))
+                missing = [f"{part.name} is missing" for part in parts if part.name not in stored]
+                problems += missing
+                if not missing and not problems:
+                    shapes[expert] = _row_shape(stored, parts)
+            if len(set(shapes.values())) > 1:
+                problems.append(f"the experts of {layer} differ in shape: {shapes}")
+    problems = list(dict.fromkeys(problems))
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise CheckpointError(f"the state dict does not fit: {'; '.join(problems[:_SHOWN])}{more}")
+
+
+def _parameters(names: Iterable[str]) -> list[str]:
+    """The experts' parameters that tensors of these names make up: biases are not in all families."""
+    biased = any("bias" in name.rpartition(".")[2] for name in names)
+    return [parameter for parameter in ExpertParams._fields if biased or not parameter.endswith("bias")]
+
+
+def _some_expert(experts: Mapping[str, int | None]) -> int:
+    """One of which there are tensors."""
+    return next(iter(experts.values())) or 0
+
+
+def _row_shape(stored: Mapping[str, Stored], parts: Sequence[Part]) -> tuple[int, ...]:
+    """Of an expert's row of a parameter, made of `parts`."""
+    shapes = [stored[part.name].shape[part.expert is not None :] for part in parts]
+    shapes = [shape[::-1] if part.transposed else shape for part, shape in zip(parts, shapes, strict=True)]
+    return (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
+
+
+def _row(values: Mapping[str, Tensor], parts: Sequence[Part]) -> Tensor:
     """An expert's row of a parameter."""
     pieces = []
     for part in parts:
-        value = state_dict[part.name]
-        value = value.full_tensor() if isinstance(value, DTensor) else value
-        value = value if part.expert is None else value[part.expert]
+        value = values[part.name] if part.expert is None else values[part.name][part.expert]
         value = value.t() if part.transposed else value
         pieces.append(halves_apart(value) if part.interleaved else value)
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+
+
+def _placement(name: str, tensor: Tensor, num_experts: int) -> ExpertPlacement:
+    """Where the experts of a parameter are. Raises CheckpointError for another number of them."""
+    placement = ExpertPlacement.contiguous(num_experts, _ep_of(tensor)[0])
+    if placement.num_slots != len(tensor):
+        raise CheckpointError(
+            f"{name} has shape {list(tensor.shape)}: not {placement.num_slots} rows, as {num_experts} experts have"
+        )
+    return placement
 
 
 def _distributed(stacked: Tensor, mesh: DeviceMesh) -> DTensor:

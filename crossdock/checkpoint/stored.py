@@ -15,19 +15,29 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from crossdock.checkpoint.hf_files import DTYPES, Header, OpenFiles
+from crossdock.checkpoint.hf_files import DTYPES, Header
 
-__all__ = ["Stored", "stored_tensors"]
+__all__ = ["Reader", "Stored", "block_size", "stored_tensors"]
 
 _SCALE = "_scale_inv"
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _MXFP4_GROUP = 32
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _DEFAULT_BLOCK = (128, 128)
+_SCALE_DTYPES = (*DTYPES, "F8_E8M0")
+
+
+class Reader(Protocol):
+    """Where the tensors are that headers tell of: files, or memory."""
+
+    def read(self, header: Header, bounds: Sequence[tuple[int, int]]) -> Tensor:
+        """What lies within `bounds`, of each dimension."""
+        ...
 
 
 class Stored(ABC):
@@ -37,25 +47,29 @@ class Stored(ABC):
         dtype: of `DTYPES`, in which it would be written again; another one's name where it cannot be read.
         shape: of its values.
         problem: why it cannot be read, empty where it can.
+        is_plain: whether its values are stored as they are.
     """
 
     dtype: str
     shape: tuple[int, ...]
     problem: str = ""
+    is_plain: bool = False
 
     @abstractmethod
-    def read(self, files: OpenFiles, bounds: Sequence[tuple[int, int]]) -> Tensor:
+    def read(self, files: Reader, bounds: Sequence[tuple[int, int]]) -> Tensor:
         """The values within `bounds`, of each dimension."""
 
 
 class _Plain(Stored):
+    is_plain = True
+
     def __init__(self, header: Header) -> None:
         self.header = header
         self.dtype, self.shape = header.dtype, header.shape
         if self.dtype not in DTYPES:
             self.problem = f"is {self.dtype}; {', '.join(DTYPES)} can be read, and FP8 and MXFP4 beside their scales"
 
-    def read(self, files: OpenFiles, bounds: Sequence[tuple[int, int]]) -> Tensor:
+    def read(self, files: Reader, bounds: Sequence[tuple[int, int]]) -> Tensor:
         return files.read(self.header, bounds)
 
 
@@ -68,6 +82,9 @@ class _BlockFP8(Stored):
         self.values, self.scales = values, scales
         self.shape = values.shape
         self.block: tuple[int, int] | None = None
+        if scales.dtype not in _SCALE_DTYPES:
+            self.problem = f"has {scales.name} in {scales.dtype}; {', '.join(_SCALE_DTYPES)} can be read"
+            return
         if math.prod(scales.shape) == 1:
             return
         *outer, rows, columns = self.shape
@@ -86,7 +103,7 @@ class _BlockFP8(Stored):
             f"{block[0]} x {block[1]}"
         )
 
-    def read(self, files: OpenFiles, bounds: Sequence[tuple[int, int]]) -> Tensor:
+    def read(self, files: Reader, bounds: Sequence[tuple[int, int]]) -> Tensor:
         values = files.read(self.values, bounds).float()
         if self.block is None:
             return values * files.read(self.scales, [(0, size) for size in self.scales.shape]).float().reshape(())
@@ -115,7 +132,7 @@ class _MXFP4(Stored):
         experts, columns, groups, _ = blocks.shape
         self.shape = (experts, groups * _MXFP4_GROUP, columns)
 
-    def read(self, files: OpenFiles, bounds: Sequence[tuple[int, int]]) -> Tensor:
+    def read(self, files: Reader, bounds: Sequence[tuple[int, int]]) -> Tensor:
         experts, (first, last), columns = bounds
         groups = (first // _MXFP4_GROUP, -(-last // _MXFP4_GROUP))
         blocks = files.read(self.blocks, [experts, columns, groups, (0, _MXFP4_GROUP // 2)])
@@ -126,15 +143,14 @@ class _MXFP4(Stored):
         return values.narrow(-1, first - groups[0] * _MXFP4_GROUP, last - first).mT
 
 
-def stored_tensors(folder: Path, headers: Mapping[str, Header]) -> dict[str, Stored]:
+def stored_tensors(headers: Mapping[str, Header], block: tuple[int, int] = _DEFAULT_BLOCK) -> dict[str, Stored]:
     """The tensors that `headers` stand for: a quantised one and its scales are one.
 
     Args:
-        folder: has a config.json, which may say how large blocks are.
         headers: by name.
+        block: rows and columns that have an FP8 factor in common.
     """
     tensors: dict[str, Stored] = {}
-    block = _block_size(folder)
     for name, header in headers.items():
         if header.dtype == "F8_E4M3" and f"{name}{_SCALE}" in headers and len(header.shape) > 1:
             tensors[name] = _BlockFP8(header, headers[f"{name}{_SCALE}"], block)
@@ -153,8 +169,8 @@ def _is(headers: Mapping[str, Header], name: str, dtype: str) -> bool:
     return name in headers and headers[name].dtype == dtype
 
 
-def _block_size(folder: Path) -> tuple[int, int]:
-    """What config.json says; of one that cannot be read, others complain."""
+def block_size(folder: Path) -> tuple[int, int]:
+    """Of the FP8 weights in `folder`, as its config.json says; of one that cannot be read, others complain."""
     try:
         rows, columns = json.loads((folder / "config.json").read_text())["quantization_config"]["weight_block_size"]
     except (OSError, ValueError, LookupError, TypeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -56,6 +57,27 @@ class _ConvertedKeys(HFKeys):
             packed = expert if place.packed else None
             parts.append(Part(place.name, columns, place.transposed, packed, place.interleaved))
         return parts
+
+    def theirs(self, name: str) -> str:
+        return self.dense.get(name, name)
+
+    def ours(self, name: str) -> str:
+        return self._ours.get(name, name)
+
+    def place_of(self, name: str) -> tuple[str, int | None] | None:
+        return self._of_experts.get(name)
+
+    @cached_property
+    def _ours(self) -> dict[str, str]:
+        return {theirs: ours for ours, theirs in self.dense.items()}
+
+    @cached_property
+    def _of_experts(self) -> dict[str, tuple[str, int | None]]:
+        return {
+            place.name: (parameter.rpartition(".")[0], None if place.packed else expert)
+            for (parameter, expert), places in self.places.items()
+            for place in places
+        }
 
 
 def converted_keys(model: PreTrainedModel) -> HFKeys:

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, PreTrainedModel
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.utils.quantization_config import Mxfp4Config
 
 from crossdock.checkpoint import CheckpointError, HFCheckpoint
@@ -22,46 +21,13 @@ from crossdock.models import FAMILIES, build_model, export_hf, materialise, writ
 from crossdock.moe_config import MoEConfig
 from crossdock.parallel import ParallelDims, parallelize
 from tests.checkpoint.hf_folders import differences, read_tensors, write_shards
+from tests.checkpoint.quantizing import quantize_fp8, quantize_mxfp4
 from tests.models.tiny_families import write_family
 from tests.ranks import RankPool
 
 # Rows and columns: the last blocks of a matrix are cut.
 BLOCK = (12, 20)
 MXFP4_SIZES = {"hidden_size": 64, "intermediate_size": 32, "head_dim": 16}
-
-
-def _quantize_fp8(tensors: dict[str, Tensor], block: tuple[int, int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """All experts' matrices and attention's in E4M3 with factors; and what these stand for, in float64."""
-    stored, meant = {}, {}
-    for name, tensor in tensors.items():
-        if "proj" not in name:
-            stored[name] = meant[name] = tensor
-            continue
-        rows, columns = (-(-size // step) for size, step in zip(tensor.shape, block, strict=True))
-        scales = 0.001 + torch.rand(rows, columns, generator=torch.Generator().manual_seed(len(name)))
-        of_row, of_column = (torch.arange(size) // step for size, step in zip(tensor.shape, block, strict=True))
-        factors = scales[of_row][:, of_column]
-        stored[name] = (tensor / factors).to(torch.float8_e4m3fn)
-        stored[f"{name}_scale_inv"] = scales
-        meant[name] = (stored[name].double() * factors.double()).float()
-    return stored, meant
-
-
-def _quantize_mxfp4(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Random halves of bytes and powers of two in place of the experts; and what transformers says they stand for."""
-    generator = torch.Generator().manual_seed(0)
-    stored, meant = {}, {}
-    for name, tensor in tensors.items():
-        if not name.endswith(("gate_up_proj", "down_proj")):
-            stored[name] = meant[name] = tensor
-            continue
-        experts, rows, columns = tensor.shape
-        shape = (experts, columns, rows // 32)
-        blocks = torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=generator)
-        scales = torch.randint(120, 125, shape, dtype=torch.uint8, generator=generator)
-        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        meant[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
-    return stored, meant
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         plain = write_family(root / f"{name}-meant", name, **sizes)
         shutil.copytree(plain, root / name)
         tensors = read_tensors(plain)
-        stored, meant = _quantize_fp8(tensors, BLOCK) if name == "qwen3" else _quantize_mxfp4(tensors)
+        stored, meant = quantize_fp8(tensors, BLOCK) if name == "qwen3" else quantize_mxfp4(tensors)
         write_shards(plain, meant, 1)
         write_shards(root / name, stored, 3)
         config = json.loads((plain / "config.json").read_text())
@@ -147,7 +113,7 @@ def test_fp8_of_even_blocks_equals_what_transformers_loads(ranks: RankPool, fold
     even = tmp_path / "even"
     shutil.copytree(folders / "qwen3", even)
     tensors = read_tensors(write_family(tmp_path / "plain", "qwen3"))
-    write_shards(even, _quantize_fp8(tensors, (8, 16))[0], 1)
+    write_shards(even, quantize_fp8(tensors, (8, 16))[0], 1)
     config = json.loads((even / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [8, 16]}
     (even / "config.json").write_text(json.dumps(config))
@@ -168,6 +134,11 @@ def test_fp8_of_even_blocks_equals_what_transformers_loads(ranks: RankPool, fold
             r"up_proj\.weight is F8_E4M3; F64, .* beside their",
         ),
         ("qwen3", {"mlp.experts.0.up_proj.weight_scale_inv": torch.ones(3, 5)}, r"not one factor for each block of 12"),
+        (
+            "qwen3",
+            {"mlp.experts.0.up_proj.weight_scale_inv": torch.ones(2, 2, dtype=torch.uint8)},
+            r"up_proj\.weight has .*weight_scale_inv in U8; F64, .* can be read",
+        ),
         ("gpt_oss", {"mlp.experts.down_proj_scales": None}, r"down_proj is missing"),
         (
             "gpt_oss",

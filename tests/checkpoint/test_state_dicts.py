@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from crossdock.checkpoint import CheckpointError, HFCheckpoint, expert_range, from_hf, to_hf, validate_experts
@@ -16,7 +17,9 @@ from crossdock.models import FAMILIES, build_model, materialise
 from crossdock.moe_config import MoEConfig
 from crossdock.parallel import ParallelDims, parallelize
 from tests.checkpoint.hf_folders import differences, read_tensors
+from tests.checkpoint.quantizing import quantize_fp8, quantize_mxfp4
 from tests.models.tiny_families import SIZES, write_family
+from tests.models.tiny_generic import families_with_a_plan, tiny_config, tiny_model
 from tests.ranks import RankPool
 
 
@@ -84,19 +87,81 @@ def test_sharded_experts_and_ranges(ranks: RankPool, tmp_path: Path) -> None:
             assert result["back"] == []
 
 
-def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+def spread(folder: str, num_experts: int, dim: int) -> dict[str, Any]:
+    """What `from_hf` makes of tensors that are spread over the very ranks of `ep`, against plain ones; own experts."""
+    tensors, keys = read_tensors(Path(folder)), FAMILIES["qwen3"].hf_keys
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
+    values = {key: distribute_tensor(value, mesh, [Shard(min(dim, value.ndim - 1))]) for key, value in tensors.items()}
+    wanted, state = (from_hf(each, keys, num_experts, mesh) for each in (tensors, values))
+    differing = [key for key, value in wanted.items() if ".experts." in key and not value.equal(state[key])]
+    rows = [
+        list(value.to_local().shape) for key, value in state.items() if key.endswith("layers.0.mlp.experts.down_projs")
+    ]  # type: ignore[attr-defined]
+    return {"differing": differing, "rows": rows, "range": expert_range(num_experts, mesh)}
+
+
+@pytest.mark.parametrize(("num_experts", "world_size"), [(5, 2), (2, 4)])
+def test_tensors_spread_over_the_ranks_of_ep(
+    ranks: RankPool, tmp_path: Path, num_experts: int, world_size: int
+) -> None:
+    write_family(tmp_path, "qwen3", num_experts=num_experts)
+    for dim in (0, 1):
+        results = ranks.run(world_size, spread, str(tmp_path), num_experts, dim)
+        assert [result["differing"] for result in results] == [[]] * world_size
+        slots = -(-num_experts // world_size)
+        assert [result["rows"] for result in results] == [[[slots, 16, 32]]] * world_size
+        assert sum(len(result["range"]) for result in results) == num_experts
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss"])
+def test_quantised_values_become_what_they_stand_for(tmp_path: Path, name: str) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "head_dim": 16} if name == "gpt_oss" else {}
+    tensors, keys = read_tensors(write_family(tmp_path, name, **sizes)), FAMILIES[name].hf_keys
+    stored, meant = quantize_mxfp4(tensors) if name == "gpt_oss" else quantize_fp8(tensors, (128, 128))
+    ours, theirs = from_hf(stored, keys, 5), from_hf(meant, keys, 5)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_keys_that_are_converted(tmp_path: Path) -> None:
+    config = tiny_config(families_with_a_plan()["granitemoe"])
+    model = tiny_model(config)
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        adapted = FAMILIES["generic"].adapt(tiny_model(config), MoEConfig())
+    keys, tensors = FAMILIES["generic"].keys(adapted), read_tensors(tmp_path)
+    state = from_hf(tensors, keys, 6)
+    assert {key for key in state if ".experts." in key} == {
+        key for key in adapted.state_dict() if ".experts." in key and key.endswith("projs")
+    }
+    assert differences(to_hf(state, keys, 6), tensors) == []
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     keys = FAMILIES["mixtral"].hf_keys
-    tensors = read_tensors(write_family(tmp_path, "mixtral"))
+    tensors = read_tensors(write_family(tmp_path / "mixtral", "mixtral"))
     validate_experts(tensors, keys, 5)
-    missing = "model.layers.1.block_sparse_moe.experts.3.w3.weight"
-    del tensors[missing]
-    for check in (validate_experts, from_hf):
-        with pytest.raises(CheckpointError, match=rf"lacks {missing}$"):
-            check(tensors, keys, 5)
-    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.0\.block_sparse_moe\.experts\.5\.w1"):
-        validate_experts(tensors, keys, 6)
-    with pytest.raises(CheckpointError, match="holds no expert"):
-        validate_experts({"model.norm.weight": torch.ones(2)}, keys, 5)
+    state = from_hf(tensors, keys, 5)
+    packed, packed_keys = read_tensors(write_family(tmp_path / "gpt_oss", "gpt_oss")), FAMILIES["gpt_oss"].hf_keys
+    w3 = "model.layers.1.block_sparse_moe.experts.3.w3.weight"
+    bias = "model.layers.1.mlp.experts.down_proj_bias"
+    cases = [
+        ({key: value for key, value in tensors.items() if key != w3}, keys, 5, rf": {w3} is missing$"),
+        (tensors, keys, 6, r": model\.layers\.0\.block_sparse_moe\.experts\.5\.w1\.weight is missing"),
+        (tensors, keys, 4, r"experts\.4\.w1\.weight is of expert 4, there are 4"),
+        (tensors | {w3: torch.ones(15, 32)}, keys, 5, r"experts of model\.layers\.1\.mlp\.experts differ in shape"),
+        ({"model.norm.weight": torch.ones(2)}, keys, 5, "holds no expert"),
+        (packed, packed_keys, 6, r"gate_up_proj has shape \[5, 32, 32\], not of 6 experts"),
+        (packed, packed_keys, 3, r"not of 3 experts"),
+        ({key: value for key, value in packed.items() if key != bias}, packed_keys, 5, rf": {bias} is missing$"),
+    ]
+    for state_dict, of_family, num_experts, message in cases:
+        for check in (validate_experts, from_hf):
+            with pytest.raises(CheckpointError, match=message):
+                check(state_dict, of_family, num_experts)
+    for wrong in (4, 6):
+        with pytest.raises(CheckpointError, match=rf"not {wrong} rows"):
+            to_hf(state, keys, wrong)
 
 
 def test_block_of_the_page_runs(tmp_path: Path) -> None:
