@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -106,7 +107,10 @@ class DCPTensors:
             planner.set_up_planner({name: tensor}, self._metadata, is_coordinator=True)
             self._reader.read_data(planner.create_local_plan(), planner).wait()
         except Exception as error:  # Whatever is wrong with a file, torch asserts something.
-            raise CheckpointError(f"cannot read {name} in {self.folder}: {type(error).__name__}: {error}") from error
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            if isinstance(error, UnpicklingError):  # torch's message says how to run it.
+                reason = "its file holds something else than a tensor, which could run code and is refused"
+            raise CheckpointError(f"cannot read {name} in {self.folder}: {reason}") from error
         return tensor
 
     def as_hf(self, located: Mapping[str, Located]) -> HFCheckpoint:

@@ -153,7 +153,22 @@ def _tensor(name: str, about: Any) -> TensorStorageMetadata:
         if any(end > length for end, length in zip(ends, size, strict=True)):
             raise ValueError(f"{name} has a piece from {list(offsets)} to {ends}, its shape is {list(size)}")
         chunks.append(ChunkStorageMetadata(offsets, sizes))
+    if _overlap(chunks):
+        raise ValueError(f"{name} has pieces that lie over each other")
     return TensorStorageMetadata(TensorProperties(dtype), size, chunks)
+
+
+def _overlap(chunks: list[ChunkStorageMetadata]) -> bool:
+    """Whether two pieces have a value in common."""
+    ordered = sorted(chunks, key=lambda chunk: tuple(chunk.offsets))
+    for index, first in enumerate(ordered):
+        for second in ordered[index + 1 :]:
+            if first.offsets and second.offsets[0] >= first.offsets[0] + first.sizes[0]:
+                break
+            ranges = zip(first.offsets, first.sizes, second.offsets, second.sizes, strict=True)
+            if all(max(start, other) < min(start + size, other + length) for start, size, other, length in ranges):
+                return True
+    return False
 
 
 def _state(found: Any, name: str) -> Mapping[str, Any]:

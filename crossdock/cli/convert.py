@@ -25,6 +25,8 @@ def convert_command(arguments: list[str], options: argparse.Namespace) -> int:
     parser.add_argument("--to", default="", choices=("hf", "dcp"), help=to)
     assets = "folder with config.json and tokenizer, for a folder of torch's distributed checkpoint"
     parser.add_argument("--assets", metavar="FOLDER", type=Path, help=assets)
+    family = "as model.name, of a folder that is no run; else that of its model_type"
+    parser.add_argument("--family", default="", help=family)
     upcycle = "make a MoE of a dense model: E copies of its blocks, K for each token"
     parser.add_argument("--upcycle", metavar="E,K", help=upcycle)
     parser.add_argument("--seed", type=int, help="of the routers that --upcycle draws (0)")
@@ -42,7 +44,7 @@ def convert_command(arguments: list[str], options: argparse.Namespace) -> int:
     from crossdock.train.metrics import say
 
     folder = None if parsed.assets is None else parsed.assets.absolute()
-    chosen = ConvertOptions(parsed.to, folder, upcycle, parsed.seed, parsed.dtype, parsed.max_shard_size)
+    chosen = ConvertOptions(parsed.to, folder, parsed.family, upcycle, parsed.seed, parsed.dtype, parsed.max_shard_size)
     try:
         convert(plan_conversion(parsed.source.absolute(), parsed.destination.absolute(), chosen), say)
     except CheckpointError as error:

@@ -84,10 +84,10 @@ def most_positions(config: PreTrainedConfig) -> int:
     return sys.maxsize if most is None else most
 
 
-def no_adapter(model_type: object) -> str:
-    """What to do with a model of this type, which no family's adapter is for."""
+def no_adapter(model_type: object, remedy: str = "set model.name = generic for") -> str:
+    """What to do with a model of this type, which no family's adapter is for; `remedy` asks for `generic`."""
     known = ", ".join(family.model_type for family in FAMILIES.values() if family.model_type)
-    return f"there are adapters for {known}; set model.name = generic for {model_type}, which keeps its own router"
+    return f"there are adapters for {known}; {remedy} {model_type}, whose router is kept, if it has experts"
 
 
 def _config_of_folder(family: Family, folder: Path) -> PreTrainedConfig:

@@ -46,6 +46,13 @@ _MEANING: Mapping[str, tuple[Any, ...]] = {
     "alpha_pattern": ({}, None),
     "bias": ("none", None),
     "modules_to_save": (None, []),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "layers_to_transform": (None, []),
+    "layers_pattern": (None, []),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "trainable_token_indices": (None, [], {}),
 }
 
 

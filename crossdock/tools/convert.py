@@ -78,6 +78,7 @@ class ConvertOptions:
     Attributes:
         to: the format of the destination; empty: the other one than the source's, `hf` for a foreign folder.
         assets: folder with config.json and tokenizer, of a foreign folder.
+        family: as `model.name`; empty: that of the source's `model_type`.
         upcycle: experts per layer and experts per token, of a dense source.
         seed: of the routers of `upcycle`; `None` is 0.
         dtype: torch's name of the dtype of all tensors in Hugging Face's format; empty: their own.
@@ -86,6 +87,7 @@ class ConvertOptions:
 
     to: Literal["", "hf", "dcp"] = ""
     assets: Path | None = None
+    family: str = ""
     upcycle: tuple[int, int] | None = None
     seed: int | None = None
     dtype: str = ""
@@ -145,6 +147,7 @@ def plan_conversion(source: Path, destination: Path, options: ConvertOptions) ->
     check_writable("destination", str(destination))
     is_foreign, is_run = (source / METADATA_FILE).is_file(), find_checkpoint(source) is not None
     for name, value, goes, where in (
+        ("--family", options.family or None, not (is_run or options.upcycle), "is for folders that are no run of ours"),
         ("--assets", options.assets, is_foreign, "is for folders of torch's distributed checkpoint alone"),
         ("--upcycle", options.upcycle, not (is_foreign or is_run), "takes a dense model in Hugging Face's format"),
         ("--seed", options.seed, options.upcycle is not None, "is of the routers that --upcycle draws"),
@@ -160,11 +163,11 @@ def plan_conversion(source: Path, destination: Path, options: ConvertOptions) ->
         if value and to == "dcp":
             raise ConfigError(name, str(value), "is for --to hf: a run holds float32 in files of its own size")
     if is_foreign:
-        found = _foreign_source(source, options.assets)
+        found = _foreign_source(source, options.assets, options.family)
     elif options.upcycle is not None:
         found = _upcycled_source(source, options.upcycle, options.seed or 0)
     else:
-        found = _known_source(source)
+        found = _known_source(source, options.family)
     return Conversion(found, destination, to, options)
 
 
@@ -180,7 +183,7 @@ def convert(conversion: Conversion, say: Callable[[str], None]) -> None:
     """
     source, destination = conversion.source, conversion.destination
     parameters = sum(parameter.numel() for parameter in source.model.parameters())
-    say(f"{source.kind}: {source.family.model_type}, {parameters / 1e6:,.1f} M parameters")
+    say(f"{source.kind}: {source.model.config.model_type}, {parameters / 1e6:,.1f} M parameters")
     partial = destination.with_name(f".{destination.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -229,10 +232,10 @@ def _write_run(conversion: Conversion, folder: Path, progress: Callable[[int, in
     (folder / RUN_CONFIG_FILE).write_text(to_toml(config))
 
 
-def _known_source(path: Path) -> _Source:
+def _known_source(path: Path, family_name: str) -> _Source:
     """A folder in Hugging Face's format, a run or a checkpoint."""
     try:
-        found = find_model(path)
+        found = find_model(path, family_name)
     except ConfigError as error:
         is_run, has_config = ((path / name).is_file() for name in (RUN_CONFIG_FILE, "config.json"))
         if not (is_run or has_config) and (refusal := pickle_refusal(path)):
@@ -257,11 +260,11 @@ def _known_source(path: Path) -> _Source:
     return _Source(f"checkpoint {folder}", family, model, weights, found.assets, is_run=True)
 
 
-def _foreign_source(path: Path, assets: Path | None) -> _Source:
+def _foreign_source(path: Path, assets: Path | None, family_name: str) -> _Source:
     if assets is None or not (assets / "config.json").is_file():
         valid = f"a folder with config.json and tokenizer of the model, since {path} has none"
         raise ConfigError("--assets", str(assets or ""), valid)
-    family, hf_config = _family_and_config(assets)
+    family, hf_config = _family_and_config(assets, family_name)
     try:
         model = build_model(family, hf_config, MoEConfig(), torch.float32)
         weights = foreign_weights(open_foreign(path), model, family)
@@ -300,9 +303,9 @@ def _model_type(folder: Path) -> str:
         return ""
 
 
-def _family_and_config(assets: Path) -> tuple[Family, PreTrainedConfig]:
+def _family_and_config(assets: Path, family_name: str) -> tuple[Family, PreTrainedConfig]:
     try:
-        name = family_of(assets)
+        name = family_name or family_of(assets)
         hf_config = resolve_hf_config(ModelConfig(name=name, hf_assets_path=str(assets)))
         return FAMILIES[name], hf_config
     except ConfigError as error:

@@ -214,4 +214,8 @@ def family_of(folder: Path) -> str:
     for name, family in FAMILIES.items():
         if family.model_type and family.model_type == model_type:
             return name
-    raise ConfigError("model", str(folder), f"its config.json has model_type {model_type!r}; {no_adapter(model_type)}")
+    raise ConfigError(
+        "model",
+        str(folder),
+        f"its config.json has model_type {model_type!r}; {no_adapter(model_type, '--family generic takes')}",
+    )

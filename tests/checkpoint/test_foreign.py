@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
@@ -326,6 +326,11 @@ def too_large(metadata: Metadata) -> None:
     metadata.state_dict_metadata["a"].chunks[0].sizes = torch.Size([4])  # type: ignore[union-attr]
 
 
+def twice(metadata: Metadata) -> None:
+    about: Any = metadata.state_dict_metadata["a"]
+    about.chunks = [ChunkStorageMetadata(torch.Size([start]), torch.Size([2])) for start in (0, 1)]
+
+
 def no_dtype(metadata: Metadata) -> None:
     metadata.state_dict_metadata = {"a": metadata.storage_data}  # type: ignore[dict-item]
 
@@ -338,6 +343,7 @@ def no_dtype(metadata: Metadata) -> None:
         (compressed, "zstd"),
         (nowhere, "a has a piece at .* in no file"),
         (too_large, "a has a piece from"),
+        (twice, "a has pieces that lie over each other"),
         (no_dtype, "where TensorStorageMetadata should be"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -250,6 +250,9 @@ FAULTS = {
     "scaled by the root": (dict, {"use_rslora": True}, "use_rslora"),
     "ranks of their own": (dict, {"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
     "another method": (dict, {"peft_type": "LOHA"}, "peft_type"),
+    "the other way round": (dict, {"fan_in_fan_out": True}, "fan_in_fan_out"),
+    "some layers": (dict, {"layers_to_transform": [0]}, "layers_to_transform"),
+    "after some tokens": (dict, {"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
 }
 
 

@@ -19,6 +19,7 @@ from crossdock.tools.convert import ConvertOptions, convert, plan_conversion
 from crossdock.tools.opening import find_model, open_model
 from tests.checkpoint.hf_folders import differences, mixed, read_tensors, snapshot, write_shards
 from tests.models.tiny_families import SIZES, write_family
+from tests.models.tiny_generic import families_with_a_plan, tiny_config, tiny_model
 from tests.ranks import RankPool
 from tests.test_cli import call, panels
 from tests.tiny import run_trainer, write_assets, write_hf_model
@@ -311,6 +312,8 @@ MISTAKES = [
     ("convert dense there --upcycle 4,0", "--upcycle", "1 <= K <= E"),
     ("convert dense there --upcycle -4,2", "--upcycle", "expected one argument"),
     ("convert dense there --upcycle 4,2 --seed=-1", "--seed", "0 to 2^63 - 1"),
+    ("convert run there --family generic", "--family", "no run of ours"),
+    ("convert hf there --family none", "name", "generic"),
     ("convert hf there --seed 1", "--seed", "--upcycle"),
     ("convert hf there --dtype float32", "--dtype", "--to hf"),
     ("convert run there --dtype float8", "--dtype", "bfloat16"),
@@ -383,3 +386,13 @@ def test_a_damaged_checkpoint_and_a_full_disk_leave_nothing(
         assert call(f"convert {source} {tmp_path}/out") == 1
         assert "No space left" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["read_only"]
+
+
+def test_a_family_without_an_adapter_is_converted_as_generic(tmp_path: Path) -> None:
+    source = tmp_path / "hf"
+    tiny_model(tiny_config(families_with_a_plan()["granitemoe"])).save_pretrained(source)
+    with pytest.raises(ConfigError, match="--family generic takes granitemoe"):
+        plan_conversion(source, tmp_path / "run", ConvertOptions())
+    converted(source, tmp_path / "run", family="generic")
+    converted(tmp_path / "run", tmp_path / "back")
+    assert differences(read_tensors(tmp_path / "back"), read_tensors(source)) == []
