@@ -206,6 +206,8 @@ class Team:
     def run(self, case: str) -> Taken:
         for pipe in self._pipes:
             pipe.send(case)
+        for pipe in self._pipes:
+            pipe.recv()  # What the case before has left is gone.
         peak = 0.0
         while not all(pipe.poll() for pipe in self._pipes):
             peak = max(peak, *(_anonymous_gib(process.pid) for process in self._processes))
@@ -243,6 +245,7 @@ def _serve(side: str, rank: int, folder: Path, store: str, pipe: Connection) -> 
         prepare()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
+        pipe.send(None)
         dist.barrier()
         started = time.perf_counter()
         timed()
