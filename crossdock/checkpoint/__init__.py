@@ -25,14 +25,14 @@ from crossdock.checkpoint.folders import (
 )
 from crossdock.checkpoint.foreign import METADATA_FILE, open_foreign
 from crossdock.checkpoint.hf import HFCheckpoint, HFKeys, Part, tensor_shapes, views_of
-from crossdock.checkpoint.hf_files import DTYPES, OpenFiles
+from crossdock.checkpoint.hf_files import DTYPES
 from crossdock.checkpoint.hf_saving import save_hf
 from crossdock.checkpoint.hf_streaming import stream_hf
 from crossdock.checkpoint.hf_writing import MAX_SHARD_BYTES
 from crossdock.checkpoint.optimizer import materialise_optimizer_state
 from crossdock.checkpoint.pickles import pickle_refusal
 from crossdock.checkpoint.state_dicts import expert_range, from_hf, to_hf, validate_experts
-from crossdock.checkpoint.stored import Stored
+from crossdock.checkpoint.stored import Reader, Stored
 
 __all__ = [
     "CHECKPOINT_FOLDER",
@@ -47,9 +47,9 @@ __all__ = [
     "HFCheckpoint",
     "HFKeys",
     "Located",
-    "OpenFiles",
     "Part",
     "Place",
+    "Reader",
     "Stored",
     "checkpoint_as_hf",
     "expert_range",

@@ -17,9 +17,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from crossdock.checkpoint.folders import CheckpointError
 from crossdock.checkpoint.hf import HFCheckpoint, HFKeys, Part, views_of
-from crossdock.checkpoint.hf_files import DTYPES, OpenFiles
-from crossdock.checkpoint.stored import Stored
-from crossdock.experts import halves_interleaved
+from crossdock.checkpoint.hf_files import DTYPES
+from crossdock.checkpoint.stored import Reader, Stored
 
 __all__ = ["Convention", "DCPTensors", "Located", "Place", "checkpoint_as_hf", "locate", "our_rows"]
 
@@ -184,7 +183,7 @@ class _InFolder(Stored):
             (_, place), *_ = self._located.places
             self.problem = f"cannot be made of {place.name}, which has shape {list(sizes[place.name].size)}"
 
-    def read(self, files: OpenFiles, bounds: Sequence[tuple[int, int]]) -> Tensor:
+    def read(self, files: Reader, bounds: Sequence[tuple[int, int]]) -> Tensor:
         if not self._packed:
             return self._made(self._source.read, 0, 1)[tuple(slice(*ends) for ends in bounds)]
         (first, last), *others = bounds
@@ -208,10 +207,7 @@ def _taken(part: Part, place: Place, tensor: Tensor) -> Tensor:
     """What `place` means of its tensor, of one expert or several, as Hugging Face's format has it."""
     if not place.as_ours:
         return tensor if place.rows is None else tensor[place.rows]
-    if part.interleaved:
-        return halves_interleaved(tensor)
-    piece = tensor if part.columns is None else tensor[:, part.columns]
-    return piece.t() if part.transposed else piece
+    return part.taken_from(tensor)
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -21,7 +21,7 @@ from crossdock.checkpoint.folders import CheckpointError
 from crossdock.checkpoint.hf_files import OpenFiles, read_headers
 from crossdock.checkpoint.stored import Stored, block_size, stored_tensors
 from crossdock.comm import raise_together
-from crossdock.experts import halves_apart
+from crossdock.experts import halves_apart, halves_interleaved
 from crossdock.lora import base_of
 from crossdock.moe import moe_layers
 from crossdock.parallel import local_part, local_with_offsets, plain_name
@@ -56,6 +56,17 @@ class Part(NamedTuple):
     transposed: bool = False
     expert: int | None = None
     interleaved: bool = False
+
+    def taken_from(self, values: Tensor) -> Tensor:
+        """What the tensor holds of a parameter, or of one expert's matrix or several `[..., A, B]`."""
+        values = values if self.columns is None else values[..., self.columns]
+        values = halves_interleaved(values) if self.interleaved else values
+        return values.mT if self.transposed else values
+
+    def shape_of(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """That of `taken_from`, for a parameter, or one expert's matrix, of `shape`."""
+        whole = tuple(shape) if self.columns is None else (shape[0], self.columns.stop - self.columns.start)
+        return whole[::-1] if self.transposed else whole
 
 
 @dataclass(frozen=True)
@@ -235,8 +246,7 @@ def tensor_shapes(model: nn.Module, keys: HFKeys) -> dict[str, tuple[int, ...]]:
         names = rows.all_names(name, parameter, parameter)
         for row in names:
             for part in keys.parts(*_split_row(row, is_expert), shape):
-                whole = shape if part.columns is None else (shape[0], part.columns.stop - part.columns.start)
-                whole = whole[::-1] if part.transposed else whole
+                whole = part.shape_of(shape)
                 shapes[part.name] = whole if part.expert is None else (len(names), *whole)
     shapes |= {keys.parts(name, None, shape)[0].name: tuple(shape) for name, shape in rows.elsewhere.items()}
     for name, buffer in _stored_buffers(model, keys):

@@ -17,7 +17,6 @@ from crossdock.checkpoint.folders import CheckpointError
 from crossdock.checkpoint.hf import HFKeys, Part, views_of
 from crossdock.checkpoint.hf_writing import MAX_SHARD_BYTES, Entry, ShardWriter
 from crossdock.comm import raise_together
-from crossdock.experts import halves_interleaved
 from crossdock.lora import base_of
 from crossdock.moe import moe_layers
 from crossdock.parallel import plain_name
@@ -121,7 +120,7 @@ def _sources_of(model: nn.Module, keys: HFKeys) -> Iterator[_Source]:
         else:
             writer = rank if in_first_group else -1
         parts = keys.parts(name, expert, view.shape)
-        yield _Source({part.name: _shape_of(part, view) for part in parts}, writer, partial(_gather, view, parts))
+        yield _Source({part.name: part.shape_of(view.shape) for part in parts}, writer, partial(_gather, view, parts))
     for layer_name, layer in moe_layers(model).items() if keys.packed else ():
         base = base_of(layer.experts)
         for key, parameter in layer.experts.slot_parameters().items():
@@ -130,24 +129,14 @@ def _sources_of(model: nn.Module, keys: HFKeys) -> Iterator[_Source]:
             name = plain_name(f"{layer_name}.experts.{key}")
             own = {expert: view for (of, expert), view in packed.items() if of == name}
             (part,) = keys.parts(name, 0, parameter.shape[1:])
-            shape = tuple(parameter.shape[1:])
-            tensors = {part.name: (layer.num_experts, *(shape[::-1] if part.transposed else shape))}
+            tensors = {part.name: (layer.num_experts, *part.shape_of(parameter.shape[1:]))}
             gather = partial(_gather_packed, layer, own, part, parameter)
             yield _Source(tensors, next_writer(parameter.numel()), gather)
 
 
-def _shape_of(part: Part, view: Tensor) -> tuple[int, ...]:
-    shape = tuple(view.shape)
-    if part.columns is not None:
-        shape = (shape[0], part.columns.stop - part.columns.start)
-    return shape[::-1] if part.transposed else shape
-
-
 def _gather(view: Tensor, parts: Sequence[Part]) -> Iterator[Tensor]:
     whole = _whole(view)
-    for part in parts:
-        piece = whole if part.columns is None else whole[:, part.columns]
-        yield piece.t() if part.transposed else piece
+    yield from (part.taken_from(whole) for part in parts)
 
 
 def _gather_packed(layer: RoutedExperts, own: Mapping[int, Tensor], part: Part, parameter: Tensor) -> Iterator[Tensor]:
@@ -158,8 +147,7 @@ def _gather_packed(layer: RoutedExperts, own: Mapping[int, Tensor], part: Part, 
             buffer.copy_(_whole(own[expert]))
         if layer.ep_group is not None:
             dist.broadcast(buffer, group=layer.ep_group, group_src=slot // layer.placement.slots_per_rank)
-        whole = halves_interleaved(buffer) if part.interleaved else buffer
-        yield whole.t() if part.transposed else whole
+        yield part.taken_from(buffer)
 
 
 def _whole(tensor: Tensor) -> Tensor:

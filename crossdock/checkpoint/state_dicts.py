@@ -21,7 +21,7 @@ from crossdock.checkpoint.folders import CheckpointError
 from crossdock.checkpoint.hf import HFKeys, Part
 from crossdock.checkpoint.hf_files import DTYPES, QUANTIZED_DTYPES, Header
 from crossdock.checkpoint.stored import Stored, stored_tensors
-from crossdock.experts import ExpertParams, halves_apart, halves_interleaved
+from crossdock.experts import ExpertParams, halves_apart
 from crossdock.parallel import as_shard
 from crossdock.placement import EMPTY
 from crossdock.placement import Placement as ExpertPlacement
@@ -56,7 +56,7 @@ def validate_experts(
     Raises:
         CheckpointError: naming what is missing, misshapen or cannot be read, or that there is no expert at all.
     """
-    _check(_stored(state_dict), keys, num_experts, expert_range(num_experts, mesh))
+    _checked_layers(_stored(state_dict), keys, num_experts, expert_range(num_experts, mesh))
 
 
 @torch.no_grad()
@@ -80,11 +80,10 @@ def from_hf(
         CheckpointError: see `validate_experts`.
     """
     stored = _stored(state_dict)
-    _check(stored, keys, num_experts, expert_range(num_experts, mesh))
+    layers = _checked_layers(stored, keys, num_experts, expert_range(num_experts, mesh))
     own, memory = _own_slots(num_experts, mesh), _Memory(state_dict)
     is_distributed = any(isinstance(tensor, DTensor) for tensor in state_dict.values())
     result: dict[str, Tensor] = {}
-    layers = _layers(stored, keys)
     for layer, experts in layers.items():
         # In one order on all ranks, and what others need as well: gathering is collective.
         names = sorted(name for name, expert in experts.items() if is_distributed or expert is None or expert in own)
@@ -135,16 +134,12 @@ def to_hf(state_dict: Mapping[str, Tensor], keys: HFKeys, num_experts: int) -> d
             placement = _placement(name, tensor, num_experts)
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             whole = whole[torch.tensor(placement.expert_to_slot, device=whole.device)]
-            for part in keys.parts(name, 0, tensor.shape[1:]):
-                piece = whole if part.columns is None else whole[..., part.columns]
-                piece = halves_interleaved(piece) if part.interleaved else piece
-                result[part.name] = piece.mT if part.transposed else piece
+            result |= {part.name: part.taken_from(whole) for part in keys.parts(name, 0, tensor.shape[1:])}
         else:
             own = _placement(name, tensor, num_experts).experts_on(_ep_of(tensor)[1])
             for expert, row in zip(own, expert_rows(tensor), strict=True):
-                for part in keys.parts(name, expert, row.shape) if expert != EMPTY else ():
-                    piece = row if part.columns is None else row[:, part.columns]
-                    result[part.name] = piece.t() if part.transposed else piece
+                if expert != EMPTY:
+                    result |= {part.name: part.taken_from(row) for part in keys.parts(name, expert, row.shape)}
     return result
 
 
@@ -163,7 +158,7 @@ class _Memory:
 
 def _stored(state_dict: Mapping[str, Tensor]) -> dict[str, Stored]:
     """What the tensors stand for: quantised ones and their scales are one."""
-    names = {dtype: name for name, dtype in (DTYPES | QUANTIZED_DTYPES).items()}
+    names = {dtype: name for name, dtype in {**DTYPES, **QUANTIZED_DTYPES}.items()}
     return stored_tensors(
         {
             name: Header(name, "", names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
@@ -172,17 +167,17 @@ def _stored(state_dict: Mapping[str, Tensor]) -> dict[str, Stored]:
     )
 
 
-def _layers(names: Iterable[str], keys: HFKeys) -> dict[str, dict[str, int | None]]:
-    """By our name of each module of experts: the names of its tensors, and whose they are (`None`: of all experts)."""
+def _checked_layers(
+    stored: Mapping[str, Stored], keys: HFKeys, num_experts: int, own: range
+) -> dict[str, dict[str, int | None]]:
+    """By our name of each module of experts: the names of its tensors, and whose they are (`None`: of all experts).
+
+    Raises CheckpointError for what does not fit, see `validate_experts`.
+    """
     layers: dict[str, dict[str, int | None]] = {}
-    for name in names:
+    for name in stored:
         if (place := keys.place_of(name)) is not None:
             layers.setdefault(place[0], {})[name] = place[1]
-    return layers
-
-
-def _check(stored: Mapping[str, Stored], keys: HFKeys, num_experts: int, own: range) -> None:
-    layers = _layers(stored, keys)
     if not layers:
         like = keys.theirs("experts.down_proj") if keys.packed else keys.down.format(0)
         raise CheckpointError(f"the state dict holds no expert: no name ends like {like!r}")
@@ -210,6 +205,7 @@ def _check(stored: Mapping[str, Stored], keys: HFKeys, num_experts: int, own: ra
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(f"the state dict does not fit: {'; '.join(problems[:_SHOWN])}{more}")
+    return layers
 
 
 def _parameters(names: Iterable[str]) -> list[str]:

@@ -151,9 +151,7 @@ def grouped_lora(
     )
     if params.down_bias is not None:
         out = out + (params.down_bias[slot] * weight if on_output else params.down_bias[slot])
-    # Each route has a row of its own, so that the order of the sum is one on every device.
-    routes = out.new_zeros(slot_ids.numel(), out.shape[1]).index_copy(0, route, real(out))
-    return routes.view(*slot_ids.shape, out.shape[1]).sum(dim=1, dtype=wide).to(dtype)
+    return _sum_per_token(real(out), route, *slot_ids.shape).to(dtype)
 
 
 def _check(tokens: Tensor, slot_ids: Tensor, params: ExpertParams, adapters: ExpertAdapters) -> None:
@@ -183,7 +181,12 @@ class _Take(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         ((route,), (grad,)) = ctx.saved_tensors, grads
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        routes = grad.new_zeros(ctx.num_tokens * ctx.top_k, grad.shape[1]).index_copy_(0, route, grad)
-        grad_tokens = routes.view(ctx.num_tokens, ctx.top_k, grad.shape[1]).sum(dim=1, dtype=wide)
-        return grad_tokens.to(grad.dtype), None, None
+        return _sum_per_token(grad, route, ctx.num_tokens, ctx.top_k), None, None
+
+
+def _sum_per_token(rows: Tensor, route: Tensor, num_tokens: int, top_k: int) -> Tensor:
+    """The sum of each token's routes `[U, H]`, in fp32 or wider, of their `rows [N, H]`."""
+    # Each route has a row of its own, so that the order of the sum is one on every device.
+    routes = rows.new_zeros(num_tokens * top_k, rows.shape[1]).index_copy(0, route, rows)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return routes.view(num_tokens, top_k, rows.shape[1]).sum(dim=1, dtype=wide).to(rows.dtype)

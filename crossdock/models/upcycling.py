@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from crossdock.checkpoint import CheckpointError, HFCheckpoint, OpenFiles, Stored, views_of
+from crossdock.checkpoint import CheckpointError, HFCheckpoint, Reader, Stored, views_of
 from crossdock.models.families import FAMILIES
 from crossdock.models.family import Family
 from crossdock.models.initial import draw_row
@@ -134,6 +134,6 @@ class _Drawn(Stored):
         self.shape, self.dtype = shape, dtype
         self._row = lambda row: draw_row(shape[1:], seed, name, row) * std
 
-    def read(self, files: OpenFiles, bounds: Sequence[tuple[int, int]]) -> Tensor:
+    def read(self, files: Reader, bounds: Sequence[tuple[int, int]]) -> Tensor:
         (first, last), columns = bounds
         return torch.stack([self._row(row) for row in range(first, last)])[:, slice(*columns)]

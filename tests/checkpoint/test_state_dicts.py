@@ -94,9 +94,8 @@ def spread(folder: str, num_experts: int, dim: int) -> dict[str, Any]:
     values = {key: distribute_tensor(value, mesh, [Shard(min(dim, value.ndim - 1))]) for key, value in tensors.items()}
     wanted, state = (from_hf(each, keys, num_experts, mesh) for each in (tensors, values))
     differing = [key for key, value in wanted.items() if ".experts." in key and not value.equal(state[key])]
-    rows = [
-        list(value.to_local().shape) for key, value in state.items() if key.endswith("layers.0.mlp.experts.down_projs")
-    ]  # type: ignore[attr-defined]
+    own = (value for key, value in state.items() if key.endswith("layers.0.mlp.experts.down_projs"))
+    rows = [list(value.to_local().shape) for value in own if isinstance(value, DTensor)]
     return {"differing": differing, "rows": rows, "range": expert_range(num_experts, mesh)}
 
 
