@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan
 
-from crossdock.checkpoint.folders import CheckpointError
+from crossdock.checkpoint.folders import CheckpointError, in_short
 
 __all__ = ["StrictLoadPlanner"]
 
@@ -46,7 +46,7 @@ class StrictLoadPlanner(DefaultLoadPlanner):
         wrong += [f"{name} {problem}" for name, problem in sorted(problems.items()) if problem]
         wrong += [f"{name} is in the checkpoint, but not in this run" for name in sorted(foreign)]
         if wrong:
-            raise CheckpointError(f"{'; '.join(wrong[:5])}{f'; and {len(wrong) - 5} more' if len(wrong) > 5 else ''}")
+            raise CheckpointError(in_short(wrong))
         return super().create_local_plan()
 
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
+from crossdock.checkpoint.dcp_writing import DCPWriter
 from crossdock.checkpoint.folders import CheckpointError, finish, make_room
 from crossdock.checkpoint.hf import HFCheckpoint, HFKeys, read_part, views_of
 from crossdock.checkpoint.hf_files import OpenFiles
+from crossdock.checkpoint.hf_writing import file_numbers
 
 __all__ = ["stream_checkpoint"]
 
-_FILE_BYTES = 128 * 2**20  # Saving holds a file's bytes three times.
+_FILE_BYTES = 128 * 2**20
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def stream_checkpoint(
         f"model.{name}" if expert is None else f"model.{name}.{expert}": (name, expert, view)
         for name, expert, view in views_of(model, keys)
     }
-    file_of = _file_of_each_name({name: view.nbytes for name, (_, _, view) in held.items()})
+    file_of = dict(zip(held, file_numbers((view.nbytes for _, _, view in held.values()), _FILE_BYTES), strict=True))
     # What the format has no place for begins as in a new model: expert biases, with 0.
     persistent = model.state_dict().keys()
     buffers = {f"model.{name}": buffer for name, buffer in model.named_buffers() if name in persistent}
@@ -68,25 +69,12 @@ def stream_checkpoint(
     finish(partial, final, state)
 
 
-def _file_of_each_name(sizes: Mapping[str, int]) -> dict[str, int]:
-    """The number of the file, from 1, that holds each tensor."""
-    files: dict[str, int] = {}
-    number, held = 1, 0
-    for name, size in sizes.items():
-        if held and held + size > _FILE_BYTES:
-            number, held = number + 1, 0
-        files[name] = number
-        held += size
-    return files
-
-
 def _save(tensors: dict[str, Tensor], folder: Path, file_of: dict[str, int]) -> None:
     """Write one file, beside those that are there."""
-    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is one process
-            dcp.save(tensors, storage_writer=writer, no_dist=True)
+            dcp.save(tensors, storage_writer=DCPWriter(folder, file_of), no_dist=True)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise CheckpointError(f"cannot write below {folder}: {type(cause).__name__}: {cause}") from None

@@ -32,6 +32,7 @@ from crossdock.checkpoint.dcp_loading import StrictLoadPlanner
 from crossdock.checkpoint.dcp_writing import DCPWriter
 from crossdock.checkpoint.experts import ExpertRows
 from crossdock.checkpoint.folders import CheckpointError, finish, make_room, read_state, saved_steps, set_aside
+from crossdock.checkpoint.hf_writing import file_numbers
 from crossdock.comm import raise_together
 from crossdock.lora import adapters_of, base_of
 from crossdock.parallel import local_part, plain_name
@@ -43,7 +44,7 @@ BusyMode = Literal["wait", "skip"]
 
 _RANDOM = "random_state."
 _OPTIMIZER = "optimizer."
-_FILE_BYTES = 256 * 2**20
+_FILE_BYTES = 256 * 2**20  # What a GPU has of a file is copied first.
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,9 @@ class Checkpointer:
         tensors = {name: view for entry in entries for name, view in entry.views.items()}
         tensors |= {f"{_RANDOM}{device}.{self._rank}": state for device, state in random_states.items()}
         # torch hands the first rank's map to all.
-        files = _file_of_each_name(entries)
+        files: dict[str, int] = {}
+        for entry, number in zip(entries, file_numbers((each.num_bytes for each in entries), _FILE_BYTES), strict=True):
+            files |= dict.fromkeys(entry.all_names, number)
         files |= {f"{_RANDOM}{device}.{rank}": 1 for device in random_states for rank in range(self._world_size)}
         state = {
             "step": step,
@@ -319,18 +322,6 @@ class _Entry(NamedTuple):
     """Of what this rank has, or another."""
     elsewhere: bool = False
     """Whether other ranks alone can have it: they look for it."""
-
-
-def _file_of_each_name(entries: list[_Entry]) -> dict[str, int]:
-    """Which of a rank's files, from 1, holds each name. What a GPU has of a file is copied first: so they are small."""
-    files: dict[str, int] = {}
-    index, num_bytes = 1, 0
-    for entry in entries:
-        files |= dict.fromkeys(entry.all_names, index)
-        num_bytes += entry.num_bytes
-        if num_bytes >= _FILE_BYTES:
-            index, num_bytes = index + 1, 0
-    return files
 
 
 def _check_shards(name: str, tensor: Tensor) -> None:

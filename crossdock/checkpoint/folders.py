@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ __all__ = [
     "find_checkpoint",
     "finish",
     "holds_weights_alone",
+    "in_short",
     "latest_step",
     "make_room",
     "read_counters",
@@ -31,10 +33,17 @@ CHECKPOINT_FOLDER = "checkpoint"
 """Of a run folder, where its checkpoints are."""
 _STATE_FILE = "state.json"
 _FORMAT = 1
+_SHOWN = 8
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message names the folder and what is wrong with it."""
+
+
+def in_short(problems: Sequence[str]) -> str:
+    """The first few, as one sentence, and how many more there are."""
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return "; ".join(problems[:_SHOWN]) + more
 
 
 def find_checkpoint(path: Path) -> tuple[Path, int] | None:

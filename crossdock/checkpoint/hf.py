@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from crossdock.checkpoint.experts import ExpertRows
-from crossdock.checkpoint.folders import CheckpointError
+from crossdock.checkpoint.folders import CheckpointError, in_short
 from crossdock.checkpoint.hf_files import OpenFiles, read_headers
 from crossdock.checkpoint.stored import Stored, block_size, stored_tensors
 from crossdock.comm import raise_together
@@ -29,7 +29,6 @@ from crossdock.placement import EMPTY
 
 __all__ = ["HFCheckpoint", "HFKeys", "Part", "read_part", "tensor_shapes", "views_of"]
 
-_SHOWN = 8
 
 # Names of packed experts, by ours.
 _PACKED = {
@@ -186,10 +185,7 @@ class HFCheckpoint:
             if not any(re.search(pattern, name) for pattern in keys.ignored):
                 problems.append(f"{name} is unexpected: the model has no such weight")
         if problems:
-            more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-            raise CheckpointError(
-                f"weights in {self.folder} do not fit the model: {'; '.join(problems[:_SHOWN])}{more}"
-            )
+            raise CheckpointError(f"weights in {self.folder} do not fit the model: {in_short(problems)}")
 
     @torch.no_grad()
     def load(self, model: nn.Module, keys: HFKeys) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -15,11 +17,21 @@ from torch import Tensor
 from crossdock.checkpoint.folders import CheckpointError
 from crossdock.checkpoint.hf_files import DTYPES, INDEX_FILE, SINGLE_FILE
 
-__all__ = ["MAX_SHARD_BYTES", "Entry", "ShardWriter"]
+__all__ = ["MAX_SHARD_BYTES", "Entry", "ShardWriter", "file_numbers"]
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Of a file, unless told."""
 _ALIGNMENT = 8
+
+
+def file_numbers(sizes: Iterable[int], max_bytes: int) -> Iterator[int]:
+    """The number of the file, from 1, that each tensor of `sizes` goes to: in order, what is too large alone."""
+    number, held = 1, 0
+    for size in sizes:
+        if held and held + size > max_bytes:
+            number, held = number + 1, 0
+        held += size
+        yield number
 
 
 class Entry(NamedTuple):
@@ -55,7 +67,8 @@ class ShardWriter:
 
     def __init__(self, folder: Path, entries: Sequence[Entry], max_bytes: int = MAX_SHARD_BYTES) -> None:
         self.folder = folder
-        own = _split(entries, max_bytes)
+        numbered = zip(file_numbers((entry.num_bytes for entry in entries), max_bytes), entries, strict=True)
+        own = [[entry for _, entry in file] for _, file in groupby(numbered, key=itemgetter(0))]
         everyone, rank = [own], 0
         if dist.is_initialized():
             rank, everyone = dist.get_rank(), [own] * dist.get_world_size()
@@ -119,19 +132,6 @@ class ShardWriter:
         file, self._file, self._open_name = self._file, None, ""
         if file is not None:
             file.close()
-
-
-def _split(entries: Sequence[Entry], max_bytes: int) -> list[list[Entry]]:
-    """In order, as many to a file as it may hold."""
-    files: list[list[Entry]] = []
-    num_bytes = 0
-    for entry in entries:
-        if not files or num_bytes + entry.num_bytes > max_bytes:
-            files.append([])
-            num_bytes = 0
-        files[-1].append(entry)
-        num_bytes += entry.num_bytes
-    return files
 
 
 def _header(entries: Sequence[Entry]) -> bytes:

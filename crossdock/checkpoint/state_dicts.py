@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
 from crossdock.checkpoint.experts import expert_rows
-from crossdock.checkpoint.folders import CheckpointError
+from crossdock.checkpoint.folders import CheckpointError, in_short
 from crossdock.checkpoint.hf import HFKeys, Part
 from crossdock.checkpoint.hf_files import DTYPES, QUANTIZED_DTYPES, Header
 from crossdock.checkpoint.stored import Stored, stored_tensors
@@ -27,8 +27,6 @@ from crossdock.placement import EMPTY
 from crossdock.placement import Placement as ExpertPlacement
 
 __all__ = ["expert_range", "from_hf", "to_hf", "validate_experts"]
-
-_SHOWN = 8
 
 
 def expert_range(num_experts: int, mesh: DeviceMesh | None) -> range:
@@ -203,8 +201,7 @@ def _checked_layers(
                 problems.append(f"the experts of {layer} differ in shape: {shapes}")
     problems = list(dict.fromkeys(problems))
     if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise CheckpointError(f"the state dict does not fit: {'; '.join(problems[:_SHOWN])}{more}")
+        raise CheckpointError(f"the state dict does not fit: {in_short(problems)}")
     return layers
 
 

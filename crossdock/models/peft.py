@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from crossdock.checkpoint import DTYPES, CheckpointError, replace_folder
+from crossdock.checkpoint import DTYPES, CheckpointError, in_short, replace_folder
 from crossdock.comm import raise_together
 from crossdock.experts import halves_apart
 from crossdock.lora import LoRAConfig, LoRALinear
@@ -35,7 +35,6 @@ __all__ = ["PeftAdapter", "save_peft_adapter"]
 _CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_SHOWN = 5
 
 # What changes how an adapter acts, and what ours have.
 _MEANING: Mapping[str, tuple[Any, ...]] = {
@@ -270,10 +269,7 @@ class PeftAdapter:
                 if self.shapes[name] != wanted[name]
             ]
         if problems:
-            more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-            raise CheckpointError(
-                f"the adapter in {self.folder} does not fit the model: {'; '.join(problems[:_SHOWN])}{more}"
-            )
+            raise CheckpointError(f"the adapter in {self.folder} does not fit the model: {in_short(problems)}")
 
     @torch.no_grad()
     def load(self, model: nn.Module, family: Family) -> None:
