@@ -39,6 +39,7 @@ if ((${#failed[@]})); then
     printf ' [%s]' "${failed[@]}"
     printf '\n'
 fi
-step "pytest" "$bin/python" -m pytest ${pytest_args[@]+"${pytest_args[@]}"}
+# Two at a time: many tests wait for the ranks that they have started.
+step "pytest" "$bin/python" -m pytest -n 2 --dist loadfile ${pytest_args[@]+"${pytest_args[@]}"}
 
 ((${#failed[@]} == 0))
