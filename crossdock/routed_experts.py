@@ -46,6 +46,8 @@ class RoutedExperts(nn.Module):
         dispatcher: moves tokens.
         dispatch_plan: how, and why so.
         ep_group, ep_rank, ep_world_size: the ranks that together hold all experts.
+        is_first_replica: whether this rank is of the first of the groups that hold the same shards.
+        sums_replicas: false where such groups differ in their gradients until something sums them (`GradientManager`).
         load: counts of tokens per logical expert.
         padding_mask: `[..., S]`, of the next forward pass alone, where the model hands the layer only tokens. With
             activation checkpointing, set it inside of what is run again.
@@ -88,6 +90,8 @@ class RoutedExperts(nn.Module):
         self.ep_group = ep_group
         self.ep_rank = dist.get_rank(ep_group) if ep_group is not None else 0
         self.ep_world_size = placement.num_ranks
+        self.is_first_replica = ep_group is None or 0 in dist.get_process_group_ranks(ep_group)
+        self.sums_replicas = True
         self._write_placement()
 
     def _write_placement(self) -> None:

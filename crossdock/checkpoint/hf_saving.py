@@ -95,9 +95,10 @@ class _Source(NamedTuple):
 
 def _sources_of(model: nn.Module, keys: HFKeys) -> Iterator[_Source]:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    groups = [layer.ep_group for layer in moe_layers(model).values() if layer.ep_group is not None]
-    # Where nothing is sharded, several groups may hold the same experts: the first one writes them.
-    in_first_group = 0 in dist.get_process_group_ranks(groups[0]) if groups else rank == 0
+    # Several groups of ranks may hold the same experts: the first one writes them.
+    layers = list(moe_layers(model).values())
+    in_first_group = all(layer.is_first_replica for layer in layers)
+    is_alone = not layers or layers[0].ep_group is None
     written = [0] * world_size
 
     def next_writer(size: int) -> int:
@@ -116,9 +117,9 @@ def _sources_of(model: nn.Module, keys: HFKeys) -> Iterator[_Source]:
             writer = next_writer(view.numel())
         elif isinstance(view, DTensor):
             holders = dist.get_process_group_ranks(view.device_mesh.get_group())
-            writer = holders[index % len(holders)]
+            writer = holders[index % len(holders)] if in_first_group else -1
         else:
-            writer = rank if in_first_group else -1
+            writer = rank if in_first_group and (rank == 0 or not is_alone) else -1
         parts = keys.parts(name, expert, view.shape)
         yield _Source({part.name: part.shape_of(view.shape) for part in parts}, writer, partial(_gather, view, parts))
     for layer_name, layer in moe_layers(model).items() if keys.packed else ():

@@ -22,14 +22,14 @@ from crossdock.checkpoint.hf import HFKeys, Part
 from crossdock.checkpoint.hf_files import DTYPES, QUANTIZED_DTYPES, Header
 from crossdock.checkpoint.stored import Stored, stored_tensors
 from crossdock.experts import ExpertParams, halves_apart
-from crossdock.parallel import as_shard
+from crossdock.parallel import Meshes, as_shard
 from crossdock.placement import EMPTY
 from crossdock.placement import Placement as ExpertPlacement
 
 __all__ = ["expert_range", "from_hf", "to_hf", "validate_experts"]
 
 
-def expert_range(num_experts: int, mesh: DeviceMesh | None) -> range:
+def expert_range(num_experts: int, mesh: DeviceMesh | Meshes | None) -> range:
     """The logical experts `g*E//R .. (g+1)*E//R - 1` of this rank, which is `g` of the `R` ranks of `ep`.
 
     Args:
@@ -41,7 +41,7 @@ def expert_range(num_experts: int, mesh: DeviceMesh | None) -> range:
 
 
 def validate_experts(
-    state_dict: Mapping[str, Tensor], keys: HFKeys, num_experts: int, mesh: DeviceMesh | None = None
+    state_dict: Mapping[str, Tensor], keys: HFKeys, num_experts: int, mesh: DeviceMesh | Meshes | None = None
 ) -> None:
     """Check that a state dict with Hugging Face's names holds all of this rank's experts, of every layer in it.
 
@@ -59,7 +59,7 @@ def validate_experts(
 
 @torch.no_grad()
 def from_hf(
-    state_dict: Mapping[str, Tensor], keys: HFKeys, num_experts: int, mesh: DeviceMesh | None = None
+    state_dict: Mapping[str, Tensor], keys: HFKeys, num_experts: int, mesh: DeviceMesh | Meshes | None = None
 ) -> dict[str, Tensor]:
     """Our names and layout for a state dict with Hugging Face's.
 
@@ -243,8 +243,9 @@ def _placement(name: str, tensor: Tensor, num_experts: int) -> ExpertPlacement:
     return placement
 
 
-def _distributed(stacked: Tensor, mesh: DeviceMesh) -> DTensor:
+def _distributed(stacked: Tensor, mesh: DeviceMesh | Meshes) -> DTensor:
     """The rows of this rank `[P/R, ...]` as its part of an expert parameter on `mesh`."""
+    mesh = mesh.experts["ep_shard", "ep"] if isinstance(mesh, Meshes) else mesh
     names = mesh.mesh_dim_names or ("ep",)
     placements: list[Placement] = [Shard(0)]
     if len(names) > 1:
@@ -260,14 +261,16 @@ def _distributed(stacked: Tensor, mesh: DeviceMesh) -> DTensor:
     return as_shard(stacked, mesh, tuple(placements), shape)
 
 
-def _own_slots(num_experts: int, mesh: DeviceMesh | None) -> tuple[int, ...]:
+def _own_slots(num_experts: int, mesh: DeviceMesh | Meshes | None) -> tuple[int, ...]:
     if mesh is None:
         return tuple(range(num_experts))
     ep = _ep_mesh(mesh)
     return ExpertPlacement.contiguous(num_experts, ep.size()).experts_on(ep.get_local_rank())
 
 
-def _ep_mesh(mesh: DeviceMesh) -> DeviceMesh:
+def _ep_mesh(mesh: DeviceMesh | Meshes) -> DeviceMesh:
+    if isinstance(mesh, Meshes):
+        return mesh["ep"]
     if mesh.ndim > 1 and "ep" not in (mesh.mesh_dim_names or ()):
         raise ValueError(f"the mesh must have a dimension ep, not {mesh.mesh_dim_names}; see ParallelDims")
     return mesh["ep"] if mesh.ndim > 1 else mesh

@@ -4,19 +4,24 @@ from crossdock.parallel.blocks import plain_name, transformer_blocks
 from crossdock.parallel.compile import CompileConfig, apply_compile
 from crossdock.parallel.expert import ExpertParallel, apply_ep
 from crossdock.parallel.fsdp import apply_fsdp
-from crossdock.parallel.gradients import clip_grad_norm_, global_grad_norm
-from crossdock.parallel.mesh import LayoutError, ParallelDims, ParallelismConfig
+from crossdock.parallel.gradients import GradientManager
+from crossdock.parallel.mesh import LayoutError, Meshes, ParallelDims, ParallelismConfig
+from crossdock.parallel.norm import clip_grad_norm_, global_grad_norm
 from crossdock.parallel.parallelize import parallelize
 from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activation_checkpoint
+from crossdock.parallel.replicas import ReplicaTraffic
 from crossdock.parallel.shards import as_shard, as_shards, local_part, local_with_offsets
 
 __all__ = [
     "ActivationCheckpointConfig",
     "CompileConfig",
     "ExpertParallel",
+    "GradientManager",
     "LayoutError",
+    "Meshes",
     "ParallelDims",
     "ParallelismConfig",
+    "ReplicaTraffic",
     "apply_activation_checkpoint",
     "apply_compile",
     "apply_ep",

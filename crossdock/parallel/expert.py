@@ -16,6 +16,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from crossdock.dispatch import DispatchSituation, build_dispatcher, plan_dispatch
 from crossdock.experts import GroupedExperts, UnpackedExperts
 from crossdock.moe import moe_layers
+from crossdock.parallel.mesh import Meshes
 from crossdock.placement import EMPTY, Placement
 from crossdock.routed_experts import RoutedExperts
 
@@ -90,7 +91,7 @@ def _shard_rows(experts: GroupedExperts, own: tuple[int, ...], device_mesh: Devi
 
 def apply_ep(
     model: nn.Module,
-    mesh: DeviceMesh | None,
+    mesh: DeviceMesh | Meshes | None,
     *,
     tokens_per_rank: int | None = None,
     dtype: torch.dtype | None = None,
@@ -101,7 +102,7 @@ def apply_ep(
 
     Args:
         model: any module that holds `crossdock.MoE` layers; initialised (its values are kept) or on the meta device.
-        mesh: a device mesh with a dimension named `ep`.
+        mesh: a device mesh with a dimension named `ep`, or those of `ParallelDims.build_mesh`.
         tokens_per_rank: see `ExpertParallel`.
         dtype: likewise.
 
@@ -111,6 +112,8 @@ def apply_ep(
     Raises:
         ValueError: if FSDP has wrapped the model already, or it has no MoE layer.
     """
+    if isinstance(mesh, Meshes):
+        mesh = mesh["ep"]
     if mesh is None or "ep" not in (mesh.mesh_dim_names or ()) or mesh["ep"].size() == 1:
         return model
     if any(isinstance(module, FSDPModule) for module in model.modules()):

@@ -1,26 +1,29 @@
-"""FSDP2 over two meshes: experts over `ep_shard`, the rest over all data-parallel ranks; every reduction a sum."""
+"""FSDP2 over two meshes: experts over `ep_shard`, the rest over `fsdp` and its replicas; every reduction a sum."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from crossdock.experts import GroupedExperts, UnpackedExperts
+from crossdock.moe import moe_layers
 from crossdock.parallel.blocks import transformer_blocks
+from crossdock.parallel.mesh import Meshes
+from crossdock.routed_experts import RoutedExperts
 
 __all__ = ["apply_fsdp"]
 
 
 def apply_fsdp(
     model: nn.Module,
-    mesh: DeviceMesh,
+    meshes: Meshes,
     *,
     param_dtype: torch.dtype | None = None,
     blocks: list[nn.Module] | None = None,
@@ -29,9 +32,11 @@ def apply_fsdp(
 ) -> nn.Module:
     """Shard `model` in place: each parameter in exactly one FSDP group, gradients summed over its ranks, never divided.
 
+    Replicas of dense parameters are reduced by FSDP (HSDP); those of experts by `Gradients`, once per step.
+
     Args:
         model: with expert parallelism applied, where it is wanted.
-        mesh: from `ParallelDims.build_mesh`, with dimensions `ep_shard` and `ep`; dense parameters use all its ranks.
+        meshes: from `ParallelDims.build_mesh`.
         param_dtype: dtype of computation (bf16 mixed precision); parameters and reductions keep theirs.
         blocks: modules that are gathered as a unit; by default the entries of the outermost `nn.ModuleList`s.
         reshard_after_forward: free gathered parameters after a block's forward pass.
@@ -43,16 +48,16 @@ def apply_fsdp(
     Raises:
         ValueError: for another mesh, or if an expert's matrix does not divide evenly over `ep_shard`.
     """
-    if not {"ep_shard", "ep"} <= set(mesh.mesh_dim_names or ()):
-        raise ValueError(f"the mesh must have dimensions ep_shard and ep, not {mesh.mesh_dim_names}; see ParallelDims")
+    if not isinstance(meshes, Meshes):
+        raise ValueError(f"meshes must come from ParallelDims.build_mesh, not be a {type(meshes).__name__}")
     expert_modules = [m for m in model.modules() if isinstance(m, GroupedExperts | UnpackedExperts)]
-    _check_even(expert_modules, mesh["ep_shard"].size())
+    _check_even(expert_modules, meshes["ep_shard"].size())
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype is not None else None
     )
-    offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
-    dense_mesh = mesh._flatten("fsdp")
-    sharding = _expert_sharding(mesh)
+    offload = CPUOffloadPolicy(pin_memory=meshes.dense.device_type != "cpu") if cpu_offload else OffloadPolicy()
+    dense_mesh = meshes.dense if meshes["dp_replicate"].size() > 1 else meshes["fsdp"]
+    sharding = _expert_sharding(meshes)
     # Modules are sharded as dense parameters are, unevenly where need be; of rows for slots, the next dimension.
     dims = {parameter: 0 for module in expert_modules for parameter in module.parameters()}
     dims |= {parameter: 1 for module in expert_modules for parameter in module.slot_parameters().values()}
@@ -62,7 +67,7 @@ def apply_fsdp(
         for experts in expert_modules:
             fully_shard(
                 experts,
-                mesh=mesh["ep_shard"],
+                mesh=meshes["ep_shard"],
                 mp_policy=expert_policy,
                 offload_policy=offload,
                 reshard_after_forward=reshard_after_forward,
@@ -90,10 +95,27 @@ def apply_fsdp(
     for module in expert_modules:
         if isinstance(module, UnpackedExperts):
             module.mark()
+    replicas = meshes["ep_replicate"]
+    for layer in moe_layers(model).values():
+        layer.is_first_replica = replicas.get_local_rank() == 0
+        layer.sums_replicas = replicas.size() == 1
+        if not layer.sums_replicas:
+            for parameter in layer.experts.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(partial(_refuse_unsummed, layer, replicas.size()))
     return model
 
 
-def _expert_sharding(mesh: DeviceMesh) -> Callable[[int], Any] | None:
+def _refuse_unsummed(layer: RoutedExperts, size: int, parameter: nn.Parameter) -> None:
+    """Replicas whose gradients nobody sums would drift apart unseen."""
+    if not layer.sums_replicas:
+        raise RuntimeError(
+            f"experts have {size} replicas (dp_replicate), whose gradients are summed by a GradientManager: make one "
+            "after apply_fsdp or parallelize, and take its steps"
+        )
+
+
+def _expert_sharding(meshes: Meshes) -> Callable[[int], Any] | None:
     """What `shard_placement_fn` returns for experts that are sharded over a dimension of theirs, as a function of that.
 
     `None` where this torch cannot mix meshes in one FSDP group.
@@ -101,13 +123,13 @@ def _expert_sharding(mesh: DeviceMesh) -> Callable[[int], Any] | None:
     One `fully_shard` per block gathers dense parameters and experts side by side; a nested one costs hooks and, where
     experts are checkpointed, records that selective recompute does not find again.
     """
-    if mesh["ep"].size() == 1:
+    if meshes["ep"].size() == 1 and meshes["ep_replicate"].size() == 1:
         return lambda dim: Shard(dim)
     try:
         from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
     except ImportError:  # torch < 2.13
         return None
-    mesh_info = FSDPMeshInfo(mesh["ep_shard"], shard_mesh_dim=0)
+    mesh_info = FSDPMeshInfo(meshes["ep_shard"], shard_mesh_dim=0)
     return lambda dim: ShardPlacementResult(Shard(dim), mesh_info)
 
 

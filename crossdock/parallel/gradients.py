@@ -1,73 +1,68 @@
-"""Gradient norm and clipping over parameters that live on different meshes."""
+"""What happens to gradients between a backward pass and the optimizer: reductions, the norm, clipping."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.fsdp import FSDPModule
 
-from crossdock.experts import ranks_apart
+from crossdock.parallel.mesh import GradientReduction, Meshes
+from crossdock.parallel.norm import clip_grad_norm_
+from crossdock.parallel.replicas import ExpertReplicas, ReplicaTraffic
 
-__all__ = ["clip_grad_norm_", "global_grad_norm"]
+__all__ = ["GradientManager"]
 
 
-@torch.no_grad()
-def global_grad_norm(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None) -> Tensor:
-    """The 2-norm of all gradients of the model, each element counted once: the same bits on every rank.
+class GradientManager:
+    """Has the gradients of a step's micro-batches reduced no more often than need be.
 
-    A DTensor's elements live on the ranks of its `Shard` dimensions, an unpacked expert's on one expert-parallel rank;
-    those that other ranks of `group` hold as well (a `Replicate` dimension, a plain tensor) count by one over the
-    number of holders on each.
+    FSDP reduces over the ranks that share parameters: with each micro-batch, or, with `reduction = "step"`, once, for
+    the memory of whole gradients. Replicas are summed once per step in any case: those of dense parameters by FSDP
+    (HSDP), those of experts by `ExpertReplicas`. Make one after FSDP has been applied; then, in each step,
+
+        for index, batch in enumerate(batches):
+            gradients.before_backward(is_last=index == len(batches) - 1)
+            loss(batch).backward()
+        norm = gradients.clip(max_norm)
 
     Args:
-        parameters: of the whole model on this rank.
-        group: all ranks that hold a part of the model; the default group if there is one.
-
-    Returns:
-        fp64 scalar on the parameters' device. Collective: one all-gather of a scalar.
+        model: with `apply_fsdp` applied.
+        meshes: the same.
+        reduction: when FSDP reduces.
+        sparse: whether experts without tokens are left out among replicas.
     """
-    world_size = dist.get_world_size(group) if dist.is_initialized() else 1
-    parameters = list(parameters)
-    device = parameters[0].device if parameters else torch.device("cpu")
-    squares = [
-        torch.linalg.vector_norm(_local(parameter.grad), dtype=torch.float64).square() / _holders(parameter, world_size)
-        for parameter in parameters
-        if parameter.grad is not None
-    ]
-    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
-    if world_size == 1:
-        return total.sqrt()
-    # Gathered, then summed in rank order: an all-reduce need not give all ranks the same last bit.
-    totals = [torch.empty_like(total) for _ in range(world_size)]
-    dist.all_gather(totals, total, group=group)
-    return torch.stack(totals).sum().sqrt()
 
+    def __init__(
+        self,
+        model: nn.Module,
+        meshes: Meshes,
+        *,
+        reduction: GradientReduction = "micro_batch",
+        sparse: bool = True,
+    ) -> None:
+        self._model = model
+        self._reduction = reduction
+        self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._replicas: ExpertReplicas | None = None
+        if meshes["ep_replicate"].size() > 1:
+            self._replicas = ExpertReplicas(model, meshes, sparse=sparse)
 
-@torch.no_grad()
-def clip_grad_norm_(
-    parameters: Iterable[nn.Parameter], max_norm: float, group: dist.ProcessGroup | None = None
-) -> Tensor:
-    """Scale all gradients to a global norm of at most `max_norm`; returns the norm before (`global_grad_norm`)."""
-    parameters = list(parameters)
-    norm = global_grad_norm(parameters, group)
-    gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    if gradients:
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp_max(1.0))
-    return norm
+    @property
+    def replica_traffic(self) -> ReplicaTraffic | None:
+        """Of the experts in the step that `clip` ended; `None` without replicas."""
+        return None if self._replicas is None else self._replicas.traffic
 
+    def before_backward(self, *, is_last: bool) -> None:
+        """Say before each backward pass whether it is the step's last one."""
+        if self._replicas is not None:
+            self._replicas.is_last = is_last
+        for module in self._modules:
+            if self._reduction == "step":
+                module.set_requires_gradient_sync(is_last, recurse=False)
+            elif self._replicas is not None:
+                module.set_requires_all_reduce(is_last, recurse=False)
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _holders(parameter: nn.Parameter, world_size: int) -> int:
-    """How many ranks hold each element of a parameter, whose gradient is laid out as it is."""
-    distinct = ranks_apart(parameter)
-    tensor: Tensor = parameter
-    if isinstance(tensor, DTensor):
-        for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
-            distinct *= 1 if isinstance(placement, Replicate) else size
-    return world_size // distinct
+    def clip(self, max_norm: float) -> Tensor:
+        """After the last backward pass: wait for the reductions, then `clip_grad_norm_`. Collective."""
+        if self._replicas is not None:
+            self._replicas.finish()
+        return clip_grad_norm_(self._model.parameters(), max_norm)

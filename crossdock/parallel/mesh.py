@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["LayoutError", "ParallelDims", "ParallelismConfig"]
+__all__ = ["GradientReduction", "LayoutError", "Meshes", "ParallelDims", "ParallelismConfig"]
 
 AUTO = -1
+
+GradientReduction = Literal["micro_batch", "step"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class ParallelismConfig:
     """`[parallelism]`: how many ranks each dimension of the layout takes."""
 
     data_parallel_replicate_degree: int = 1
-    """Replicas of the sharded model (HSDP). Only 1 so far."""
+    """Replicas of the sharded model (HSDP)."""
     data_parallel_shard_degree: int = AUTO
     """Ranks that share the parameters (FSDP); -1 takes what the other degrees leave."""
     context_parallel_degree: int = 1
@@ -30,9 +33,15 @@ class ParallelismConfig:
     pipeline_parallel_degree: int = 1
     """Pipeline stages. Only 1 so far."""
     expert_parallel_degree: int = 1
-    """Ranks that together hold all experts; must divide the ranks. -1 is 2 where their number is even, else 1."""
+    """Ranks that together hold all experts; must divide the ranks of a replica. -1 is 2 where their number is even,
+    else 1."""
     reshard_after_forward: bool = True
     """Free a layer's gathered parameters after its forward pass: less memory, one more gather."""
+    gradient_reduction: GradientReduction = "micro_batch"
+    """When gradients are reduced over the ranks that share parameters: with each micro-batch, or once per step, which
+    keeps whole gradients meanwhile."""
+    sparse_replica_gradients: bool = True
+    """Leave out experts that no rank had tokens for where replicas sum gradients."""
 
 
 class LayoutError(ValueError):
@@ -48,9 +57,11 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """World = `pp x dp_replicate x dp_shard x cp x tp`; experts see the same ranks as `ep_replicate x ep_shard x ep`.
+    """World = `pp x dp_replicate x dp_shard x cp x tp`; experts see the same ranks as
+    `pp x ep_replicate x ep_shard x ep`.
 
-    `ep_shard x ep = dp_shard x cp x tp`, `ep` innermost, so that experts travel over the fastest links.
+    `ep_shard x ep = dp_shard x cp x tp`, the last dimension innermost in both, so that experts travel over the fastest
+    links; `ep_replicate = dp_replicate`.
 
     Raises:
         LayoutError: for degrees that do not fit one another or the world.
@@ -78,45 +89,104 @@ class ParallelDims:
 
     def __post_init__(self) -> None:
         for name, degree in (
-            ("data_parallel_replicate_degree", self.dp_replicate),
             ("context_parallel_degree", self.cp),
             ("tensor_parallel_degree", self.tp),
             ("pipeline_parallel_degree", self.pp),
         ):
             if degree != 1:
                 raise LayoutError(name, degree, "only 1 is supported so far")
+        left = self.world_size
+        for name, degree in (
+            ("pipeline_parallel_degree", self.pp),
+            ("tensor_parallel_degree", self.tp),
+            ("context_parallel_degree", self.cp),
+            ("data_parallel_replicate_degree", self.dp_replicate),
+        ):
+            what = "the number of ranks" if left == self.world_size else "the ranks that the other degrees leave"
+            _check_divides(name, degree, left, what)
+            left //= degree
         if self.dp_shard == AUTO:
-            object.__setattr__(self, "dp_shard", self.world_size)
-        if self.dp_shard != self.world_size:
+            object.__setattr__(self, "dp_shard", left)
+        if self.dp_shard != left:
+            others = "" if left == self.world_size else " over the product of the other degrees"
             raise LayoutError(
-                "data_parallel_shard_degree", self.dp_shard, f"must be {self.world_size}, the number of ranks, or -1"
+                "data_parallel_shard_degree",
+                self.dp_shard,
+                f"must be {left}, the number of ranks ({self.world_size}){others}, or -1",
             )
         if self.ep == AUTO:
-            object.__setattr__(self, "ep", 2 if self.world_size % 2 == 0 else 1)
-        if self.ep < 1 or self.world_size % self.ep:
-            divisors = [str(d) for d in range(1, self.world_size + 1) if self.world_size % d == 0]
-            raise LayoutError(
-                "expert_parallel_degree",
-                self.ep,
-                f"must divide the number of ranks, {self.world_size}: {', '.join(divisors)} (or -1)",
-            )
+            object.__setattr__(self, "ep", 2 if self.replica_size % 2 == 0 else 1)
+        whole = self.replica_size == self.world_size
+        what = "the number of ranks" if whole else "dp_shard x cp x tp, the ranks of a replica"
+        _check_divides("expert_parallel_degree", self.ep, self.replica_size, what, or_auto=True)
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks that share one copy of a pipeline stage, dense parameters and experts alike."""
+        return self.dp_shard * self.cp * self.tp
 
     @property
     def ep_shard(self) -> int:
         """Ranks that hold the same experts, sharded."""
-        return self.dp_shard * self.cp * self.tp // self.ep
+        return self.replica_size // self.ep
 
-    def build_mesh(self, device_type: str, timeout: timedelta | None = None) -> DeviceMesh:
-        """The mesh `(ep_shard, ep)`; dense parameters live on all its ranks. Collective, after init_process_group.
+    def __str__(self) -> str:
+        degrees = {"pp": self.pp, "dp_replicate": self.dp_replicate, "cp": self.cp, "tp": self.tp}
+        used = [f"{name} {degree}" for name, degree in degrees.items() if degree > 1]
+        return ", ".join([*used, f"ep {self.ep}", f"ep_shard {self.ep_shard}"])
+
+    def build_mesh(self, device_type: str, timeout: timedelta | None = None) -> Meshes:
+        """The ranks as parameters see them. Collective, after init_process_group.
 
         Args:
             device_type: `cpu` or `cuda`.
-            timeout: of every collective in the mesh's groups; torch's default if `None`.
+            timeout: of every collective in the meshes' groups; torch's default if `None`.
         """
-        grid = torch.arange(self.world_size).view(self.ep_shard, self.ep)
-        # init_device_mesh would give its groups torch's default time-out, whatever the default group's is.
-        groups = [
-            cast(dist.ProcessGroup, dist.new_subgroups_by_enumeration(ranks, timeout=timeout)[0])
-            for ranks in (grid.t().tolist(), grid.tolist())
-        ]
-        return DeviceMesh.from_group(groups, device_type, mesh=grid, mesh_dim_names=("ep_shard", "ep"))
+        sizes = {"dp_replicate": self.dp_replicate, "fsdp": self.dp_shard * self.cp}
+        expert_sizes = {"ep_replicate": self.dp_replicate, "ep_shard": self.ep_shard, "ep": self.ep}
+        dense, experts = (_mesh(each, device_type, timeout) for each in (sizes, expert_sizes))
+        stage = dist.new_group(timeout=timeout) if self.dp_replicate > 1 else None
+        return Meshes(dense, experts, cast(dist.ProcessGroup | None, stage))
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The ranks, as each kind of parameter sees them; `meshes[name]` is the mesh of one dimension.
+
+    Attributes:
+        dense: `(dp_replicate, fsdp)`.
+        experts: `(ep_replicate, ep_shard, ep)`.
+        stage: all ranks, for what replicas agree on; `None` without replicas.
+    """
+
+    dense: DeviceMesh
+    experts: DeviceMesh
+    stage: dist.ProcessGroup | None = None
+
+    def __getitem__(self, name: str) -> DeviceMesh:
+        return next(mesh[name] for mesh in (self.dense, self.experts) if name in (mesh.mesh_dim_names or ()))
+
+
+def _mesh(sizes: dict[str, int], device_type: str, timeout: timedelta | None) -> DeviceMesh:
+    """A mesh of all ranks, the last dimension innermost."""
+    grid = torch.arange(math.prod(sizes.values())).view(*sizes.values())
+    # init_device_mesh would give its groups torch's default time-out, whatever the default group's is.
+    groups = [
+        cast(
+            dist.ProcessGroup,
+            dist.new_subgroups_by_enumeration(grid.movedim(dim, -1).flatten(0, -2).tolist(), timeout=timeout)[0],
+        )
+        for dim in range(grid.ndim)
+    ]
+    return DeviceMesh.from_group(groups, device_type, mesh=grid, mesh_dim_names=tuple(sizes))
+
+
+def _check_divides(field: str, degree: int, ranks: int, what: str, *, or_auto: bool = False) -> None:
+    if degree >= 1 and ranks % degree == 0:
+        return
+    divisors = [d for d in range(1, ranks + 1) if ranks % d == 0]
+    nearest = min(divisors, key=lambda divisor: abs(divisor - degree))
+    auto = " (or -1)" if or_auto else ""
+    raise LayoutError(
+        field, degree, f"must divide {what}, {ranks}: {', '.join(map(str, divisors))}{auto}; the nearest is {nearest}"
+    )

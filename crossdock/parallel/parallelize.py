@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from crossdock.parallel.compile import CompileConfig, apply_compile
 from crossdock.parallel.expert import apply_ep
 from crossdock.parallel.fsdp import apply_fsdp
+from crossdock.parallel.mesh import Meshes
 from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activation_checkpoint
 
 __all__ = ["parallelize"]
@@ -16,7 +16,7 @@ __all__ = ["parallelize"]
 
 def parallelize(
     model: nn.Module,
-    mesh: DeviceMesh,
+    meshes: Meshes,
     *,
     activation_checkpoint: ActivationCheckpointConfig | None = None,
     compile_config: CompileConfig | None = None,
@@ -31,7 +31,7 @@ def parallelize(
     Args:
         model: holds `crossdock.MoE` layers; on the meta device or initialised. The entries of its outermost
             `nn.ModuleList`s are taken for its transformer blocks.
-        mesh: from `ParallelDims.build_mesh`.
+        meshes: from `ParallelDims.build_mesh`.
         activation_checkpoint: none by default.
         compile_config: not compiled by default.
         param_dtype: dtype of computation, see `apply_fsdp`.
@@ -40,12 +40,12 @@ def parallelize(
         cpu_offload: see `apply_fsdp`.
         tokens_per_rank: see `ExpertParallel`.
     """
-    apply_ep(model, mesh, tokens_per_rank=tokens_per_rank, dtype=param_dtype)
+    apply_ep(model, meshes, tokens_per_rank=tokens_per_rank, dtype=param_dtype)
     apply_compile(model, compile_config or CompileConfig())
     apply_activation_checkpoint(model, activation_checkpoint or ActivationCheckpointConfig())
     return apply_fsdp(
         model,
-        mesh,
+        meshes,
         param_dtype=param_dtype,
         blocks=blocks,
         reshard_after_forward=reshard_after_forward,

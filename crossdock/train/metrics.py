@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from crossdock.dispatch import Traffic
+from crossdock.parallel import ReplicaTraffic
 from crossdock.routing import StepLoad, load_statistics
 
 __all__ = ["MetricsLog", "ProgressDisplay", "last_logged_step", "load_metrics", "memory_use", "say", "traffic_metrics"]
@@ -50,17 +51,31 @@ def load_metrics(load: StepLoad) -> dict[str, float]:
     }
 
 
-def traffic_metrics(traffic: Traffic, device: torch.device) -> dict[str, int]:
-    """Bytes that all ranks sent, of what each sent. Collective, over the default process group."""
-    sums = torch.tensor(astuple(traffic), device=device)
+def traffic_metrics(
+    traffic: Traffic, of_replicas: ReplicaTraffic | None, device: torch.device
+) -> dict[str, int | float]:
+    """Bytes that all ranks sent, of what each sent; seconds are a rank's mean. Collective, over the default group."""
+    own = [*astuple(traffic), *(of_replicas or ())]
+    sums = torch.tensor(own, dtype=torch.float64, device=device)
     dist.all_reduce(sums)
-    in_all = Traffic(*sums.tolist())
+    values = sums.tolist()
+    in_all = Traffic(*map(int, values[: len(astuple(traffic))]))
+    replicas: dict[str, int | float] = {}
+    if of_replicas is not None:
+        sent, skipped, overlapped, waited = values[-len(of_replicas) :]
+        replicas = {
+            "replica_bytes": int(sent),
+            "skipped_replica_bytes": int(skipped),
+            "replica_overlap_seconds": overlapped / dist.get_world_size(),
+            "replica_wait_seconds": waited / dist.get_world_size(),
+        }
     return {
         "bytes_within_nodes": in_all.within,
         "bytes_between_nodes": in_all.between,
         "least_bytes_within_nodes": in_all.least_within,
         "least_bytes_between_nodes": in_all.least_between,
         "metadata_bytes": in_all.metadata,
+        **replicas,
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ from crossdock.models import (
     write_assets,
 )
 from crossdock.moe import moe_layers
-from crossdock.parallel import ParallelDims, parallelize
+from crossdock.parallel import Meshes, parallelize
 from crossdock.train.together import TrainingStopped, patient_group, together
 
 __all__ = ["RunTokens", "build_training_model", "prepare_run_tokens", "write_settings"]
@@ -85,7 +84,7 @@ def write_settings(config: Config, folder: Path) -> None:
 
 
 def build_training_model(
-    config: Config, dims: ParallelDims, device: torch.device, folder: Path, tokens: Tokens, *, is_new: bool
+    config: Config, meshes: Meshes, device: torch.device, folder: Path, tokens: Tokens, *, is_new: bool
 ) -> PreTrainedModel:
     """The model on its layout; of a run that `is_new`, with its first values: drawn, or those it starts from.
 
@@ -119,7 +118,7 @@ def build_training_model(
         weights = together(lambda: _open_weights(start, model, family.keys(model)))
     parallelize(
         model,
-        dims.build_mesh(device.type, timedelta(seconds=config.job.comm_timeout_seconds)),
+        meshes,
         activation_checkpoint=config.activation_checkpoint,
         compile_config=config.compile,
         param_dtype=torch.bfloat16 if training.dtype == "bfloat16" else None,

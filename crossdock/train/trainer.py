@@ -7,6 +7,7 @@ import math
 import signal
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from crossdock.dispatch import Traffic
 from crossdock.lora import adapters_of
 from crossdock.models import FAMILIES, batch_loss, count_parameters, export_hf, left_out, save_peft_adapter
 from crossdock.moe import MoE, finish_step, moe_layers, set_batch_totals
-from crossdock.parallel import ParallelDims, clip_grad_norm_, plain_name
+from crossdock.parallel import GradientManager, ParallelDims, plain_name
 from crossdock.routing import CollapseMonitor
 from crossdock.tools.evaluate import evaluate
 from crossdock.train.flops import Speed
@@ -95,18 +96,25 @@ class Trainer:
         if (too_long := TooLong.of(tokens.train, config.training.seq_len)).conversations:
             self._tell(str(too_long))
         newest = from_first_rank(lambda: latest_step(self.folder / CHECKPOINT_FOLDER))
-        self.model = build_training_model(config, dims, device, self.folder, tokens, is_new=newest is None)
+        meshes = dims.build_mesh(device.type, timedelta(seconds=config.job.comm_timeout_seconds))
+        self.model = build_training_model(config, meshes, device, self.folder, tokens, is_new=newest is None)
         trained = sum(parameter.numel() for parameter in adapters_of(self.model).values())
         of_adapters = f", {trained / 1e6:,.2f} M of them in adapters" if trained else ""
         self._tell(
             f"{config.model.name}: {count_parameters(self.model) / 1e6:,.1f} M parameters{of_adapters} on "
-            f"{self.world_size} ranks (ep {dims.ep}, ep_shard {dims.ep_shard}), {config.training.dtype}; "
+            f"{self.world_size} ranks ({dims}), {config.training.dtype}; "
             f"run folder {self.folder}"
         )
         self.layers = list(moe_layers(self.model).values())
         names = [plain_name(name) for name in moe_layers(self.model)]
         self._collapse = CollapseMonitor(names, self.layers[0].top_k)
         self.speed = Speed.of(self.model, config.training.seq_len, device)
+        self.gradients = GradientManager(
+            self.model,
+            meshes,
+            reduction=config.parallelism.gradient_reduction,
+            sparse=config.parallelism.sparse_replica_gradients,
+        )
         self.optimizer = build_optimizer(self.model, config.optimizer)
         materialise_optimizer_state(self.optimizer)
         torch.manual_seed(config.training.seed + self.rank)
@@ -207,13 +215,14 @@ class Trainer:
         set_batch_totals(self.model, self.batches.global_batch_size, tokens, dist.group.WORLD)
         sent_before = self._traffic()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in batches:
+        for index, batch in enumerate(batches):
+            self.gradients.before_backward(is_last=index == len(batches) - 1)
             share = batch_loss(self.model, **batch.inputs(self.device)) / max(targets, 1)
             share.backward()
             loss += share.detach()
-        norm = clip_grad_norm_(self.model.parameters(), config.max_norm).item()
+        norm = self.gradients.clip(config.max_norm).item()
         sums, memory = self._gather_metrics(loss)
-        sent = traffic_metrics(self._traffic() - sent_before, self.device)
+        sent = traffic_metrics(self._traffic() - sent_before, self.gradients.replica_traffic, self.device)
 
         self.step += 1
         self.samples += self.batches.global_batch_size

@@ -81,7 +81,7 @@ def _facts(records: RunRecords) -> str:
         if config is not None:
             try:
                 dims = ParallelDims.from_config(config.parallelism, ranks)
-                layout += f": ep {dims.ep}, ep_shard {dims.ep_shard}, dp_shard {dims.dp_shard}"
+                layout += f": {dims}, dp_shard {dims.dp_shard}"
             except LayoutError:
                 pass  # The settings are for another number of ranks.
         facts.append(layout)
