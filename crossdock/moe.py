@@ -194,15 +194,24 @@ def moe_layers(model: nn.Module) -> dict[str, RoutedExperts]:
     return {name: module for name, module in model.named_modules() if isinstance(module, RoutedExperts)}
 
 
-def set_batch_totals(model: nn.Module, sequences: int, tokens: int, group: dist.ProcessGroup | None = None) -> None:
+def set_batch_totals(
+    model: nn.Module,
+    sequences: int,
+    tokens: int,
+    group: dist.ProcessGroup | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
+) -> None:
     """Tell every MoE layer the size of the global batch (all ranks and micro-batches of the step).
 
     Args:
         sequences: rows of the batch.
         tokens: unpadded tokens, more than 0.
-        group: the data-parallel ranks, for the auxiliary loss of the `global` level; `None` for this rank alone.
+        group: all ranks that hold tokens of the batch, for the auxiliary loss of the `global` level; `None` for this
+            rank alone.
+        sequence_group: the ranks that share sequences, each with a part of every one; likewise.
     """
-    totals = BatchTotals(sequences, tokens, None if group is None else group.group_name)
+    names = [None if each is None else each.group_name for each in (group, sequence_group)]
+    totals = BatchTotals(sequences, tokens, *names)
     for layer in moe_layers(model).values():
         if isinstance(layer, MoE):
             layer.batch_totals = totals

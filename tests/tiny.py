@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -12,10 +13,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.distributed.tensor import DTensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from crossdock.config import load_config, validate
 from crossdock.moe import moe_layers
+from crossdock.parallel import plain_name
 from crossdock.train.trainer import StopSignal, Trainer
 
 __all__ = ["run_trainer", "speeches", "write_assets", "write_hf_model", "write_speeches"]
@@ -87,7 +90,8 @@ def run_trainer(assets: str, run_folder: str, cache_folder: str, overrides: Sequ
     Returns:
         `metrics`: the lines of metrics.jsonl. `bias`: each step's expert bias per layer, `[steps, L, E]`.
         `expert_ids`: `[steps, L, T, K]` of this rank's tokens; `margins`: `[steps, L, T]`, the score by which the last
-        chosen expert beats the first that was not.
+        chosen expert beats the first that was not. `digests`: of each whole parameter of which this rank has a part,
+        in the end.
     """
     settings = [
         *("--job.dump-folder", run_folder),
@@ -132,4 +136,15 @@ def run_trainer(assets: str, run_folder: str, cache_folder: str, overrides: Sequ
         "bias": np.array(bias),
         "expert_ids": np.stack(ids).reshape(*shape, *ids[0].shape),
         "margins": np.stack(margins).reshape(*shape, *margins[0].shape),
+        "digests": digests(trainer.model),
     }
+
+
+def digests(model: torch.nn.Module) -> dict[str, str]:
+    """By name, a hash of the bits of each whole parameter of which this rank has a part. Collective."""
+    result = {}
+    for name, parameter in model.named_parameters():
+        values = parameter.detach()
+        whole = values.full_tensor() if isinstance(values, DTensor) else values
+        result[plain_name(name)] = hashlib.sha256(whole.contiguous().numpy().tobytes()).hexdigest()
+    return result

@@ -65,9 +65,9 @@ def validate(config: Config, world_size: int, ranks_per_machine: int = 0) -> Par
             )
             require(config, "moe.dispatcher", nodes.size is not None, valid)
     require(config, ep, dims.ep <= most, f"at most {most}, the model's experts")
-    working = expert_parallel_degrees(sizes, world_size)
+    working = expert_parallel_degrees(sizes, dims.replica_size)
     valid = f"one of {', '.join(map(str, working))}" if working else "there is none for this number of ranks"
-    why = f"{world_size} ranks / expert_parallel_degree must divide the experts' sizes {sizes[1]} and {sizes[2]}"
+    why = f"{dims.replica_size} ranks / expert_parallel_degree must divide the experts' sizes {sizes[1]} and {sizes[2]}"
     require(config, ep, dims.ep in working, f"{valid}: {why}")
     batch, total = config.training.local_batch_size, config.training.global_batch_size
     step = batch * dims.dp_replicate * dims.dp_shard
@@ -76,13 +76,18 @@ def validate(config: Config, world_size: int, ranks_per_machine: int = 0) -> Par
     return dims
 
 
-def expert_parallel_degrees(sizes: ExpertSizes, world_size: int) -> list[int]:
-    """The degrees that work, ascending: no rank without an expert, and matrices that divide evenly over `ep_shard`."""
+def expert_parallel_degrees(sizes: ExpertSizes, num_ranks: int) -> list[int]:
+    """The degrees that work, ascending: no rank without an expert, and matrices that divide evenly over `ep_shard`.
+
+    Args:
+        sizes: of the model's experts.
+        num_ranks: that share a copy of them.
+    """
     return [
         degree
-        for degree in range(1, min(world_size, sizes.num_experts) + 1)
-        if world_size % degree == 0
-        and not any(size % (world_size // degree) for size in (sizes.hidden_size, sizes.intermediate_size))
+        for degree in range(1, min(num_ranks, sizes.num_experts) + 1)
+        if num_ranks % degree == 0
+        and not any(size % (num_ranks // degree) for size in (sizes.hidden_size, sizes.intermediate_size))
     ]
 
 

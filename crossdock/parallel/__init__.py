@@ -5,7 +5,7 @@ from crossdock.parallel.compile import CompileConfig, apply_compile
 from crossdock.parallel.expert import ExpertParallel, apply_ep
 from crossdock.parallel.fsdp import apply_fsdp
 from crossdock.parallel.gradients import GradientManager
-from crossdock.parallel.mesh import LayoutError, Meshes, ParallelDims, ParallelismConfig
+from crossdock.parallel.mesh import LayoutError, Meshes, ParallelDims, ParallelismConfig, Reader
 from crossdock.parallel.norm import clip_grad_norm_, global_grad_norm
 from crossdock.parallel.parallelize import parallelize
 from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activation_checkpoint
@@ -21,6 +21,7 @@ __all__ = [
     "Meshes",
     "ParallelDims",
     "ParallelismConfig",
+    "Reader",
     "ReplicaTraffic",
     "apply_activation_checkpoint",
     "apply_compile",

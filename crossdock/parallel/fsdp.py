@@ -56,7 +56,7 @@ def apply_fsdp(
         param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype is not None else None
     )
     offload = CPUOffloadPolicy(pin_memory=meshes.dense.device_type != "cpu") if cpu_offload else OffloadPolicy()
-    dense_mesh = meshes.dense if meshes["dp_replicate"].size() > 1 else meshes["fsdp"]
+    dense_mesh = meshes.dense["dp_replicate", "fsdp"] if meshes["dp_replicate"].size() > 1 else meshes["fsdp"]
     sharding = _expert_sharding(meshes)
     # Modules are sharded as dense parameters are, unevenly where need be; of rows for slots, the next dimension.
     dims = {parameter: 0 for module in expert_modules for parameter in module.parameters()}

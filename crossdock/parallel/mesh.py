@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["GradientReduction", "LayoutError", "Meshes", "ParallelDims", "ParallelismConfig"]
+__all__ = ["GradientReduction", "LayoutError", "Meshes", "ParallelDims", "ParallelismConfig", "Reader"]
 
 AUTO = -1
 
@@ -135,50 +135,76 @@ class ParallelDims:
         used = [f"{name} {degree}" for name, degree in degrees.items() if degree > 1]
         return ", ".join([*used, f"ep {self.ep}", f"ep_shard {self.ep_shard}"])
 
+    def reader(self, rank: int) -> Reader:
+        """Which part of the data a rank reads. Those that share a sequence, or are other stages, read the same."""
+        within, apart = rank % (self.world_size // self.pp), self.cp * self.tp
+        return Reader(within // apart, self.dp_replicate * self.dp_shard, within % apart == 0 and within == rank)
+
     def build_mesh(self, device_type: str, timeout: timedelta | None = None) -> Meshes:
-        """The ranks as parameters see them. Collective, after init_process_group.
+        """The ranks as parameters and tokens see them. Collective, after init_process_group.
 
         Args:
             device_type: `cpu` or `cuda`.
             timeout: of every collective in the meshes' groups; torch's default if `None`.
         """
-        sizes = {"dp_replicate": self.dp_replicate, "fsdp": self.dp_shard * self.cp}
-        expert_sizes = {"ep_replicate": self.dp_replicate, "ep_shard": self.ep_shard, "ep": self.ep}
-        dense, experts = (_mesh(each, device_type, timeout) for each in (sizes, expert_sizes))
-        stage = dist.new_group(timeout=timeout) if self.dp_replicate > 1 else None
-        return Meshes(dense, experts, cast(dist.ProcessGroup | None, stage))
+
+        def mesh(**sizes: int) -> DeviceMesh:
+            # init_device_mesh would give its groups torch's default time-out, whatever the default group's is.
+            grid = torch.arange(self.world_size).view(*sizes.values())
+            groups = [_group(grid, [dim], timeout) for dim in range(grid.ndim)]
+            return DeviceMesh.from_group(groups, device_type, mesh=grid, mesh_dim_names=tuple(sizes))
+
+        grid = torch.arange(self.world_size).view(self.pp, self.dp_replicate, self.dp_shard, self.cp, self.tp)
+        return Meshes(
+            mesh(pp=self.pp, dp_replicate=self.dp_replicate, fsdp=self.dp_shard * self.cp, tp=self.tp),
+            mesh(pp=self.pp, ep_replicate=self.dp_replicate, ep_shard=self.ep_shard, ep=self.ep),
+            cp=_group(grid, [3], timeout) if self.cp > 1 else None,
+            sequence=_group(grid, [3, 4], timeout) if self.cp * self.tp > 1 else None,
+            stage=_group(grid, [1, 2, 3, 4], timeout) if self.pp * self.dp_replicate > 1 else None,
+        )
+
+
+class Reader(NamedTuple):
+    """What a rank reads of the data.
+
+    Attributes:
+        index: of `degree` equal parts.
+        degree: how many parts there are.
+        is_first: whether this rank is the one to count, among those that read the same part.
+    """
+
+    index: int
+    degree: int
+    is_first: bool
 
 
 @dataclass(frozen=True)
 class Meshes:
-    """The ranks, as each kind of parameter sees them; `meshes[name]` is the mesh of one dimension.
+    """The ranks, as parameters and tokens see them; `meshes[name]` is the mesh of one dimension.
 
     Attributes:
-        dense: `(dp_replicate, fsdp)`.
-        experts: `(ep_replicate, ep_shard, ep)`.
-        stage: all ranks, for what replicas agree on; `None` without replicas.
+        dense: `(pp, dp_replicate, fsdp, tp)`, with `fsdp = dp_shard x cp`.
+        experts: `(pp, ep_replicate, ep_shard, ep)`.
+        cp: the ranks that share a sequence in attention; `None` for one.
+        sequence: all ranks that share sequences, `cp x tp`; `None` for one.
+        stage: all ranks of this pipeline stage; `None` where these are one copy of the whole model.
     """
 
     dense: DeviceMesh
     experts: DeviceMesh
+    cp: dist.ProcessGroup | None = None
+    sequence: dist.ProcessGroup | None = None
     stage: dist.ProcessGroup | None = None
 
     def __getitem__(self, name: str) -> DeviceMesh:
         return next(mesh[name] for mesh in (self.dense, self.experts) if name in (mesh.mesh_dim_names or ()))
 
 
-def _mesh(sizes: dict[str, int], device_type: str, timeout: timedelta | None) -> DeviceMesh:
-    """A mesh of all ranks, the last dimension innermost."""
-    grid = torch.arange(math.prod(sizes.values())).view(*sizes.values())
-    # init_device_mesh would give its groups torch's default time-out, whatever the default group's is.
-    groups = [
-        cast(
-            dist.ProcessGroup,
-            dist.new_subgroups_by_enumeration(grid.movedim(dim, -1).flatten(0, -2).tolist(), timeout=timeout)[0],
-        )
-        for dim in range(grid.ndim)
-    ]
-    return DeviceMesh.from_group(groups, device_type, mesh=grid, mesh_dim_names=tuple(sizes))
+def _group(grid: Tensor, dims: list[int], timeout: timedelta | None) -> dist.ProcessGroup:
+    """This rank's group of those that differ in `dims` of `grid` alone."""
+    ends = list(range(-len(dims), 0))
+    ranks = grid.movedim(dims, ends).flatten(-len(dims)).flatten(0, -2).tolist()
+    return cast(dist.ProcessGroup, dist.new_subgroups_by_enumeration(ranks, timeout=timeout)[0])
 
 
 def _check_divides(field: str, degree: int, ranks: int, what: str, *, or_auto: bool = False) -> None:

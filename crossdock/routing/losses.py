@@ -65,14 +65,18 @@ class BatchTotals:
         sequences: rows.
         tokens: unpadded ones, more than 0.
         group_name: of the process group whose ranks share the batch; `None` for this rank alone.
+        sequence_group_name: of that whose ranks share sequences, each having a part of every one; likewise.
     """
 
     sequences: int
     tokens: int
     group_name: str | None = None
+    sequence_group_name: str | None = None
 
 
-def switch_loss(probabilities: Tensor, expert_ids: Tensor, mask: Tensor) -> Tensor:
+def switch_loss(
+    probabilities: Tensor, expert_ids: Tensor, mask: Tensor, group_name: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Switch auxiliary loss of each of `B` groups of tokens; 1 under perfect balance.
 
     `L = E / (K T^2) * sum_e n_e * sum_t p_te` (Switch Transformer, eq. 4 to 6, for top-k). With `f_e = n_e / (T K)` the
@@ -83,16 +87,22 @@ def switch_loss(probabilities: Tensor, expert_ids: Tensor, mask: Tensor) -> Tens
         probabilities: `[B, S, E]`, rows sum to 1.
         expert_ids: `[B, S, K]`, `-1` where there is no route.
         mask: `[B, S]` bool, true for tokens that count (`T` of them per group).
+        group_name: of the ranks that each have a part of every group of tokens: `n_e` and `T` are sums over them, in
+            one collective, and `p_te` is of this rank's tokens, so that the ranks' shares sum to the loss.
 
     Returns:
-        `[B]`; 0 for a group without tokens.
+        The loss `[B]`, 0 for a group without tokens, and `T` `[B]`.
     """
     num_experts = probabilities.shape[-1]
     top_k = expert_ids.shape[-1]
     counts = count_experts(expert_ids, num_experts)
     probability_sums = (probabilities * mask[..., None]).sum(dim=1)
-    tokens = mask.sum(dim=1).clamp_min(1).to(probabilities.dtype)
-    return num_experts / (top_k * tokens**2) * (counts * probability_sums).sum(dim=-1)
+    counts = torch.cat([counts, mask.sum(dim=1, keepdim=True)], dim=1)
+    if group_name is not None:
+        counts = sum_over_ranks(counts, group_name)
+    counts, tokens = counts[:, :-1], counts[:, -1]
+    scale = num_experts / (top_k * tokens.clamp_min(1).to(probabilities.dtype) ** 2)
+    return scale * (counts * probability_sums).sum(dim=-1), tokens
 
 
 def z_loss(logits: Tensor, mask: Tensor) -> Tensor:
@@ -132,19 +142,21 @@ def router_losses(
         token_share = 1.0 / totals.tokens
     probabilities = routing.scores / (routing.scores.sum(dim=-1, keepdim=True) + 1e-20)
 
-    def switch(groups: int) -> Tensor:
+    def switch(groups: int) -> tuple[Tensor, Tensor]:
         shape = (groups, num_tokens // max(groups, 1))
         return switch_loss(
             probabilities.view(*shape, probabilities.shape[-1]),
             routing.expert_ids.view(*shape, routing.expert_ids.shape[-1]),
             mask.view(shape),
+            totals.sequence_group_name,
         )
 
     losses: dict[str, Tensor] = {}
     if coefficients.sequence_aux:
-        losses["sequence_aux_loss"] = switch(sequences).sum() / totals.sequences
+        losses["sequence_aux_loss"] = switch(sequences)[0].sum() / totals.sequences
     if coefficients.batch_aux:
-        losses["batch_aux_loss"] = switch(1).squeeze(0) * unpadded * token_share
+        loss, tokens = switch(1)
+        losses["batch_aux_loss"] = (loss * tokens).squeeze(0) * token_share
     if coefficients.global_aux:
         losses["global_aux_loss"] = _global_switch_loss(
             (probabilities * mask[:, None]).sum(dim=0) * token_share, routing, unpadded, totals, load

@@ -77,6 +77,7 @@ class Trainer:
         self.device = device
         self.stop = stop
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.reader = dims.reader(self.rank)
         self.folder = Path(first_named(config.job.dump_folder))
         self.config = config = replace(config, job=replace(config.job, dump_folder=str(self.folder)))
         self._lock = together(lambda: lock_folder(self.folder) if self.rank == 0 else None)
@@ -86,8 +87,8 @@ class Trainer:
             seq_len=config.training.seq_len,
             global_batch_size=self._global_batch_size(),
             local_batch_size=config.training.local_batch_size,
-            dp_rank=self.rank,
-            dp_degree=self.world_size,
+            dp_rank=self.reader.index,
+            dp_degree=self.reader.degree,
             seed=config.training.seed,
             weights=config.data.weights,
             packing=config.data.row_packing,
@@ -96,7 +97,7 @@ class Trainer:
         if (too_long := TooLong.of(tokens.train, config.training.seq_len)).conversations:
             self._tell(str(too_long))
         newest = from_first_rank(lambda: latest_step(self.folder / CHECKPOINT_FOLDER))
-        meshes = dims.build_mesh(device.type, timedelta(seconds=config.job.comm_timeout_seconds))
+        self.meshes = meshes = dims.build_mesh(device.type, timedelta(seconds=config.job.comm_timeout_seconds))
         self.model = build_training_model(config, meshes, device, self.folder, tokens, is_new=newest is None)
         trained = sum(parameter.numel() for parameter in adapters_of(self.model).values())
         of_adapters = f", {trained / 1e6:,.2f} M of them in adapters" if trained else ""
@@ -196,8 +197,8 @@ class Trainer:
             self.validation_tokens,
             seq_len=config.training.seq_len,
             local_batch_size=config.training.local_batch_size,
-            dp_rank=self.rank,
-            dp_degree=self.world_size,
+            dp_rank=self.reader.index,
+            dp_degree=self.reader.degree,
             packing=config.data.row_packing,
             attend_within_documents=config.data.within_documents,
             max_samples=config.validation.max_samples or None,
@@ -212,7 +213,8 @@ class Trainer:
             The step's metrics and its routes per layer and logical expert `[L, E]`, the same on all ranks.
         """
         config = self.config.training
-        set_batch_totals(self.model, self.batches.global_batch_size, tokens, dist.group.WORLD)
+        sequences = self.batches.global_batch_size
+        set_batch_totals(self.model, sequences, tokens, dist.group.WORLD, self.meshes.sequence)
         sent_before = self._traffic()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
@@ -253,8 +255,9 @@ class Trainer:
 
     def _batch_totals(self, batches: list[Batch]) -> tuple[int, int, bool]:
         """Targets and tokens of the global batch, and whether any rank was asked to stop. The step's agreement."""
-        targets = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in batches)
-        tokens = sum(batch.num_tokens for batch in batches)
+        own = batches if self.reader.is_first else []
+        targets = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in own)
+        tokens = sum(batch.num_tokens for batch in own)
         totals = torch.tensor([targets, tokens, float(self.stop.requested)], dtype=torch.float64, device=self.device)
         dist.all_reduce(totals)
         all_targets, all_tokens, stops = totals.tolist()
@@ -341,7 +344,7 @@ class Trainer:
         training = self.config.training
         if training.global_batch_size != -1:
             return training.global_batch_size
-        return training.local_batch_size * self.world_size
+        return training.local_batch_size * self.reader.degree
 
     def _tell(self, message: str) -> None:
         if self.rank == 0:

@@ -118,7 +118,7 @@ def test_switch_loss_of_groups_equals_the_definition() -> None:
     mask = torch.rand(3, 50) < 0.7
     mask[2] = False
     expert_ids = expert_ids.masked_fill(~mask[..., None], -1)
-    losses = switch_loss(probabilities, expert_ids, mask)
+    losses, counted = switch_loss(probabilities, expert_ids, mask)
 
     for group in range(2):
         real = probabilities[group][mask[group]].numpy()
@@ -126,6 +126,7 @@ def test_switch_loss_of_groups_equals_the_definition() -> None:
         expected = E / (K * len(real) ** 2) * (counts * real.sum(axis=0)).sum()
         np.testing.assert_allclose(losses[group].item(), expected, rtol=1e-12)
     assert losses[2] == 0, "a group without tokens"
+    assert counted.tolist() == mask.sum(dim=1).tolist()
 
 
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrt_softplus"])
@@ -143,7 +144,7 @@ def test_switch_loss_is_one_under_perfect_balance(score_function: ScoreFunction)
     everything_to_one = torch.zeros(1, num_tokens, 1, dtype=torch.int64)
     probabilities = torch.zeros(1, num_tokens, E, dtype=torch.float64)
     probabilities[..., 0] = 1
-    assert switch_loss(probabilities, everything_to_one, torch.ones(1, num_tokens, dtype=torch.bool)) == E
+    assert switch_loss(probabilities, everything_to_one, torch.ones(1, num_tokens, dtype=torch.bool))[0] == E
 
 
 def test_z_loss_sums_over_the_tokens_that_count() -> None:

@@ -1,0 +1,78 @@
+"""With any layout, a training run's numbers and weights are those of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.ranks import RankPool
+from tests.tiny import run_trainer, write_assets
+
+GLOBAL_BATCH = 8
+DEGREES = {
+    "pp": "pipeline-parallel-degree",
+    "dp_replicate": "data-parallel-replicate-degree",
+    "cp": "context-parallel-degree",
+    "tp": "tensor-parallel-degree",
+    "ep": "expert-parallel-degree",
+}
+LAYOUTS = [
+    (4, {"dp_replicate": 2, "ep": 2}),
+    (8, {"dp_replicate": 2, "ep": 2}),
+]
+
+
+def _run(ranks: RankPool, folder: Path, world_size: int, layout: dict[str, int], *overrides: str) -> dict[str, Any]:
+    """Ten steps, with accumulation; the export beside the results of all ranks."""
+    readers = world_size // (layout.get("pp", 1) * layout.get("cp", 1) * layout.get("tp", 1))
+    settings = [
+        *("--training.dtype", "float64"),
+        *("--training.global-batch-size", str(GLOBAL_BATCH)),
+        *("--training.local-batch-size", str(max(GLOBAL_BATCH // readers // 2, 1))),
+        *("--training.steps", "10", "--lr-scheduler.warmup-steps", "3"),
+        *("--moe.sequence-aux-loss-coeff", "0.01", "--moe.z-loss-coeff", "0.001"),
+        *("--moe.expert-bias", "--moe.expert-bias-rate", "0.01"),
+        *(part for name, degree in layout.items() for part in (f"--parallelism.{DEGREES[name]}", str(degree))),
+        *overrides,
+    ]
+    assets = write_assets(folder / "assets")
+    run_folder = folder / f"run-{len(list(folder.iterdir()))}"
+    results = ranks.run(world_size, run_trainer, str(assets), str(run_folder), str(folder / "cache"), settings)
+    weights: dict[str, np.ndarray] = {}
+    for file in (run_folder / "hf").glob("*.safetensors"):
+        weights |= load_file(file)
+    return {"ranks": results, "metrics": results[0]["metrics"], "weights": weights}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="module")
+def one_process(ranks: RankPool, folder: Path) -> dict[str, Any]:
+    return _run(ranks, folder, 1, {})
+
+
+@pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=str)
+def test_a_run_equals_one_process(
+    ranks: RankPool, folder: Path, one_process: dict[str, Any], world_size: int, layout: dict[str, int]
+) -> None:
+    result = _run(ranks, folder, world_size, layout)
+    for name in ("loss", "grad_norm", "sequence_aux_loss", "z_loss", "max_mean_load"):
+        ours, theirs = ([line[name] for line in each["metrics"]] for each in (result, one_process))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, err_msg=name)
+    assert result["weights"].keys() == one_process["weights"].keys()
+    for name, value in one_process["weights"].items():
+        np.testing.assert_allclose(result["weights"][name], value, rtol=1e-9, atol=1e-12, err_msg=name)
+    seen: dict[str, str] = {}
+    for rank in result["ranks"]:
+        for name, digest in rank["digests"].items():
+            # Other names may be other experts.
+            assert ".experts." in name or seen.setdefault(name, digest) == digest, f"ranks differ in {name}"
+    losses = [line["loss"] for line in result["metrics"]]
+    assert losses[-1] < losses[0] - 0.5, "the run did not learn"
