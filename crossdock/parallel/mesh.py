@@ -168,12 +168,12 @@ class Reader(NamedTuple):
     """What a rank reads of the data.
 
     Attributes:
-        index: of `degree` equal parts.
+        rank: which of `degree` equal parts.
         degree: how many parts there are.
         is_first: whether this rank is the one to count, among those that read the same part.
     """
 
-    index: int
+    rank: int
     degree: int
     is_first: bool
 
