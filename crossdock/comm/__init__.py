@@ -13,6 +13,7 @@ from crossdock.comm.collectives import (
     scatter_sum,
     sum_over_ranks,
 )
+from crossdock.comm.shares import enter_parts, gather_parts, join_parts, scatter_terms, sum_terms, take_part
 from crossdock.comm.wire import UNTOUCHED, Wire, WireDtype
 
 __all__ = [
@@ -24,10 +25,16 @@ __all__ = [
     "Wire",
     "WireDtype",
     "attach_exchange",
+    "enter_parts",
     "exchange",
     "exchange_counts",
+    "gather_parts",
     "gather_rows",
+    "join_parts",
     "raise_together",
     "scatter_sum",
+    "scatter_terms",
     "sum_over_ranks",
+    "sum_terms",
+    "take_part",
 ]

@@ -20,11 +20,27 @@ from crossdock.models.norm import Kernels, NormFormula, build_norm
 from crossdock.models.padding import accept_padding_mask
 from crossdock.moe import MoE
 from crossdock.moe_config import MoEConfig
+from crossdock.parallel import Region, TensorPlan
 from crossdock.routing import RouterConfig
 
-__all__ = ["DEEPEP_SUFFIX", "Block", "ExpertSizes", "Family", "Kernels", "ModelConfig", "ModelError", "formula_of"]
+__all__ = [
+    "DEEPEP_SUFFIX",
+    "GATED",
+    "Block",
+    "ExpertSizes",
+    "Family",
+    "Kernels",
+    "ModelConfig",
+    "ModelError",
+    "formula_of",
+]
 
 DEEPEP_SUFFIX = "-deepep"
+
+GROUPED_QUERIES = Region(columns=("q_proj",), rows=("o_proj",), key_values=("k_proj", "v_proj"))
+"""Attention with a projection each for queries, keys and values."""
+GATED = Region(columns=("gate_proj", "up_proj"), rows=("down_proj",))
+"""A gated feed-forward layer."""
 
 # transformers' names of activations, and ours.
 _ACTIVATIONS: Mapping[str, ActivationName] = MappingProxyType(
@@ -117,6 +133,7 @@ class Family(ABC):
         attention: names of the modules that are attention, for LoRA.
         peft_swaps: whether PEFT takes an expert's inputs for its outputs: where transformers' experts are
             `[E, in, out]` without an attribute `is_transposed` that says so.
+        tensor_regions, tensor_whole: what of a block tensor parallelism splits, or leaves whole (`TensorPlan`).
         hf_keys: how its checkpoints name their tensors.
         flavors: sizes by name, as arguments of the family's configuration class.
     """
@@ -130,6 +147,8 @@ class Family(ABC):
     own_attention: ClassVar[bool] = False
     attention: ClassVar[tuple[str, ...]] = ("self_attn",)
     peft_swaps: ClassVar[bool] = False
+    tensor_regions: ClassVar[Mapping[str, Region]] = MappingProxyType({"self_attn": GROUPED_QUERIES, "mlp": GATED})
+    tensor_whole: ClassVar[tuple[str, ...]] = ()
     hf_keys: ClassVar[HFKeys]
     flavors: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
 
@@ -142,6 +161,11 @@ class Family(ABC):
         counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
         size = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
         return ExpertSizes(next(count for count in counts if count is not None), config.hidden_size, size)
+
+    def tensor_plan(self, config: Any) -> TensorPlan:
+        """What tensor parallelism splits of a model with this configuration."""
+        text = config.get_text_config()
+        return TensorPlan(text.num_attention_heads, text.num_key_value_heads, self.tensor_regions, self.tensor_whole)
 
     def keys(self, model: PreTrainedModel) -> HFKeys:
         """How a checkpoint of `model`, from `adapt`, names its tensors.

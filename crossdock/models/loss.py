@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from crossdock.data import IGNORED_LABEL
 from crossdock.models.norm import Kernels
+from crossdock.parallel import VocabularyHead, local_part
 
 __all__ = ["LossHead", "batch_loss", "token_loss"]
 
@@ -38,7 +39,7 @@ def batch_loss(model: nn.Module, input_ids: Tensor, labels: Tensor, **inputs: An
         return model(input_ids=input_ids, use_cache=False, **inputs).logits
 
 
-class LossHead(nn.Module):
+class LossHead(VocabularyHead):
     """An output projection without bias that gives logits, or, within `losses(labels)`, the loss in their place.
 
     Args:
@@ -63,7 +64,12 @@ class LossHead(nn.Module):
             self._labels = None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """`hidden [..., H]` to logits `[..., V]`, or the loss."""
+        """`hidden [..., H]` to logits `[..., V]`, or the loss; of a split head, this rank's share of that."""
+        if self.split is not None:
+            logits = F.linear(self.split.enter(hidden), local_part(self.weight))
+            if self._labels is None:
+                return self.split.join(logits)
+            return self.split.loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), self._labels)
         if self._labels is None:
             return F.linear(hidden, self.weight)
         if self.kernels == "liger":

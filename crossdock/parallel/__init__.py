@@ -11,6 +11,8 @@ from crossdock.parallel.parallelize import parallelize
 from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activation_checkpoint
 from crossdock.parallel.replicas import ReplicaTraffic
 from crossdock.parallel.shards import as_shard, as_shards, local_part, local_with_offsets
+from crossdock.parallel.tensor import Region, TensorPlan, apply_tp
+from crossdock.parallel.vocabulary import VocabularyHead
 
 __all__ = [
     "ActivationCheckpointConfig",
@@ -22,11 +24,15 @@ __all__ = [
     "ParallelDims",
     "ParallelismConfig",
     "Reader",
+    "Region",
     "ReplicaTraffic",
+    "TensorPlan",
+    "VocabularyHead",
     "apply_activation_checkpoint",
     "apply_compile",
     "apply_ep",
     "apply_fsdp",
+    "apply_tp",
     "as_shard",
     "as_shards",
     "clip_grad_norm_",

@@ -123,7 +123,7 @@ def _expert_sharding(meshes: Meshes) -> Callable[[int], Any] | None:
     One `fully_shard` per block gathers dense parameters and experts side by side; a nested one costs hooks and, where
     experts are checkpointed, records that selective recompute does not find again.
     """
-    if meshes["ep"].size() == 1 and meshes["ep_replicate"].size() == 1:
+    if all(meshes[name].size() == 1 for name in ("ep", "ep_replicate", "tp")):  # the same ranks
         return lambda dim: Shard(dim)
     try:
         from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from crossdock.parallel.mesh import GradientReduction, Meshes
 from crossdock.parallel.norm import clip_grad_norm_
 from crossdock.parallel.replicas import ExpertReplicas, ReplicaTraffic
+from crossdock.parallel.shards import local_part
+from crossdock.parallel.tensor import partial_parameters
 
 __all__ = ["GradientManager"]
 
@@ -16,8 +20,9 @@ class GradientManager:
     """Has the gradients of a step's micro-batches reduced no more often than need be.
 
     FSDP reduces over the ranks that share parameters: with each micro-batch, or, with `reduction = "step"`, once, for
-    the memory of whole gradients. Replicas are summed once per step in any case: those of dense parameters by FSDP
-    (HSDP), those of experts by `ExpertReplicas`. Make one after FSDP has been applied; then, in each step,
+    the memory of whole gradients. Once per step in any case, replicas are summed, those of dense parameters by FSDP
+    (HSDP), those of experts by `ExpertReplicas`; and gradients that are terms of a sum over `tp`. Make one after FSDP
+    has been applied; then, in each step,
 
         for index, batch in enumerate(batches):
             gradients.before_backward(is_last=index == len(batches) - 1)
@@ -43,6 +48,7 @@ class GradientManager:
         self._reduction = reduction
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._replicas: ExpertReplicas | None = None
+        self._tp = meshes["tp"].get_group() if meshes["tp"].size() > 1 else None
         if meshes["ep_replicate"].size() > 1:
             self._replicas = ExpertReplicas(model, meshes, sparse=sparse)
 
@@ -65,4 +71,23 @@ class GradientManager:
         """After the last backward pass: wait for the reductions, then `clip_grad_norm_`. Collective."""
         if self._replicas is not None:
             self._replicas.finish()
+        if self._tp is not None:
+            _sum_partial(self._model, self._tp)
         return clip_grad_norm_(self._model.parameters(), max_norm)
+
+
+@torch.no_grad()
+def _sum_partial(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Sum over `tp` the gradients that are terms of a sum, in one collective for each dtype."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in partial_parameters(model):
+        if parameter.grad is not None:
+            gradient = local_part(parameter.grad)
+            by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    for gradients in by_dtype.values():
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, group=group)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(
+            gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+        )

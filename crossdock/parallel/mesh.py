@@ -29,7 +29,9 @@ class ParallelismConfig:
     context_parallel_degree: int = 1
     """Ranks that share a sequence. Only 1 so far."""
     tensor_parallel_degree: int = 1
-    """Ranks that share a matrix. Only 1 so far."""
+    """Ranks that share a matrix."""
+    sequence_parallel: bool = True
+    """Between the modules that these split, each has a part of every sequence; else all have the same tokens."""
     pipeline_parallel_degree: int = 1
     """Pipeline stages. Only 1 so far."""
     expert_parallel_degree: int = 1
@@ -90,7 +92,6 @@ class ParallelDims:
     def __post_init__(self) -> None:
         for name, degree in (
             ("context_parallel_degree", self.cp),
-            ("tensor_parallel_degree", self.tp),
             ("pipeline_parallel_degree", self.pp),
         ):
             if degree != 1:
@@ -195,6 +196,11 @@ class Meshes:
     cp: dist.ProcessGroup | None = None
     sequence: dist.ProcessGroup | None = None
     stage: dist.ProcessGroup | None = None
+
+    @property
+    def sequence_degree(self) -> int:
+        """Ranks that share a sequence."""
+        return 1 if self.sequence is None else self.sequence.size()
 
     def __getitem__(self, name: str) -> DeviceMesh:
         return next(mesh[name] for mesh in (self.dense, self.experts) if name in (mesh.mesh_dim_names or ()))

@@ -10,6 +10,7 @@ from crossdock.parallel.expert import apply_ep
 from crossdock.parallel.fsdp import apply_fsdp
 from crossdock.parallel.mesh import Meshes
 from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activation_checkpoint
+from crossdock.parallel.tensor import TensorPlan, apply_tp
 
 __all__ = ["parallelize"]
 
@@ -25,8 +26,10 @@ def parallelize(
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
     tokens_per_rank: int | None = None,
+    tensor_plan: TensorPlan | None = None,
+    sequence_parallel: bool = True,
 ) -> nn.Module:
-    """Expert parallelism, compilation, activation checkpointing, FSDP: in this order, in place.
+    """Tensor and expert parallelism, compilation, activation checkpointing, FSDP: in this order, in place.
 
     Args:
         model: holds `crossdock.MoE` layers; on the meta device or initialised. The entries of its outermost
@@ -39,7 +42,9 @@ def parallelize(
         reshard_after_forward: see `apply_fsdp`.
         cpu_offload: see `apply_fsdp`.
         tokens_per_rank: see `ExpertParallel`.
+        tensor_plan, sequence_parallel: see `apply_tp`.
     """
+    apply_tp(model, meshes, tensor_plan, sequence_parallel=sequence_parallel)
     apply_ep(model, meshes, tokens_per_rank=tokens_per_rank, dtype=param_dtype)
     apply_compile(model, compile_config or CompileConfig())
     apply_activation_checkpoint(model, activation_checkpoint or ActivationCheckpointConfig())

@@ -124,7 +124,9 @@ def build_training_model(
         param_dtype=torch.bfloat16 if training.dtype == "bfloat16" else None,
         reshard_after_forward=config.parallelism.reshard_after_forward,
         cpu_offload=training.enable_cpu_offload,
-        tokens_per_rank=training.local_batch_size * training.seq_len,
+        tokens_per_rank=training.local_batch_size * training.seq_len // meshes.sequence_degree,
+        tensor_plan=family.tensor_plan(model.config),
+        sequence_parallel=config.parallelism.sequence_parallel,
     )
     seed = training.seed if is_new and checkpoint is None else None
     materialise(family, model, device, offload=training.enable_cpu_offload, seed=seed, weights=weights)

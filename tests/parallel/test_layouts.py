@@ -23,6 +23,8 @@ DEGREES = {
 LAYOUTS = [
     (4, {"dp_replicate": 2, "ep": 2}),
     (8, {"dp_replicate": 2, "ep": 2}),
+    (2, {"tp": 2}),
+    (4, {"tp": 2, "ep": 4}),
 ]
 
 
