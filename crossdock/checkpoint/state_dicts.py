@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -73,7 +74,8 @@ def from_hf(
 
     Args:
         state_dict: this rank's experts at least; of a rank without experts, one of each layer, for its shape. Experts
-            that are DTensors are gathered, a matrix at a time: collective then, on all ranks of the default group.
+            that are DTensors are gathered, a matrix at a time: collective then, on all ranks of the default group,
+            and those that one is spread over all have it.
         keys: of its family.
         num_experts: `E`.
         mesh: with a dimension `ep`, and `ep_shard` where experts are sharded; or of one dimension, which is `ep`.
@@ -89,6 +91,7 @@ def from_hf(
         error = caught
     if is_distributed:
         raise_together(error)
+        _check_alike(state_dict)
     elif error is not None:
         raise error
     own, memory = _own_slots(num_experts, mesh), _Memory(state_dict)
@@ -150,6 +153,23 @@ def to_hf(state_dict: Mapping[str, Tensor], keys: HFKeys, num_experts: int) -> d
                 if expert != EMPTY:
                     result |= {part.name: part.taken_from(row) for part in keys.parts(name, expert, row.shape)}
     return result
+
+
+def _check_alike(state_dict: Mapping[str, Tensor]) -> None:
+    """Raise on all ranks where one of them lacks a DTensor, for whose part the others would wait. Collective."""
+    own: dict[tuple[int, ...], set[str]] = {}
+    for name, tensor in state_dict.items():
+        if isinstance(tensor, DTensor):
+            own.setdefault(tuple(tensor.device_mesh.mesh.flatten().tolist()), set()).add(name)
+    everyone = [own] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    for ranks in sorted(set().union(*everyone)):
+        wanted = set().union(*(everyone[rank].get(ranks, set()) for rank in ranks))
+        for rank in ranks:
+            if lacking := sorted(wanted - everyone[rank].get(ranks, set())):
+                raise CheckpointError(
+                    f"the state dict of rank {rank} lacks {lacking[0]}, a DTensor over the ranks {list(ranks)}"
+                )
 
 
 class _Memory:

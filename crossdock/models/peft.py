@@ -273,11 +273,11 @@ class PeftAdapter:
             if key not in meaning and key not in _NEUTRAL and value is not None and value is not False
         ]
         targets = self.config.get("target_modules")
-        for path, module in model.named_modules() if isinstance(targets, list) else ():
-            ends = (f".{plain_name(path)}".endswith(f".{target}") for target in targets)
-            if isinstance(module, LoRALinear) and not any(ends):
-                problems.append(f"{_CONFIG_FILE} has target_modules {targets}, without {_end(path)}")
-                break
+        if isinstance(targets, list):
+            ends = tuple(f".{target}" for target in targets)
+            adapted = (path for path, module in model.named_modules() if isinstance(module, LoRALinear))
+            missed = [path for path in adapted if not f".{plain_name(path)}".endswith(ends)]
+            problems += [f"{_CONFIG_FILE} has target_modules {targets}, without {_end(path)}" for path in missed[:1]]
         wanted = {stored.name: stored.shape for stored in _stored(model, family)}
         if wanted.keys().isdisjoint(self.shapes):
             problems.append(f"none of its {len(self.shapes)} tensors is one of the model's {len(wanted)}")
