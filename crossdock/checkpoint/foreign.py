@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,11 @@ def _check_places(folder: Path, metadata: Metadata) -> None:
             lengths[path] = (folder / path).stat().st_size
         if info.offset + info.length > lengths[path]:
             raise CheckpointError(f"{folder}: {path} is cut off: {index.fqn} reaches beyond its end")
+    by_place = sorted(metadata.storage_data.items(), key=lambda item: (item[1].relative_path, item[1].offset))
+    for (first, there), (second, here) in pairwise(by_place):
+        shared = there.relative_path == here.relative_path and here.offset < there.offset + there.length
+        if shared and here.length:
+            raise CheckpointError(f"{folder}: {second.fqn} and {first.fqn} share bytes of {here.relative_path}")
     for name, about in metadata.state_dict_metadata.items():
         if isinstance(about, TensorStorageMetadata) and math.prod(about.size):
             for chunk in about.chunks:

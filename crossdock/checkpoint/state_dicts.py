@@ -1,8 +1,11 @@
 """State dicts in memory, between Hugging Face's names and ours; aware of DTensors.
 
-    state = from_hf(state_dict, keys, num_experts, mesh)   # what a model of ours loads, on this rank
+    state = from_hf(state_dict, keys, num_experts, mesh["ep"])   # what a model on that mesh loads, on this rank
     model.load_state_dict(state)
     state_dict = to_hf(model.state_dict(), keys, num_experts)
+
+With FSDP, parameters beside the experts are DTensors, too, which no state dict of whole ones loads into; a checkpoint
+in files goes into any layout (`HFCheckpoint.load`).
 
 `keys` is a family's: `crossdock.models.FAMILIES["qwen3"].hf_keys`.
 """
@@ -12,15 +15,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from crossdock.checkpoint.experts import expert_rows
 from crossdock.checkpoint.folders import CheckpointError, in_short
 from crossdock.checkpoint.hf import HFKeys, Part
 from crossdock.checkpoint.hf_files import DTYPES, QUANTIZED_DTYPES, Header
 from crossdock.checkpoint.stored import Stored, stored_tensors
+from crossdock.comm import raise_together
 from crossdock.experts import ExpertParams, halves_apart
 from crossdock.parallel import Meshes, as_shard
 from crossdock.placement import EMPTY
@@ -69,29 +74,38 @@ def from_hf(
 
     Args:
         state_dict: this rank's experts at least; of a rank without experts, one of each layer, for its shape. Experts
-            that are DTensors are gathered, a matrix at a time: a collective of the ranks that they are spread over.
+            that are DTensors are gathered, a matrix at a time: collective then, on all ranks of the default group,
+            and those that one is spread over all have it.
         keys: of its family.
         num_experts: `E`.
         mesh: with a dimension `ep`, and `ep_shard` where experts are sharded; or of one dimension, which is `ep`.
 
     Raises:
-        CheckpointError: see `validate_experts`.
+        CheckpointError: see `validate_experts`; on all ranks where it is collective.
     """
-    stored = _stored(state_dict)
-    layers = _checked_layers(stored, keys, num_experts, expert_range(num_experts, mesh))
+    stored, layers = _stored(state_dict), dict[str, dict[str, int | None]]()
+    is_distributed, error = any(isinstance(tensor, DTensor) for tensor in state_dict.values()), None
+    try:
+        layers = _checked_layers(stored, keys, num_experts, expert_range(num_experts, mesh))
+    except CheckpointError as caught:
+        error = caught
+    if is_distributed:
+        raise_together(error)
+        _check_alike(state_dict)
+    elif error is not None:
+        raise error
     own, memory = _own_slots(num_experts, mesh), _Memory(state_dict)
-    is_distributed = any(isinstance(tensor, DTensor) for tensor in state_dict.values())
     result: dict[str, Tensor] = {}
-    for layer, experts in layers.items():
-        # In one order on all ranks, and what others need as well: gathering is collective.
+    # In one order on all ranks, and what others need as well: gathering is collective.
+    for layer, experts in sorted(layers.items()):
         names = sorted(name for name, expert in experts.items() if is_distributed or expert is None or expert in own)
         values = {}
         for name in names:
             value = stored[name].read(memory, [(0, size) for size in stored[name].shape])
             if experts[name] is None or experts[name] in own:
                 values[name] = value
-        like = next(iter(values.values()), None)
-        dtype = like.dtype if like is not None else DTYPES[stored[next(iter(experts))].dtype]
+        some = stored[next(iter(experts))]
+        dtype = DTYPES[some.dtype] if some.is_plain else torch.float32
         for parameter in _parameters(experts):
             parts = keys.parts(f"{layer}.{parameter}", _some_expert(experts), (0, 0))
             rows = [torch.zeros(_row_shape(stored, parts), dtype=dtype)] * len(own)
@@ -101,7 +115,7 @@ def from_hf(
             stacked = torch.stack(rows)
             result[f"{layer}.{parameter}"] = stacked if mesh is None else _distributed(stacked, mesh)
     of_experts = {name for experts in layers.values() for name in experts}
-    for name, tensor in stored.items():
+    for name, tensor in sorted(stored.items()):
         if name not in of_experts:
             whole = [(0, size) for size in tensor.shape]
             result[keys.ours(name)] = state_dict[name] if tensor.is_plain else tensor.read(memory, whole)
@@ -121,7 +135,7 @@ def to_hf(state_dict: Mapping[str, Tensor], keys: HFKeys, num_experts: int) -> d
         num_experts: `E`.
 
     Raises:
-        CheckpointError: for another number of experts.
+        CheckpointError: for a number of experts that takes another number of rows.
     """
     result: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
@@ -141,6 +155,23 @@ def to_hf(state_dict: Mapping[str, Tensor], keys: HFKeys, num_experts: int) -> d
     return result
 
 
+def _check_alike(state_dict: Mapping[str, Tensor]) -> None:
+    """Raise on all ranks where one of them lacks a DTensor, for whose part the others would wait. Collective."""
+    own: dict[tuple[int, ...], set[str]] = {}
+    for name, tensor in state_dict.items():
+        if isinstance(tensor, DTensor):
+            own.setdefault(tuple(tensor.device_mesh.mesh.flatten().tolist()), set()).add(name)
+    everyone = [own] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    for ranks in sorted(set().union(*everyone)):
+        wanted = set().union(*(everyone[rank].get(ranks, set()) for rank in ranks))
+        for rank in ranks:
+            if lacking := sorted(wanted - everyone[rank].get(ranks, set())):
+                raise CheckpointError(
+                    f"the state dict of rank {rank} lacks {lacking[0]}, a DTensor over the ranks {list(ranks)}"
+                )
+
+
 class _Memory:
     """The tensors of a state dict, to be read as those of files are."""
 
@@ -150,7 +181,13 @@ class _Memory:
     def read(self, header: Header, bounds: Sequence[tuple[int, int]]) -> Tensor:
         """What lies within `bounds`, of each dimension; collective for a DTensor."""
         value = self.state_dict[header.name]
-        value = value.full_tensor() if isinstance(value, DTensor) else value
+        if isinstance(value, DTensor) and header.dtype in QUANTIZED_DTYPES:
+            # Bytes: gloo knows no such numbers.
+            parts = value.to_local().view(torch.uint8)
+            whole = as_shard(parts, value.device_mesh, value.placements, value.shape).full_tensor()
+            value = whole.view(value.dtype)
+        elif isinstance(value, DTensor):
+            value = value.full_tensor()
         return value[tuple(slice(*ends) for ends in bounds)]
 
 
@@ -189,16 +226,9 @@ def _checked_layers(
                 problems.append(f"{name} has shape {list(tensor.shape)}, not of {num_experts} experts")
             elif expert is not None and expert >= num_experts:
                 problems.append(f"{name} is of expert {expert}, there are {num_experts}")
-        for parameter in _parameters(experts):
-            shapes = {}
-            for expert in own or [_some_expert(experts)]:
-                parts = keys.parts(f"{layer}.{parameter}", expert, (0, 0))
-                missing = [f"{part.name} is missing" for part in parts if part.name not in stored]
-                problems += missing
-                if not missing and not problems:
-                    shapes[expert] = _row_shape(stored, parts)
-            if len(set(shapes.values())) > 1:
-                problems.append(f"the experts of {layer} differ in shape: {shapes}")
+        problems += _row_problems(layer, experts, stored, keys, own or [_some_expert(experts)])
+    of_scales = ((name, tensor.problem) for name, tensor in stored.items() if not tensor.is_plain)
+    problems += [f"{name} {problem}" for name, problem in of_scales if problem]
     problems = list(dict.fromkeys(problems))
     if problems:
         raise CheckpointError(f"the state dict does not fit: {in_short(problems)}")
@@ -211,15 +241,49 @@ def _parameters(names: Iterable[str]) -> list[str]:
     return [parameter for parameter in ExpertParams._fields if biased or not parameter.endswith("bias")]
 
 
+def _row_problems(
+    layer: str, experts: Mapping[str, int | None], stored: Mapping[str, Stored], keys: HFKeys, own: Iterable[int]
+) -> list[str]:
+    """What keeps the tensors of a layer's `own` experts from being rows of parameters, `[H, 2I]` and `[I, H]`."""
+    problems: list[str] = []
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for parameter in _parameters(experts):
+        for expert in own:
+            parts = keys.parts(f"{layer}.{parameter}", expert, (0, 0))
+            for part in parts:
+                dims = (1 if "bias" in parameter else 2) + (part.expert is not None)
+                if part.name not in stored:
+                    problems.append(f"{part.name} is missing")
+                elif len(stored[part.name].shape) != dims:
+                    shape = list(stored[part.name].shape)
+                    problems.append(f"{part.name} has shape {shape}, not one of {dims} dimensions")
+            if not problems:
+                shapes.setdefault(parameter, set()).update(_part_shapes(stored, parts))
+                shapes.setdefault(f"{parameter} whole", set()).add(_row_shape(stored, parts))
+    if problems:
+        return problems
+    if different := [sorted(each) for each in shapes.values() if len(each) > 1]:
+        return [f"the experts of {layer} differ in shape: {different[0]}"]
+    (first,), (second,) = shapes["gate_and_up_projs whole"], shapes["down_projs whole"]
+    if first[0] != second[1] or first[1] not in (second[0], 2 * second[0]):
+        return [f"the experts of {layer} have matrices {list(first)} and {list(second)}, which do not go together"]
+    return []
+
+
 def _some_expert(experts: Mapping[str, int | None]) -> int:
     """One of which there are tensors."""
     return next(iter(experts.values())) or 0
 
 
+def _part_shapes(stored: Mapping[str, Stored], parts: Sequence[Part]) -> list[tuple[int, ...]]:
+    """What each of `parts` is of an expert's row of a parameter."""
+    shapes = [stored[part.name].shape[part.expert is not None :] for part in parts]
+    return [shape[::-1] if part.transposed else shape for part, shape in zip(parts, shapes, strict=True)]
+
+
 def _row_shape(stored: Mapping[str, Stored], parts: Sequence[Part]) -> tuple[int, ...]:
     """Of an expert's row of a parameter, made of `parts`."""
-    shapes = [stored[part.name].shape[part.expert is not None :] for part in parts]
-    shapes = [shape[::-1] if part.transposed else shape for part, shape in zip(parts, shapes, strict=True)]
+    shapes = _part_shapes(stored, parts)
     return (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
 
 
@@ -249,8 +313,9 @@ def _distributed(stacked: Tensor, mesh: DeviceMesh | Meshes) -> DTensor:
     names = mesh.mesh_dim_names or ("ep",)
     placements: list[Placement] = [Shard(0)]
     if len(names) > 1:
-        placements = [Shard(1) if name == "ep_shard" else Shard(0) for name in names]
-    sharding, size = mesh["ep_shard"] if len(names) > 1 else None, stacked.shape
+        of_name: dict[str, Placement] = {"ep": Shard(0), "ep_shard": Shard(1)}
+        placements = [of_name.get(name, Replicate()) for name in names]
+    sharding, size = mesh["ep_shard"] if "ep_shard" in names else None, stacked.shape
     shape = torch.Size((size[0] * _ep_mesh(mesh).size(), *size[1:]))
     if sharding is not None:
         if size[1] % sharding.size():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
+import sys
 from pathlib import Path
 
 from crossdock.cli.common import Parser, fail, parse_bytes
@@ -43,6 +45,8 @@ def convert_command(arguments: list[str], options: argparse.Namespace) -> int:
     from crossdock.tools.convert import ConvertOptions, convert, plan_conversion
     from crossdock.train.metrics import say
 
+    # What is half written is removed then, as by Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = None if parsed.assets is None else parsed.assets.absolute()
     chosen = ConvertOptions(parsed.to, folder, parsed.family, upcycle, parsed.seed, parsed.dtype, parsed.max_shard_size)
     try:

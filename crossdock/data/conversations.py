@@ -116,7 +116,7 @@ def _message(value: Any, where: str) -> dict[str, Any]:
     message = {name: part for name, part in value.items() if part is not None}
     if "role" not in message and "from" in message:
         speaker = message.pop("from")
-        if speaker not in _ROLES:
+        if not isinstance(speaker, str) or speaker not in _ROLES:
             raise DataError(f"{where} is from {shown(speaker)}, must be one of {', '.join(_ROLES)}")
         message = {"role": _ROLES[speaker], "content": message.pop("value", None), **message}
     if not isinstance(message.get("role"), str) or not message["role"]:

@@ -48,6 +48,8 @@ class _ConvertedKeys(HFKeys):
     def parts(self, name: str, expert: int | None, shape: Sequence[int]) -> list[Part]:
         if expert is None:
             return [Part(self.dense[name])]
+        if (name, expert) not in self.places:
+            raise CheckpointError(f"the model that these keys are of has no expert {expert} in {name}")
         parts = []
         for place in self.places[name, expert]:
             columns = None

@@ -52,6 +52,16 @@ _MEANING: Mapping[str, tuple[Any, ...]] = {
     "layer_replication": (None, []),
     "alora_invocation_tokens": (None, []),
     "trainable_token_indices": (None, [], {}),
+    "exclude_modules": (None, []),
+    "loftq_config": (None, {}),
+    # What the others begin with is taken off the weights beside the adapter.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),
+}
+# What says nothing of that; a setting that is none of all these must be off.
+_NEUTRAL = {
+    *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout"),
+    *("target_modules", "target_parameters", "peft_version", "ensure_weight_tying", "megatron_core"),
+    *("qalora_group_size", "runtime_config"),
 }
 
 
@@ -255,8 +265,19 @@ class PeftAdapter:
         problems = [
             f"{_CONFIG_FILE} has {key} {self.config.get(key)!r}, not {values[0]!r}"
             for key, values in meaning.items()
-            if self.config.get(key) not in values
+            if self.config.get(key, values[0]) not in values
         ]
+        problems += [
+            f"{_CONFIG_FILE} has {key} {value!r}, which is not known"
+            for key, value in self.config.items()
+            if key not in meaning and key not in _NEUTRAL and value is not None and value is not False
+        ]
+        targets = self.config.get("target_modules")
+        if isinstance(targets, list):
+            ends = tuple(f".{target}" for target in targets)
+            adapted = (path for path, module in model.named_modules() if isinstance(module, LoRALinear))
+            missed = [path for path in adapted if not f".{plain_name(path)}".endswith(ends)]
+            problems += [f"{_CONFIG_FILE} has target_modules {targets}, without {_end(path)}" for path in missed[:1]]
         wanted = {stored.name: stored.shape for stored in _stored(model, family)}
         if wanted.keys().isdisjoint(self.shapes):
             problems.append(f"none of its {len(self.shapes)} tensors is one of the model's {len(wanted)}")

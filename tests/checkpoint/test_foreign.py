@@ -331,6 +331,12 @@ def twice(metadata: Metadata) -> None:
     about.chunks = [ChunkStorageMetadata(torch.Size([start]), torch.Size([2])) for start in (0, 1)]
 
 
+def shared(metadata: Metadata) -> None:
+    place = next(iter(metadata.storage_data.values()))
+    metadata.storage_data = {MetadataIndex(name, torch.Size([0])): place for name in ("a", "b")}
+    metadata.state_dict_metadata["b"] = metadata.state_dict_metadata["a"]
+
+
 def no_dtype(metadata: Metadata) -> None:
     metadata.state_dict_metadata = {"a": metadata.storage_data}  # type: ignore[dict-item]
 
@@ -344,6 +350,7 @@ def no_dtype(metadata: Metadata) -> None:
         (nowhere, "a has a piece at .* in no file"),
         (too_large, "a has a piece from"),
         (twice, "a has pieces that lie over each other"),
+        (shared, "b and a share bytes of"),
         (no_dtype, "where TensorStorageMetadata should be"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

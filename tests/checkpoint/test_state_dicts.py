@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from crossdock.checkpoint import CheckpointError, HFCheckpoint, expert_range, from_hf, to_hf, validate_experts
 from crossdock.models import FAMILIES, build_model, materialise
@@ -88,15 +88,40 @@ def test_sharded_experts_and_ranges(ranks: RankPool, tmp_path: Path) -> None:
 
 
 def spread(folder: str, num_experts: int, dim: int) -> dict[str, Any]:
-    """What `from_hf` makes of tensors that are spread over the very ranks of `ep`, against plain ones; own experts."""
+    """What `from_hf` makes of tensors that are spread over the very ranks of `ep`, against plain ones; own experts.
+
+    One rank has them in another order; and what they would be in FP8, and where a rank lacks one.
+    """
     tensors, keys = read_tensors(Path(folder)), FAMILIES["qwen3"].hf_keys
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
     values = {key: distribute_tensor(value, mesh, [Shard(min(dim, value.ndim - 1))]) for key, value in tensors.items()}
+    if dist.get_rank() == 1:
+        values = dict(reversed(values.items()))
     wanted, state = (from_hf(each, keys, num_experts, mesh) for each in (tensors, values))
     differing = [key for key, value in wanted.items() if ".experts." in key and not value.equal(state[key])]
+    stored, meant = quantize_fp8(tensors, (128, 128))
+    spread_out = {key: _spread(value, mesh) for key, value in stored.items()}
+    quantised = (from_hf(each, keys, num_experts, mesh) for each in (meant, spread_out))
+    wanted, state = ({key: value for key, value in each.items() if ".experts." in key} for each in quantised)
+    # Whole tensors: ranks without experts have them in the same dtype.
+    differing += [key for key, value in wanted.items() if not _whole(value).equal(_whole(state[key]))]
+    if dist.get_rank() == 0:
+        values = {key: value for key, value in values.items() if "experts.1.up_proj" not in key}
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight is missing|rank 0 lacks .*up_proj\.weight, a DTensor"):
+        from_hf(values, keys, num_experts, mesh)
     own = (value for key, value in state.items() if key.endswith("layers.0.mlp.experts.down_projs"))
     rows = [list(value.to_local().shape) for value in own if isinstance(value, DTensor)]
     return {"differing": differing, "rows": rows, "range": expert_range(num_experts, mesh)}
+
+
+def _spread(value: torch.Tensor, mesh: DeviceMesh) -> DTensor:
+    """Over the first dimension, even what no collective of gloo moves."""
+    part = value.chunk(mesh.size())[mesh.get_local_rank()] if len(value) % mesh.size() == 0 else value
+    return DTensor.from_local(part, mesh, [Shard(0) if part is not value else Replicate()], run_check=False)
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 @pytest.mark.parametrize(("num_experts", "world_size"), [(5, 2), (2, 4)])
@@ -144,11 +169,17 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     packed, packed_keys = read_tensors(write_family(tmp_path / "gpt_oss", "gpt_oss")), FAMILIES["gpt_oss"].hf_keys
     w3 = "model.layers.1.block_sparse_moe.experts.3.w3.weight"
     bias = "model.layers.1.mlp.experts.down_proj_bias"
+    ups = [key for key in tensors if key.endswith("w3.weight")]
+    narrow_ups = tensors | dict.fromkeys(ups, torch.ones(3, 32))
+    transposed = {key: value.t() if key.endswith("w2.weight") else value for key, value in tensors.items()}
     cases = [
         ({key: value for key, value in tensors.items() if key != w3}, keys, 5, rf": {w3} is missing$"),
         (tensors, keys, 6, r": model\.layers\.0\.block_sparse_moe\.experts\.5\.w1\.weight is missing"),
         (tensors, keys, 4, r"experts\.4\.w1\.weight is of expert 4, there are 4"),
         (tensors | {w3: torch.ones(15, 32)}, keys, 5, r"experts of model\.layers\.1\.mlp\.experts differ in shape"),
+        (tensors | {w3: torch.ones(16)}, keys, 5, r"has shape \[16\], not one of 2 dimensions"),
+        (narrow_ups, keys, 5, r"differ in shape: \[\(32, 3\), \(32, 16\)\]"),
+        (transposed, keys, 5, r"matrices \[32, 32\] and \[32, 16\], which do not go together"),
         ({"model.norm.weight": torch.ones(2)}, keys, 5, "holds no expert"),
         (packed, packed_keys, 6, r"gate_up_proj has shape \[5, 32, 32\], not of 6 experts"),
         (packed, packed_keys, 3, r"not of 3 experts"),

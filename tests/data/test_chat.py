@@ -261,6 +261,7 @@ GOOD = json.dumps({"messages": turns("a", "b")})
             "message 2 has the",
         ),
         ('{"messages": [{"role": "user", "content": "a"}]}', "has no message of the assistant"),
+        ('{"conversations": [{"from": ["gpt"], "value": "a"}]}', 'message 1 is from ["gpt"], must be one of human'),
         ('{"conversations": [{"from": "alien", "value": "a"}]}', 'message 1 is from "alien", must be one of human'),
         (
             '{"prompt": "a"}',

@@ -252,6 +252,9 @@ FAULTS = {
     "another method": (dict, {"peft_type": "LOHA"}, "peft_type"),
     "the other way round": (dict, {"fan_in_fan_out": True}, "fan_in_fan_out"),
     "some layers": (dict, {"layers_to_transform": [0]}, "layers_to_transform"),
+    "a beginning taken off the weights": (dict, {"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', not True"),
+    "a setting of a later release": (dict, {"kasa_config": {}}, "kasa_config {}, which is not known"),
+    "other modules": (dict, {"target_modules": ["nothing"]}, "target_modules .*, without self_attn.q_proj"),
     "after some tokens": (dict, {"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
 }
 
