@@ -26,6 +26,7 @@ from crossdock.routing import RouterConfig
 __all__ = [
     "DEEPEP_SUFFIX",
     "GATED",
+    "GROUPED_QUERIES",
     "Block",
     "ExpertSizes",
     "Family",

@@ -210,7 +210,8 @@ class _Split(NamedTuple):
                     weight = sharded.setdefault(child.weight, self._shard(child.weight, 0))
                     setattr(module, name, VocabularyEmbedding.of(child, weight, split))
         for head in heads:
-            head.weight = sharded.get(head.weight) or self._shard(head.weight, 0)
+            tied = sharded.get(head.weight)
+            head.weight = self._shard(head.weight, 0) if tied is None else tied
             head.split = split
 
     def _linear(self, module: nn.Module, name: str, dim: int) -> None:

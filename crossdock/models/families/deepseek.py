@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from crossdock.models.families.parts import QWEN_KEYS, gated_block, sigmoid_router
-from crossdock.models.family import Block, Family
+from crossdock.models.family import GATED, Block, Family
+from crossdock.parallel import Region
 from crossdock.routing import RouterConfig
 
 __all__ = ["DEEPSEEK_V3_KEYS", "DeepseekV2", "DeepseekV3"]
@@ -18,6 +20,10 @@ DEEPSEEK_V3_KEYS = replace(
 )
 
 
+LATENT_ATTENTION = Region(columns=("q_proj", "q_b_proj", "kv_b_proj"), rows=("o_proj",))
+"""What makes heads of a compressed vector is split; what compresses is whole on every rank."""
+
+
 class DeepseekV2(Family):
     """Adapter of the family `deepseek_v2`: softmax, groups by their largest score."""
 
@@ -25,6 +31,7 @@ class DeepseekV2(Family):
     model_type = "deepseek_v2"
     block = "DeepseekV2Moe"
     norm = "DeepseekV2RMSNorm"
+    tensor_regions = MappingProxyType({"self_attn": LATENT_ATTENTION, "mlp": GATED})
     hf_keys = QWEN_KEYS
 
     def router(self, config: Any) -> RouterConfig:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from crossdock.models.families.deepseek import DeepseekV3
+from crossdock.models.family import GATED, GROUPED_QUERIES
 
 __all__ = ["Glm4"]
 
@@ -14,3 +17,4 @@ class Glm4(DeepseekV3):
     model_type = "glm4_moe"
     block = "Glm4MoeMoE"
     norm = "Glm4MoeRMSNorm"
+    tensor_regions = MappingProxyType({"self_attn": GROUPED_QUERIES, "mlp": GATED})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 from crossdock.checkpoint import HFKeys
 from crossdock.experts import ExpertParams
-from crossdock.models.family import Block, Family, formula_of
+from crossdock.models.family import GATED, GROUPED_QUERIES, Block, Family, formula_of
 from crossdock.routing import RouterConfig
 
 __all__ = ["Llama4"]
@@ -19,6 +20,7 @@ class Llama4(Family):
     model_type = "llama4_text"
     block = "Llama4TextMoe"
     norm = "Llama4TextRMSNorm"
+    tensor_regions = MappingProxyType({"self_attn": GROUPED_QUERIES, "feed_forward": GATED})
     returns_scores = True
     peft_swaps = True
     hf_keys = HFKeys(renamed=((".feed_forward.shared_experts.", ".feed_forward.shared_expert."),), packed=True)

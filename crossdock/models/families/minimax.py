@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from crossdock.models.families.parts import MIXTRAL_KEYS, gated_block
-from crossdock.models.family import Block, Family
+from crossdock.models.family import GATED, Block, Family
 from crossdock.routing import RouterConfig
 
 __all__ = ["MiniMaxM2"]
@@ -19,6 +20,8 @@ class MiniMaxM2(Family):
     model_type = "minimax_m2"
     block = "MiniMaxM2SparseMoeBlock"
     norm = "MiniMaxM2RMSNorm"
+    tensor_regions = MappingProxyType({"mlp": GATED})
+    tensor_whole = ("self_attn",)  # its norms are over all heads
     hf_keys = replace(MIXTRAL_KEYS, expert_bias=True)
 
     def read_block(self, block: Any, config: Any) -> Block:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 from crossdock.models.families.parts import QWEN_KEYS, gated_block, softmax_router
-from crossdock.models.family import Block, Family
+from crossdock.models.family import GATED, Block, Family
 
 __all__ = ["Olmoe"]
 
@@ -17,6 +18,8 @@ class Olmoe(Family):
     model_type = "olmoe"
     block = "OlmoeSparseMoeBlock"
     norm = "OlmoeRMSNorm"
+    tensor_regions = MappingProxyType({"mlp": GATED})
+    tensor_whole = ("self_attn",)  # its norms are over all heads
     hf_keys = QWEN_KEYS
 
     def read_block(self, block: Any, config: Any) -> Block:

@@ -16,4 +16,5 @@ class Qwen3Next(Qwen2):
     model_type = "qwen3_next"
     block = "Qwen3NextSparseMoeBlock"
     norm = "Qwen3NextRMSNorm"
+    tensor_whole = ("linear_attn",)
     norm_formula = NormFormula(offset=1.0, rounds_first=False)
