@@ -119,7 +119,12 @@ MISTAKES = [
     ("train --nproc 2 --training.global-batch-size 17", "training.global_batch_size", "17", "multiple of 16"),
     ("train --nproc 2 --parallelism.expert-parallel-degree 3", "expert_parallel_degree", "3", "1, 2"),
     ("train --nproc 16 --parallelism.expert-parallel-degree 16", "expert_parallel_degree", "16", "at most 8"),
-    ("train --parallelism.tensor-parallel-degree 2", "parallelism.tensor_parallel_degree", "2", "only 1"),
+    (
+        "train --nproc 3 --parallelism.tensor-parallel-degree 3",
+        "parallelism.tensor_parallel_degree",
+        "3",
+        "nearest that does is 2",
+    ),
     ("train --job.dump-folder file", "job.dump_folder", "file'", "folder"),
     ("train --job.dump-folder foreign", "job.dump_folder", "foreign'", "of a run"),
     ("train --job.dump-folder run --training.seed 6", "training.seed", "6", "5"),

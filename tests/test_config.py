@@ -396,7 +396,7 @@ def test_data_may_be_cached_in_a_folder_that_can_only_be_read(tmp_path: Path, mo
         ("parallelism.data_parallel_shard_degree", ["-1", "2"], ["-2", "0", "1", "4"]),
         ("parallelism.data_parallel_replicate_degree", ["1", "2"], ["0", "3"]),
         ("parallelism.context_parallel_degree", ["1"], ["0", "2"]),
-        ("parallelism.tensor_parallel_degree", ["1"], ["0", "2"]),
+        ("parallelism.tensor_parallel_degree", ["1", "2"], ["0", "3", "4"]),
         ("parallelism.pipeline_parallel_degree", ["1"], ["0", "2"]),
     ],
 )

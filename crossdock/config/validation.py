@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from crossdock.config.data_checks import check_data, check_tokenizer
+from crossdock.config.layout_checks import check_tensor_parallel
 from crossdock.config.requirements import check_writable, require
 from crossdock.config.settings import Config, ConfigError, setting_types
 from crossdock.config.start_checks import check_initial_weights, check_lora, check_run_folder
@@ -50,6 +51,7 @@ def validate(config: Config, world_size: int, ranks_per_machine: int = 0) -> Par
         dims = ParallelDims.from_config(config.parallelism, world_size)
     except LayoutError as error:
         raise ConfigError(f"parallelism.{error.field}", error.value, error.valid) from None
+    check_tensor_parallel(config, dims, model)
     sizes = FAMILIES[config.model.name].expert_sizes(model)
     ep, most = "parallelism.expert_parallel_degree", sizes.num_experts
     valid = f"needs {ep} = 1, not {dims.ep}; use auto or alltoall"
