@@ -15,7 +15,14 @@ from crossdock.checkpoint import HFCheckpoint
 from crossdock.models import FAMILIES, batch_loss, build_model, materialise
 from crossdock.moe import moe_layers, set_batch_totals
 from crossdock.moe_config import MoEConfig
-from crossdock.parallel import ActivationCheckpointConfig, GradientManager, ParallelDims, parallelize, plain_name
+from crossdock.parallel import (
+    ActivationCheckpointConfig,
+    CompileConfig,
+    GradientManager,
+    ParallelDims,
+    parallelize,
+    plain_name,
+)
 from tests.models.tiny_families import SIZES, write_family
 from tests.ranks import RankPool
 
@@ -117,3 +124,13 @@ def test_a_step_on_four_ranks_equals_one_process(
 ) -> None:
     folder, expected = one_process(name)
     compare(ranks.run(4, _with, {}, name, str(folder), layout, mode), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_a_step_of_compiled_blocks_equals_one_process(
+    ranks: RankPool, one_process: Any, sequence_parallel: bool
+) -> None:
+    folder, expected = one_process("qwen3")
+    options = {"sequence_parallel": sequence_parallel, "compile_config": CompileConfig(enable=True)}
+    compare(ranks.run(2, _with, options, "qwen3", str(folder), {"tp": 2}), expected)
