@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from crossdock.experts import GroupedExperts, UnpackedExperts
 from crossdock.parallel.blocks import transformer_blocks
@@ -34,7 +34,7 @@ def hidden_matrices(model: nn.Module) -> dict[nn.Parameter, MatrixForm]:
     the blocks has, too; one with a single row, as a shared expert's gate; routers; adapters. A matrix that a family has
     fused, as `kv_a_proj_with_mqa`, counts as the one that it is stored as.
     """
-    forms: dict[nn.Parameter, MatrixForm] = {}
+    forms: dict[Tensor, MatrixForm] = {}
     experts = [module for module in model.modules() if isinstance(module, GroupedExperts | UnpackedExperts)]
     inside = {module for part in (*transformer_blocks(model), *experts) for module in part.modules()}
     for module in model.modules():

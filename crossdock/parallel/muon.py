@@ -15,7 +15,7 @@ from crossdock.experts import GroupedExperts, UnpackedExperts
 from crossdock.parallel.hidden_matrices import MatrixForm, hidden_matrices, router_parameters
 from crossdock.parallel.newton_schulz import orthogonalise
 from crossdock.parallel.shards import local_part
-from crossdock.parallel.whole_matrices import ShardedMatrices, gather_matrices, runs_within, scatter_matrices
+from crossdock.parallel.whole_matrices import Portion, ShardedMatrices, exchanges, gather_matrices, scatter_matrices
 
 __all__ = ["AdjustLR", "Muon"]
 
@@ -166,28 +166,28 @@ class Muon(torch.optim.Optimizer):
     def _step_together(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         dtype = self._dtype or parameters[0].dtype
         by_matrices = {self._layouts[parameter].matrices: parameter for parameter in parameters}
-        for runs in runs_within(list(by_matrices), self._exchange_bytes // dtype.itemsize):
-            chosen = [(by_matrices[run.matrices], self._layouts[by_matrices[run.matrices]]) for run in runs]
-            parts = [slice(run.start, run.start + run.count) for run in runs]
+        for portions in exchanges(list(by_matrices), self._exchange_bytes // dtype.itemsize):
+            chosen = [by_matrices[portion.matrices] for portion in portions]
             pieces = [
-                self._update(parameter, layout.matrices, part, group["momentum"]).to(dtype)
-                for (parameter, layout), part in zip(chosen, parts, strict=True)
+                self._update(parameter, portion, group["momentum"]).to(dtype)
+                for parameter, portion in zip(chosen, portions, strict=True)
             ]
-            whole = gather_matrices(runs, pieces)
-            whole = _orthogonalised(whole, [layout.form for _, layout in chosen])
-            pieces = scatter_matrices(runs, whole)
-            for (parameter, layout), part, piece in zip(chosen, parts, pieces, strict=True):
+            whole = gather_matrices(portions, pieces)
+            whole = _orthogonalised(whole, [self._layouts[parameter].form for parameter in chosen])
+            pieces = scatter_matrices(portions, whole)
+            for parameter, portion, piece in zip(chosen, portions, pieces, strict=True):
                 if parameter.grad is not None:
-                    own = layout.matrices.local(parameter)[part]
-                    own.mul_(1 - group["lr"] * group["weight_decay"])
-                    own.add_(piece, alpha=-group["lr"] * layout.scale(group["adjust_lr_fn"]))
+                    scale = self._layouts[parameter].scale(group["adjust_lr_fn"])
+                    own = portion.matrices.local(parameter)[portion.part]
+                    own.mul_(1 - group["lr"] * group["weight_decay"]).add_(piece, alpha=-group["lr"] * scale)
 
-    def _update(self, parameter: nn.Parameter, matrices: ShardedMatrices, part: slice, momentum: float) -> Tensor:
-        """What is to be orthogonalised, this rank's pieces of some matrices; zeros without a gradient."""
+    def _update(self, parameter: nn.Parameter, portion: Portion, momentum: float) -> Tensor:
+        """What is to be orthogonalised, this rank's pieces `[num, a, b]`; zeros without a gradient."""
+        local = portion.matrices.local
         if parameter.grad is None:
-            return torch.zeros_like(matrices.local(parameter)[part])
-        buffer = matrices.local(self.state[parameter]["momentum_buffer"])[part]
-        return matrices.local(_local_gradient(parameter))[part].lerp(buffer, momentum)
+            return torch.zeros_like(local(parameter)[portion.part])
+        buffer = local(self.state[parameter]["momentum_buffer"])[portion.part]
+        return local(_local_gradient(parameter))[portion.part].lerp(buffer, momentum)
 
 
 class _Layout(NamedTuple):
@@ -235,11 +235,12 @@ def _undecayed(model: nn.Module) -> set[nn.Parameter]:
     return biases | router_parameters(model)
 
 
-def _local_gradient(parameter: nn.Parameter) -> Tensor:
+def _local_gradient(parameter: Tensor) -> Tensor:
     gradient = parameter.grad
     assert gradient is not None
-    if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
-        raise ValueError(f"a gradient is laid out as {gradient.placements}, its parameter as {parameter.placements}")
+    ours, theirs = (tensor.placements if isinstance(tensor, DTensor) else () for tensor in (parameter, gradient))
+    if ours != theirs:
+        raise ValueError(f"a gradient is laid out as {theirs}, its parameter as {ours}")
     return local_part(gradient)
 
 

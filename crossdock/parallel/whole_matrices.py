@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from crossdock.parallel.shards import local_part
 
-__all__ = ["Run", "ShardedMatrices", "Stage", "gather_matrices", "runs_within", "scatter_matrices"]
+__all__ = ["Deal", "Portion", "ShardedMatrices", "Stage", "exchanges", "gather_matrices", "scatter_matrices"]
 
 Coordinates = tuple[int, ...]
 Indices = Sequence[int]
@@ -103,111 +103,121 @@ class ShardedMatrices:
         return math.prod(stage.size for stage in self.stages)
 
 
-class Run(NamedTuple):
-    """Consecutive matrices of a parameter, and who gets each: they are dealt out in turn to the ranks that share them.
+class Deal(NamedTuple):
+    """Consecutive matrices, dealt out in turn to the ranks that share them.
+
+    Turn `t` is that of the rank `t % size` of the first stage and of `t // size % size'` of the second, and so on.
 
     Attributes:
-        matrices: of the parameter.
-        start, count: which of them.
-        turn: of the first one; the rank at coordinates `c` gets turns `c[0] + c[1] * size[0] + ...` of every round.
+        turn: of the first matrix.
+        num: how many there are.
     """
+
+    turn: int
+    num: int
+
+    def to(self, rank: int, size: int) -> slice:
+        """Those that `rank` of a stage gets."""
+        return slice((rank - self.turn) % size, self.num, size)
+
+    def num_to(self, rank: int, size: int) -> int:
+        return len(range(self.num)[self.to(rank, size)])
+
+    def after(self, stage: Stage) -> Deal:
+        """How those that this rank gets are dealt out in the next stage."""
+        first = self.turn + (stage.rank - self.turn) % stage.size
+        return Deal(first // stage.size, self.num_to(stage.rank, stage.size))
+
+
+class Portion(NamedTuple):
+    """Of a parameter's matrices, those from `start` on that `deal` deals out."""
 
     matrices: ShardedMatrices
     start: int
-    count: int
-    turn: int
+    deal: Deal
+
+    @property
+    def part(self) -> slice:
+        return slice(self.start, self.start + self.deal.num)
 
 
-def runs_within(all_matrices: Sequence[ShardedMatrices], num_elements: int) -> Iterator[list[Run]]:
+def exchanges(all_matrices: Sequence[ShardedMatrices], num_elements: int) -> Iterator[list[Portion]]:
     """Divide matrices into exchanges that bring each rank at most `num_elements`, or one matrix.
 
     Args:
         all_matrices: of the same `stages`.
         num_elements: of whole matrices.
     """
-    runs: list[Run] = []
+    portions: list[Portion] = []
     turn = used = 0
     for matrices in all_matrices:
         size, start = math.prod(matrices.shape), 0
         while start < matrices.count:
             room = (num_elements - used) // max(size, 1)
-            if room <= 0 and runs:
-                yield runs
-                runs, used = [], 0
+            if room <= 0 and portions:
+                yield portions
+                portions, used = [], 0
                 continue
-            per_rank = max(room, 1)
-            count = min(matrices.count - start, per_rank * matrices.sharing)
-            runs.append(Run(matrices, start, count, turn))
-            used += -(-count // matrices.sharing) * size
-            start, turn = start + count, turn + count
-    if runs:
-        yield runs
+            num = min(matrices.count - start, max(room, 1) * matrices.sharing)
+            portions.append(Portion(matrices, start, Deal(turn, num)))
+            used += -(-num // matrices.sharing) * size
+            start, turn = start + num, turn + num
+    if portions:
+        yield portions
 
 
-def gather_matrices(runs: Sequence[Run], pieces: Sequence[Tensor]) -> list[Tensor]:
-    """Of each run, the matrices that are this rank's turn, `[N, A, B]`.
+def gather_matrices(portions: Sequence[Portion], pieces: Sequence[Tensor]) -> list[Tensor]:
+    """Of each portion, the matrices that are this rank's turn, `[N, A, B]`.
 
-    One exchange per stage. Collective for all ranks that share matrices.
+    One all-to-all per stage. Collective for all ranks that share matrices.
 
     Args:
-        runs: of one exchange, see `runs_within`; of the same `stages`.
-        pieces: of each run, this rank's piece of every matrix `[count, a, b]`, of one dtype.
+        portions: of one exchange, see `exchanges`.
+        pieces: of each portion, this rank's piece of every matrix `[num, a, b]`, of one dtype.
     """
     held: list[dict[Coordinates, Tensor]] = [{(): piece} for piece in pieces]
-    deal = [(run.turn, run.count) for run in runs]
-    for index, stage in enumerate(runs[0].matrices.stages):
-        sent = [
-            [each[_turns(rank, stage.size, turn, count)] for rank in range(stage.size)]
-            for pieces_held, (turn, count) in zip(held, deal, strict=True)
-            for each in pieces_held.values()
-        ]
-        deal = [_next_deal(stage, turn, count) for turn, count in deal]
-        shapes = [
-            [
-                (count, *run.matrices.piece_shape((*seen, rank, *run.matrices.own[index + 1 :])))
-                for rank in range(stage.size)
-            ]
-            for run, pieces_held, (_, count) in zip(runs, held, deal, strict=True)
-            for seen in pieces_held
-        ]
+    deals = [portion.deal for portion in portions]
+    for index, stage in enumerate(portions[0].matrices.stages):
+        ranks, sent, shapes = range(stage.size), [], []
+        for portion, pieces_held, deal in zip(portions, held, deals, strict=True):
+            matrices, later = portion.matrices, portion.matrices.own[index + 1 :]
+            num = deal.after(stage).num
+            for seen, piece in pieces_held.items():
+                sent.append([piece[deal.to(rank, stage.size)] for rank in ranks])
+                shapes.append([(num, *matrices.piece_shape((*seen, rank, *later))) for rank in ranks])
         received = iter(_exchange(stage, sent, shapes))
         held = [
             {(*seen, rank): piece for seen in pieces_held for rank, piece in enumerate(next(received))}
             for pieces_held in held
         ]
-    return [_assembled(run.matrices, pieces_held) for run, pieces_held in zip(runs, held, strict=True)]
+        deals = [deal.after(stage) for deal in deals]
+    return [_assembled(portion.matrices, pieces_held) for portion, pieces_held in zip(portions, held, strict=True)]
 
 
-def scatter_matrices(runs: Sequence[Run], whole: Sequence[Tensor]) -> list[Tensor]:
-    """The reverse of `gather_matrices`: `whole [N, A, B]` that this rank has made, to its pieces `[count, a, b]`."""
-    stages = runs[0].matrices.stages
+def scatter_matrices(portions: Sequence[Portion], whole: Sequence[Tensor]) -> list[Tensor]:
+    """The reverse of `gather_matrices`: `whole [N, A, B]` that this rank has made, to its pieces `[num, a, b]`."""
     held = [
-        {coordinates: _cut(matrices, piece) for coordinates, piece in run.matrices.pieces.items()}
-        for run, matrices in zip(runs, whole, strict=True)
+        {coordinates: matrices[_at(*piece)] for coordinates, piece in portion.matrices.pieces.items()}
+        for portion, matrices in zip(portions, whole, strict=True)
     ]
-    deals = [[(run.turn, run.count) for run in runs]]
-    for stage in stages:
-        deals.append([_next_deal(stage, turn, count) for turn, count in deals[-1]])
-    for index, stage in reversed(list(enumerate(stages))):
-        own = slice(index, None)
-        seen_before = [list(dict.fromkeys(each[:index] for each in pieces_held)) for pieces_held in held]
-        sent = [
-            [pieces_held[(*seen, rank)] for rank in range(stage.size)]
-            for pieces_held, before in zip(held, seen_before, strict=True)
-            for seen in before
-        ]
-        shapes = [
-            [
-                (_num_turns(rank, stage.size, turn, count), *run.matrices.piece_shape((*seen, *run.matrices.own[own])))
-                for rank in range(stage.size)
-            ]
-            for run, before, (turn, count) in zip(runs, seen_before, deals[index], strict=True)
-            for seen in before
-        ]
+    stages = portions[0].matrices.stages
+    before = [[portion.deal for portion in portions]]
+    for stage in stages[:-1]:
+        before.append([deal.after(stage) for deal in before[-1]])
+    for index in reversed(range(len(stages))):
+        stage, deals = stages[index], before[index]
+        ranks, sent, shapes = range(stage.size), [], []
+        all_seen = [list(dict.fromkeys(coordinates[:index] for coordinates in pieces_held)) for pieces_held in held]
+        for portion, pieces_held, deal, each_seen in zip(portions, held, deals, all_seen, strict=True):
+            matrices, own = portion.matrices, portion.matrices.own[index:]
+            for seen in each_seen:
+                sent.append([pieces_held[(*seen, rank)] for rank in ranks])
+                shape = matrices.piece_shape((*seen, *own))
+                shapes.append([(deal.num_to(rank, stage.size), *shape) for rank in ranks])
         received = iter(_exchange(stage, sent, shapes))
         held = [
-            {seen: _merged(next(received), stage.size, turn, count) for seen in before}
-            for before, (turn, count) in zip(seen_before, deals[index], strict=True)
+            {seen: _merged(deal, next(received)) for seen in each_seen}
+            for deal, each_seen in zip(deals, all_seen, strict=True)
         ]
     return [pieces_held[()] for pieces_held in held]
 
@@ -231,21 +241,6 @@ def _chunks(indices: Indices, num: int) -> list[Indices]:
     """As `torch.chunk`, with empty ones at the end."""
     size = -(-len(indices) // num)
     return [indices[rank * size : (rank + 1) * size] for rank in range(num)]
-
-
-def _turns(rank: int, size: int, turn: int, count: int) -> slice:
-    """Of `count` matrices, the first of them of `turn`, those that a rank of a stage gets."""
-    return slice((rank - turn) % size, count, size)
-
-
-def _num_turns(rank: int, size: int, turn: int, count: int) -> int:
-    return len(range(count)[_turns(rank, size, turn, count)])
-
-
-def _next_deal(stage: Stage, turn: int, count: int) -> tuple[int, int]:
-    """Turn of the first, and number, of those that this rank has after a stage."""
-    first = turn + (stage.rank - turn) % stage.size
-    return first // stage.size, _num_turns(stage.rank, stage.size, turn, count)
 
 
 def _exchange(stage: Stage, sent: list[list[Tensor]], shapes: list[list[tuple[int, ...]]]) -> list[list[Tensor]]:
@@ -278,10 +273,6 @@ def _assembled(matrices: ShardedMatrices, pieces: dict[Coordinates, Tensor]) -> 
     return whole
 
 
-def _cut(whole: Tensor, piece: tuple[Indices, Indices]) -> Tensor:
-    return whole[_at(*piece)]
-
-
 def _at(rows: Indices, columns: Indices) -> tuple:
     """What indexes these rows and columns of `[N, A, B]`: a view where both are without a gap."""
     if isinstance(rows, range) and isinstance(columns, range):
@@ -289,8 +280,9 @@ def _at(rows: Indices, columns: Indices) -> tuple:
     return slice(None), torch.tensor(rows)[:, None], torch.tensor(columns)
 
 
-def _merged(received: Sequence[Tensor], size: int, turn: int, count: int) -> Tensor:
-    merged = received[0].new_empty(count, *received[0].shape[1:])
-    for rank, part in enumerate(received):
-        merged[_turns(rank, size, turn, count)] = part
+def _merged(deal: Deal, parts: Sequence[Tensor]) -> Tensor:
+    """What came back from each rank of a stage, in the order of before."""
+    merged = parts[0].new_empty(deal.num, *parts[0].shape[1:])
+    for rank, part in enumerate(parts):
+        merged[deal.to(rank, len(parts))] = part
     return merged

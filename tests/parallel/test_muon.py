@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils.flop_counter import FlopCounterMode
 
 from crossdock.checkpoint import Checkpointer, materialise_optimizer_state
 from crossdock.experts import GroupedExperts
@@ -323,7 +324,8 @@ def test_a_router_that_a_family_keeps_is_no_hidden_matrix_and_is_not_decayed() -
 
 
 def test_adapters_are_left_to_adamw_so_that_a_model_of_them_alone_is_refused() -> None:
-    model = add_lora(Model(8), LoRAConfig(2, targets=("experts",)))
+    model = Model(8)
+    add_lora(model, LoRAConfig(2, targets=("experts",)))
     with pytest.raises(ValueError, match="no matrix of a hidden layer that is trained; use AdamW"):
         Muon(model)
     model.layers[0].query.requires_grad_()
@@ -358,6 +360,20 @@ def test_every_parameter_follows_the_learning_rate_of_its_group() -> None:
         if name.endswith(" value"):
             np.testing.assert_array_equal(at_rest[name], before[name], name)
             assert not np.array_equal(value, before[name]), name
+
+
+def flops_of_a_step(layout: dict[str, int] | None) -> int:
+    run = Run(layout, (8,), torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        run.step(1)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("layout", [{"ep": 1}, {"ep": 2}], ids=str)
+def test_the_work_is_divided_evenly_over_the_ranks_that_share_matrices(ranks: RankPool, layout: dict[str, int]) -> None:
+    flops, whole = ranks.run(4, flops_of_a_step, layout), flops_of_a_step(None)
+    assert sum(flops) == whole
+    assert max(flops) <= 1.15 * whole / 4
 
 
 def without_gradients(rank_without: int) -> list[float]:
