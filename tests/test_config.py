@@ -312,6 +312,7 @@ def test_a_moved_run_folder_is_written_where_it_is_now(tmp_path: Path) -> None:
     ("name", "value"),
     [
         ("training.seed", "6"),
+        ("optimizer.name", "muon"),
         ("training.seq_len", "64"),
         ("model.flavor", "10B-A1B"),
         ("data.source", "sotu,sotu"),
