@@ -312,6 +312,7 @@ def test_a_moved_run_folder_is_written_where_it_is_now(tmp_path: Path) -> None:
     ("name", "value"),
     [
         ("training.seed", "6"),
+        ("optimizer.name", "muon"),
         ("training.seq_len", "64"),
         ("model.flavor", "10B-A1B"),
         ("data.source", "sotu,sotu"),
@@ -373,6 +374,7 @@ def test_data_may_be_cached_in_a_folder_that_can_only_be_read(tmp_path: Path, mo
         ("training.max_norm", ["1e-30"], ["0", "nan", "inf"]),
         ("training.max_skipped_steps", ["1"], ["0"]),
         ("training.global_batch_size", ["-1", "16", "48"], ["-16", "0", "8", "24"]),
+        ("optimizer.momentum", ["0", "0.99"], ["1", "-0.1", "nan"]),
         ("optimizer.lr", ["0"], ["-1e-9", "nan", "-inf"]),
         ("optimizer.beta1", ["0", "0.999"], ["1", "-0.1", "nan"]),
         ("optimizer.beta2", ["0", "0.999"], ["1", "-0.1"]),
@@ -405,6 +407,13 @@ def test_validate_accepts_up_to_the_boundary_on_two_ranks(name: str, good: list[
         validate(load_config(None, [f"--{name}", value]), 2)
     for value in bad:
         assert refusal(load_config(None, [f"--{name}", value])).field == name
+
+
+def test_muon_is_refused_where_it_has_nothing_to_do_or_its_matrices_are_not_where_the_model_computes() -> None:
+    for options in (["--lora.rank", "4"], ["--training.enable-cpu-offload"]):
+        error = refusal(load_config(None, ["--optimizer.name", "muon", *options]))
+        assert (error.field, error.value) == ("optimizer.name", "muon")
+        assert "must be adamw with" in error.valid
 
 
 def test_chat_data_needs_a_chat_template_and_conversations(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from crossdock.data import DataConfig
 from crossdock.lora import LoRAConfig
 from crossdock.models import ModelConfig
 from crossdock.moe_config import MoEConfig
-from crossdock.parallel import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
+from crossdock.parallel import ActivationCheckpointConfig, AdjustLR, CompileConfig, ParallelismConfig
 
 __all__ = [
     "ASSETS_FOLDER",
@@ -84,18 +84,23 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """`[optimizer]`: AdamW; norms, biases and routers are not decayed."""
+    """`[optimizer]`: AdamW, or Muon beside it; norms, biases and routers are not decayed."""
 
-    name: Literal["AdamW"] = "AdamW"
-    """The only one so far."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: matrices of hidden layers are updated by Muon, all other parameters by AdamW."""
     lr: float = 8e-4
     """Peak learning rate."""
     beta1: float = 0.9
-    """Decay of the mean of gradients, per step."""
+    """AdamW: decay of the mean of gradients, per step."""
     beta2: float = 0.95
-    """Decay of the mean of squared gradients, per step."""
+    """AdamW: decay of the mean of squared gradients, per step."""
     eps: float = 1e-8
-    """Added to the root of the mean of squares."""
+    """AdamW: added to the root of the mean of squares."""
+    momentum: float = 0.95
+    """Muon: decay of the mean of gradients, per step."""
+    adjust_lr_fn: AdjustLR = "match_rms_adamw"
+    """Muon: how large the update of a matrix is. match_rms_adamw: as AdamW's, so that one lr fits both; original: as
+    Muon was published."""
     weight_decay: float = 0.1
     """Share of a matrix, times the learning rate, that a step takes away."""
 

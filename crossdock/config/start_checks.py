@@ -106,6 +106,7 @@ _FIXED = (
     "data.held_out",
     "training.seed",
     "training.seq_len",
+    "optimizer.name",
 )
 
 

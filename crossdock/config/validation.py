@@ -109,6 +109,7 @@ def check_settings(config: Config) -> PreTrainedConfig:
     _check_dispatcher(config)
     _check_kernels(config)
     _check_compile(config)
+    _check_optimizer(config)
     _check_trackers(config)
     _check_attention(config)
     model = _check_model(config)
@@ -139,7 +140,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "at least 0 and below 1": (
         lambda value: 0 <= value < 1,
-        "optimizer.beta1 optimizer.beta2 data.held_out",
+        "optimizer.beta1 optimizer.beta2 optimizer.momentum data.held_out",
     ),
     "0 to 1": (lambda value: 0 <= value <= 1, "lr_scheduler.min_lr_factor lr_scheduler.decay_ratio"),
     "0 to 2^63 - 1": (lambda value: 0 <= value < 2**63, "training.seed"),
@@ -219,6 +220,15 @@ def _check_compile(config: Config) -> None:
         require(config, "compile.backend", config.compile.backend in backends, f"one of {', '.join(backends)}")
         valid = "full or none with compile.enable: what a compiled block computes cannot be kept selectively"
         require(config, "activation_checkpoint.mode", config.activation_checkpoint.mode != "selective", valid)
+
+
+def _check_optimizer(config: Config) -> None:
+    if config.optimizer.name != "muon":
+        return
+    valid = "must be adamw with lora.rank: adapters are AdamW's, and nothing else is trained"
+    require(config, "optimizer.name", not config.lora.rank, valid)
+    valid = "must be adamw with training.enable_cpu_offload: Muon's products belong where the model computes"
+    require(config, "optimizer.name", not config.training.enable_cpu_offload, valid)
 
 
 def _check_kernels(config: Config) -> None:

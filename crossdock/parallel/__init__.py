@@ -5,7 +5,9 @@ from crossdock.parallel.compile import CompileConfig, apply_compile
 from crossdock.parallel.expert import ExpertParallel, apply_ep
 from crossdock.parallel.fsdp import apply_fsdp
 from crossdock.parallel.gradients import GradientManager
+from crossdock.parallel.hidden_matrices import MatrixForm, hidden_matrices
 from crossdock.parallel.mesh import LayoutError, Meshes, ParallelDims, ParallelismConfig, Reader
+from crossdock.parallel.muon import AdjustLR, Muon
 from crossdock.parallel.norm import clip_grad_norm_, global_grad_norm
 from crossdock.parallel.parallelize import parallelize
 from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activation_checkpoint
@@ -16,11 +18,14 @@ from crossdock.parallel.vocabulary import VocabularyHead
 
 __all__ = [
     "ActivationCheckpointConfig",
+    "AdjustLR",
     "CompileConfig",
     "ExpertParallel",
     "GradientManager",
     "LayoutError",
+    "MatrixForm",
     "Meshes",
+    "Muon",
     "ParallelDims",
     "ParallelismConfig",
     "Reader",
@@ -37,6 +42,7 @@ __all__ = [
     "as_shards",
     "clip_grad_norm_",
     "global_grad_norm",
+    "hidden_matrices",
     "local_part",
     "local_with_offsets",
     "parallelize",

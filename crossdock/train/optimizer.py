@@ -8,13 +8,33 @@ import torch
 from torch import nn
 
 from crossdock.config import LRSchedulerConfig, OptimizerConfig
+from crossdock.parallel import Muon
 from crossdock.routing import Router
 
 __all__ = ["build_optimizer", "learning_rate_factor"]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over two groups: matrices are decayed; norms, biases (vectors) and routers are not."""
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, dtype: torch.dtype | None = None
+) -> torch.optim.Optimizer:
+    """AdamW over two groups: matrices are decayed; norms, biases (vectors) and routers are not. Or Muon beside it.
+
+    Args:
+        model: on its layout.
+        config: which, and its settings.
+        dtype: in which the model computes, and Muon's matrices; that of its parameters if `None`.
+    """
+    if config.name == "muon":
+        return Muon(
+            model,
+            config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            adjust_lr_fn=config.adjust_lr_fn,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            dtype=dtype,
+        )
     routers = {p for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     kept = [p for p in trained if p.ndim < 2 or p in routers]

@@ -116,7 +116,8 @@ class Trainer:
             reduction=config.parallelism.gradient_reduction,
             sparse=config.parallelism.sparse_replica_gradients,
         )
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        dtype = torch.bfloat16 if config.training.dtype == "bfloat16" else None
+        self.optimizer = build_optimizer(self.model, config.optimizer, dtype)
         materialise_optimizer_state(self.optimizer)
         torch.manual_seed(config.training.seed + self.rank)
         self.checkpointer = Checkpointer(

@@ -64,7 +64,18 @@ def one_process(ranks: RankPool, folder: Path) -> dict[str, Any]:
 def test_a_run_equals_one_process(
     ranks: RankPool, folder: Path, one_process: dict[str, Any], world_size: int, layout: dict[str, int]
 ) -> None:
-    result = _run(ranks, folder, world_size, layout)
+    _check_equal(_run(ranks, folder, world_size, layout), one_process)
+
+
+@pytest.mark.parametrize(("world_size", "layout"), [(4, {"ep": 2})], ids=str)
+def test_a_run_with_muon_equals_one_process(
+    ranks: RankPool, folder: Path, world_size: int, layout: dict[str, int]
+) -> None:
+    muon = ("--optimizer.name=muon", "--optimizer.lr=6e-3")
+    _check_equal(_run(ranks, folder, world_size, layout, *muon), _run(ranks, folder, 1, {}, *muon))
+
+
+def _check_equal(result: dict[str, Any], one_process: dict[str, Any]) -> None:
     for name in ("loss", "grad_norm", "sequence_aux_loss", "z_loss", "max_mean_load"):
         ours, theirs = ([line[name] for line in each["metrics"]] for each in (result, one_process))
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, err_msg=name)
