@@ -2,10 +2,11 @@
 
 from crossdock.parallel.blocks import plain_name, transformer_blocks
 from crossdock.parallel.compile import CompileConfig, apply_compile
+from crossdock.parallel.context import SequenceContext, apply_cp, check_heads
 from crossdock.parallel.expert import ExpertParallel, apply_ep
 from crossdock.parallel.fsdp import apply_fsdp
 from crossdock.parallel.gradients import GradientManager
-from crossdock.parallel.mesh import LayoutError, Meshes, ParallelDims, ParallelismConfig, Reader
+from crossdock.parallel.mesh import LayoutError, Meshes, ParallelDims, ParallelismConfig, Reader, nearest
 from crossdock.parallel.norm import clip_grad_norm_, global_grad_norm
 from crossdock.parallel.parallelize import parallelize
 from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activation_checkpoint
@@ -23,16 +24,20 @@ __all__ = [
     "ParallelismConfig",
     "Reader",
     "ReplicaTraffic",
+    "SequenceContext",
     "apply_activation_checkpoint",
     "apply_compile",
+    "apply_cp",
     "apply_ep",
     "apply_fsdp",
     "as_shard",
     "as_shards",
+    "check_heads",
     "clip_grad_norm_",
     "global_grad_norm",
     "local_part",
     "local_with_offsets",
+    "nearest",
     "parallelize",
     "plain_name",
     "transformer_blocks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, NamedTuple, cast
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["GradientReduction", "LayoutError", "Meshes", "ParallelDims", "ParallelismConfig", "Reader"]
+__all__ = ["GradientReduction", "LayoutError", "Meshes", "ParallelDims", "ParallelismConfig", "Reader", "nearest"]
 
 AUTO = -1
 
@@ -27,7 +28,7 @@ class ParallelismConfig:
     data_parallel_shard_degree: int = AUTO
     """Ranks that share the parameters (FSDP); -1 takes what the other degrees leave."""
     context_parallel_degree: int = 1
-    """Ranks that share a sequence. Only 1 so far."""
+    """Ranks that share a sequence, each with a part of it; must divide training.seq_len and the query heads."""
     tensor_parallel_degree: int = 1
     """Ranks that share a matrix. Only 1 so far."""
     pipeline_parallel_degree: int = 1
@@ -89,7 +90,6 @@ class ParallelDims:
 
     def __post_init__(self) -> None:
         for name, degree in (
-            ("context_parallel_degree", self.cp),
             ("tensor_parallel_degree", self.tp),
             ("pipeline_parallel_degree", self.pp),
         ):
@@ -138,7 +138,10 @@ class ParallelDims:
     def reader(self, rank: int) -> Reader:
         """Which part of the data a rank reads. Those that share a sequence, or are other stages, read the same."""
         within, apart = rank % (self.world_size // self.pp), self.cp * self.tp
-        return Reader(within // apart, self.dp_replicate * self.dp_shard, within % apart == 0 and within == rank)
+        is_first = within % apart == 0 and within == rank
+        return Reader(
+            within // apart, self.dp_replicate * self.dp_shard, is_first, within // self.tp % self.cp, self.cp
+        )
 
     def build_mesh(self, device_type: str, timeout: timedelta | None = None) -> Meshes:
         """The ranks as parameters and tokens see them. Collective, after init_process_group.
@@ -171,11 +174,15 @@ class Reader(NamedTuple):
         rank: which of `degree` equal parts.
         degree: how many parts there are.
         is_first: whether this rank is the one to count, among those that read the same part.
+        section: which of `sections` equal sections of every sequence this rank computes on.
+        sections: how many there are; 1 where ranks share no sequences.
     """
 
     rank: int
     degree: int
     is_first: bool
+    section: int = 0
+    sections: int = 1
 
 
 @dataclass(frozen=True)
@@ -211,8 +218,11 @@ def _check_divides(field: str, degree: int, ranks: int, what: str, *, or_auto: b
     if degree >= 1 and ranks % degree == 0:
         return
     divisors = [d for d in range(1, ranks + 1) if ranks % d == 0]
-    nearest = min(divisors, key=lambda divisor: abs(divisor - degree))
     auto = " (or -1)" if or_auto else ""
-    raise LayoutError(
-        field, degree, f"must divide {what}, {ranks}: {', '.join(map(str, divisors))}{auto}; the nearest is {nearest}"
-    )
+    fitting = f"{', '.join(map(str, divisors))}{auto}; the nearest is {nearest(degree, divisors)}"
+    raise LayoutError(field, degree, f"must divide {what}, {ranks}: {fitting}")
+
+
+def nearest(value: int, choices: Iterable[int]) -> int:
+    """Of `choices` the one nearest to `value`; of two as near, the first."""
+    return min(choices, key=lambda choice: abs(choice - value))

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from crossdock.parallel.compile import CompileConfig, apply_compile
+from crossdock.parallel.context import apply_cp
 from crossdock.parallel.expert import apply_ep
 from crossdock.parallel.fsdp import apply_fsdp
 from crossdock.parallel.mesh import Meshes
@@ -26,11 +27,11 @@ def parallelize(
     cpu_offload: bool = False,
     tokens_per_rank: int | None = None,
 ) -> nn.Module:
-    """Expert parallelism, compilation, activation checkpointing, FSDP: in this order, in place.
+    """Context and expert parallelism, compilation, activation checkpointing, FSDP: in this order, in place.
 
     Args:
         model: holds `crossdock.MoE` layers; on the meta device or initialised. The entries of its outermost
-            `nn.ModuleList`s are taken for its transformer blocks.
+            `nn.ModuleList`s are taken for its transformer blocks. Where ranks share sequences, see `apply_cp`.
         meshes: from `ParallelDims.build_mesh`.
         activation_checkpoint: none by default.
         compile_config: not compiled by default.
@@ -40,6 +41,7 @@ def parallelize(
         cpu_offload: see `apply_fsdp`.
         tokens_per_rank: see `ExpertParallel`.
     """
+    apply_cp(model, meshes)
     apply_ep(model, meshes, tokens_per_rank=tokens_per_rank, dtype=param_dtype)
     apply_compile(model, compile_config or CompileConfig())
     apply_activation_checkpoint(model, activation_checkpoint or ActivationCheckpointConfig())

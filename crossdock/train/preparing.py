@@ -18,6 +18,7 @@ from crossdock.models import (
     FAMILIES,
     Family,
     PeftAdapter,
+    accept_context_parallel,
     build_model,
     initialise_weights,
     materialise,
@@ -116,6 +117,8 @@ def build_training_model(
     weights = None
     if start is not None and checkpoint is None:
         weights = together(lambda: _open_weights(start, model, family.keys(model)))
+    if meshes.cp is not None:
+        accept_context_parallel(model)
     parallelize(
         model,
         meshes,
@@ -124,7 +127,7 @@ def build_training_model(
         param_dtype=torch.bfloat16 if training.dtype == "bfloat16" else None,
         reshard_after_forward=config.parallelism.reshard_after_forward,
         cpu_offload=training.enable_cpu_offload,
-        tokens_per_rank=training.local_batch_size * training.seq_len,
+        tokens_per_rank=training.local_batch_size * training.seq_len // (1 if meshes.cp is None else meshes.cp.size()),
     )
     seed = training.seed if is_new and checkpoint is None else None
     materialise(family, model, device, offload=training.enable_cpu_offload, seed=seed, weights=weights)

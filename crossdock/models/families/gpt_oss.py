@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from crossdock.checkpoint import HFKeys
 from crossdock.experts import GPT_OSS, QUICK_GELU_ALPHA, ExpertParams, halves_apart
-from crossdock.models.family import Block, Family
+from crossdock.models.context import mask_documents
+from crossdock.models.family import Block, Family, Kernels
 from crossdock.models.norm import NormFormula
+from crossdock.moe_config import MoEConfig
 from crossdock.routing import RouterConfig
 
 __all__ = ["GptOss"]
@@ -25,6 +29,13 @@ class GptOss(Family):
     returns_scores = True
     own_attention = True  # sinks
     hf_keys = HFKeys(packed=True, interleaved=True)
+
+    def adapt(
+        self, model: PreTrainedModel, moe: MoEConfig, *, kernels: Kernels = "none", force_load_balance: bool = False
+    ) -> PreTrainedModel:
+        model = super().adapt(model, moe, kernels=kernels, force_load_balance=force_load_balance)
+        mask_documents(model)  # transformers' model makes its masks without position_ids.
+        return model
 
     def read_block(self, block: Any, config: Any) -> Block:
         experts = block.experts
