@@ -123,8 +123,8 @@ def _attentions(block: nn.Module, others: list[str]) -> Iterator[Any]:
     """The modules of a block that attend; all of its mixing of positions is theirs."""
     found = [module for module in block.modules() if getattr(module, "is_causal", None) is True]
     beside = [name for module in block.modules() for name in _mixers(module, module in found)]
-    if beside or not found:
-        what = beside[0] if beside else type(block).__name__ + " without attention"
+    if beside or others or not found:
+        what = beside[0] if beside else type(block).__name__ + ("" if found else " without attention")
         raise UnknownAttention(f"{', '.join(others)} ({what})" if others else what)
     yield from found
 
@@ -184,4 +184,6 @@ def _masks(model: Any, config: Any, batch: int, position_ids: Tensor, padding: T
     """
     dtype = model.get_input_embeddings().weight.dtype
     sizes = position_ids.new_empty(batch, position_ids.shape[-1], 0, dtype=dtype)
-    return create_masks_for_generate(config, sizes, padding, None, position_ids=position_ids)
+    # What `generate` calls, too, which some models have their own of.
+    create = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+    return create(config, sizes, padding, None, position_ids=position_ids)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -118,28 +117,31 @@ def apply_cp(model: nn.Module, meshes: Meshes) -> nn.Module:
     """
     if meshes.cp is None:
         return model
-    contexts = [module for module in model.modules() if isinstance(module, SequenceContext)]
-    if not contexts:
-        raise ValueError(
-            f"{meshes.cp.size()} ranks share sequences (cp), but no attention of the model knows how: call "
-            "crossdock.models.accept_context_parallel(model) first"
-        )
-    heads = [context.num_heads for context in contexts]
-    check_heads(heads, meshes.cp.size(), meshes["tp"].size(), meshes["fsdp"].size())
-    for context in contexts:
+    check_heads(model, meshes.cp.size(), meshes["tp"].size(), meshes["fsdp"].size())
+    for context in _contexts(model):
         context.place(meshes.cp)
     return model
 
 
-def check_heads(num_heads: Sequence[int], cp: int, tp: int, num_ranks: int) -> None:
-    """Raises LayoutError where `cp x tp` does not divide a layer's query heads.
+def check_heads(model: nn.Module, cp: int, tp: int, num_ranks: int) -> None:
+    """Refuse a model whose query heads do not divide over the ranks that share sequences.
 
     Args:
-        num_heads: of each layer, on all ranks.
+        model: see `apply_cp`.
         cp: ranks that share a sequence.
         tp: ranks that share a matrix; each of them has `1 / tp` of the heads.
         num_ranks: `dp_shard x cp`, of which another `cp` would take its ranks.
+
+    Raises:
+        LayoutError: where `cp x tp` does not divide a layer's query heads.
+        ValueError: where no module computes with a `SequenceContext`.
     """
+    num_heads = sorted({context.num_heads for context in _contexts(model)})
+    if not num_heads:
+        raise ValueError(
+            f"{cp} ranks share sequences (cp), but no attention of the model knows how: call "
+            "crossdock.models.accept_context_parallel(model) first"
+        )
     working = [
         degree
         for degree in range(1, num_ranks + 1)
@@ -148,10 +150,14 @@ def check_heads(num_heads: Sequence[int], cp: int, tp: int, num_ranks: int) -> N
     if cp in working:
         return
     times = f" / tensor_parallel_degree = {tp}" if tp > 1 else ""
-    heads = ", ".join(map(str, sorted(set(num_heads))))
     fitting = f"{', '.join(map(str, working))}; the nearest is {nearest(cp, working)}" if working else "there is none"
     raise LayoutError(
         "context_parallel_degree",
         cp,
-        f"must divide the model's query heads ({heads}{times}) and the {num_ranks} ranks of dp_shard x cp: {fitting}",
+        f"must divide the model's query heads ({', '.join(map(str, num_heads))}{times}) and the {num_ranks} ranks of "
+        f"dp_shard x cp: {fitting}",
     )
+
+
+def _contexts(model: nn.Module) -> list[SequenceContext]:
+    return [module for module in model.modules() if isinstance(module, SequenceContext)]

@@ -106,6 +106,8 @@ def build_training_model(
         kernels=config.model.kernels,
         force_load_balance=training.debug_moe_force_load_balance,
     )
+    if meshes.cp is not None:
+        accept_context_parallel(model)
     for layer in moe_layers(model).values():
         if layer.router is not None:
             layer.router.requires_grad_(not training.freeze_router)
@@ -117,8 +119,6 @@ def build_training_model(
     weights = None
     if start is not None and checkpoint is None:
         weights = together(lambda: _open_weights(start, model, family.keys(model)))
-    if meshes.cp is not None:
-        accept_context_parallel(model)
     parallelize(
         model,
         meshes,
@@ -127,7 +127,7 @@ def build_training_model(
         param_dtype=torch.bfloat16 if training.dtype == "bfloat16" else None,
         reshard_after_forward=config.parallelism.reshard_after_forward,
         cpu_offload=training.enable_cpu_offload,
-        tokens_per_rank=training.local_batch_size * training.seq_len // (1 if meshes.cp is None else meshes.cp.size()),
+        tokens_per_rank=training.local_batch_size * training.seq_len // (meshes.cp.size() if meshes.cp else 1),
     )
     seed = training.seed if is_new and checkpoint is None else None
     materialise(family, model, device, offload=training.enable_cpu_offload, seed=seed, weights=weights)
