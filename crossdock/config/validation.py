@@ -91,15 +91,29 @@ def _check_context(config: Config, model: PreTrainedConfig, dims: ParallelDims) 
     blind = attention in _FLASH_ATTENTION and config.data.within_documents
     valid = "needs model.attn_implementation = sdpa where ranks share sequences (context_parallel_degree)"
     require(config, "data.attend_within_documents", not blind, valid)
+    method = config.parallelism.context_parallel_method
+    if method == "ring":
+        _check_ring(config)
     family = FAMILIES[config.model.name]
     built = build_model(family, model, config.moe, torch.float32, attn_implementation=attention)
     field = "parallelism.context_parallel_degree"
     try:
-        check_heads(accept_context_parallel(built), cp, dims.tp, dims.dp_shard * cp)
+        check_heads(accept_context_parallel(built, method), cp, dims.tp, dims.dp_shard * cp)
     except UnknownAttention as error:
-        raise ConfigError(field, cp, f"must be 1: ranks cannot share the sequences of {error}") from None
+        raise ConfigError(field, cp, f"must be 1: ranks cannot share sequences with {error}") from None
     except LayoutError as error:
         raise ConfigError(field, cp, error.valid) from None
+
+
+def _check_ring(config: Config) -> None:
+    """What torch's ring attention computes."""
+    name, instead = "parallelism.context_parallel_method", "use ulysses"
+    valid = f"torch's ring attention needs a GPU: on a CPU it saves nothing and merges parts in float32; {instead}"
+    require(config, name, torch.cuda.is_available(), valid)
+    valid = f"torch's ring attention needs training.dtype = bfloat16; {instead}"
+    require(config, name, config.training.dtype == "bfloat16", valid)
+    valid = f"torch's ring attention does not see the ends of documents (data.attend_within_documents); {instead}"
+    require(config, name, not config.data.within_documents, valid)
 
 
 def expert_parallel_degrees(sizes: ExpertSizes, num_ranks: int) -> list[int]:

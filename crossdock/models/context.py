@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
-from crossdock.parallel import SequenceContext, local_part, transformer_blocks
+from crossdock.parallel import ContextMethod, SequenceContext, local_part, transformer_blocks
 
 __all__ = ["CONTEXT_ATTENTION", "UnknownAttention", "accept_context_parallel", "mask_documents"]
 
@@ -27,8 +27,8 @@ class UnknownAttention(ValueError):
     """What a model does over positions, of which a rank that has a part of them would compute something else."""
 
 
-def accept_context_parallel(model: PreTrainedModel) -> PreTrainedModel:
-    """Let `model` take each rank's part of every sequence, in place, once `apply_cp` or `parallelize` says who they are.
+def accept_context_parallel(model: PreTrainedModel, method: ContextMethod = "ulysses") -> PreTrainedModel:
+    """Let `model` take a rank's part of every sequence, in place, once `apply_cp` or `parallelize` names the ranks.
 
     Every rank calls it with its own positions (`SequenceContext`) of `input_ids` `[B, S/R]` and whatever else has
     them, and gets logits for these. `position_ids` count in the whole sequence; where they start again in a row, its
@@ -38,14 +38,17 @@ def accept_context_parallel(model: PreTrainedModel) -> PreTrainedModel:
     Args:
         model: of transformers, with its attention chosen: `sdpa`, `eager`, or one that is registered with a mask; not
             made parallel yet.
+        method: `ring` is for plainly causal attention by `sdpa`: without windows, documents, padding and sinks.
 
     Raises:
-        UnknownAttention: for a model whose layers do more over positions than attend, or attention that cannot be split.
+        UnknownAttention: for layers that do more over positions than attend, or attention that cannot be split.
     """
     config = model.config.get_text_config()
     implementation = config._attn_implementation
     if implementation == "flex_attention" or implementation not in (*AttentionInterface().valid_keys(), "eager"):
         raise UnknownAttention(f"attention {implementation!r}; use sdpa or eager")
+    if method == "ring":
+        _check_ring(config, implementation)
     if getattr(config, "attn_temperature_tuning", False):
         raise UnknownAttention("attn_temperature_tuning, which scales queries by where they are among the rank's own")
     others = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
@@ -53,9 +56,9 @@ def accept_context_parallel(model: PreTrainedModel) -> PreTrainedModel:
     own_config = copy.deepcopy(model.config)
     own_config.get_text_config()._attn_implementation = CONTEXT_ATTENTION
     for module in attentions:
-        module.sequence_context = SequenceContext(module.config.num_attention_heads)
+        module.sequence_context = SequenceContext(module.config.num_attention_heads, method)
         module.attention_of_heads = _attention(module, implementation)
-    model.sequence_context = SequenceContext(config.num_attention_heads)
+    model.sequence_context = SequenceContext(config.num_attention_heads, method)
     configs = {id(model.config): own_config, id(config): own_config.get_text_config()}
     for module in model.modules():
         if id(getattr(module, "config", None)) in configs:
@@ -87,6 +90,10 @@ def context_attention(
     attention: Any = module
     context: SequenceContext = attention.sequence_context
     kwargs.pop("position_ids", None)  # Of the part; the mask has told already what they say.
+    if context.method == "ring" and context.size > 1:
+        if attention_mask is not None or kwargs.get("s_aux") is not None or kwargs.get("dropout"):
+            raise ValueError("ring attention (cp) is plainly causal: without documents, padding, sinks and dropout")
+        return context.ring(query, key, value, kwargs["scaling"]), None
     query, key, value = context.to_heads(query, key, value)
     replaced: dict[str, Any] = {"num_key_value_groups": query.shape[1] // key.shape[1]}
     if kwargs.get("s_aux") is not None:
@@ -112,8 +119,8 @@ def mask_documents(model: PreTrainedModel) -> None:
         position_ids = kwargs.get("position_ids")
         known = kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None
         if position_ids is not None and not known:
-            batch = (kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]).shape[0]
-            kwargs = kwargs | {"attention_mask": _masks(module, module.config.get_text_config(), batch, position_ids)}
+            masks = _masks(module, module.config.get_text_config(), len(_input(kwargs)), position_ids)
+            kwargs = kwargs | {"attention_mask": masks}
         return args, kwargs
 
     model.register_forward_pre_hook(mask, with_kwargs=True)
@@ -127,6 +134,17 @@ def _attentions(block: nn.Module, others: list[str]) -> Iterator[Any]:
         what = beside[0] if beside else type(block).__name__ + ("" if found else " without attention")
         raise UnknownAttention(f"{', '.join(others)} ({what})" if others else what)
     yield from found
+
+
+def _check_ring(config: Any, implementation: str) -> None:
+    """Refuse attention that torch's ring attention would not compute."""
+    if implementation != "sdpa":
+        raise UnknownAttention(f"attention {implementation!r} in a ring; use sdpa")
+    for name in ("sliding_window", "attention_chunk_size"):
+        if getattr(config, name, None):
+            raise UnknownAttention(f"{name} in a ring, which is plainly causal; use ulysses")
+    if getattr(config, "kv_lora_rank", None):
+        raise UnknownAttention("keys and values of different sizes in a ring; use ulysses")
 
 
 def _mixers(module: nn.Module, attends: bool) -> Iterator[str]:
@@ -152,15 +170,13 @@ def _of_whole_sequences(model: PreTrainedModel, config: Any, kwargs: dict[str, A
     """The arguments of a forward pass of a part, with the masks of whole sequences and positions in them."""
     context: Any = model.sequence_context
     if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
-        raise ValueError("ranks share sequences (cp), which goes without a cache: use_cache=False, or generate with cp 1")
+        raise ValueError("ranks share sequences (cp), without a cache: use_cache=False, or generate with cp 1")
     if kwargs.get("labels") is not None:
         raise ValueError(
-            "ranks share sequences (cp), whose labels transformers would shift within each rank's part: compute the loss "
-            "from the logits, with labels that were shifted before they were cut"
+            "ranks share sequences (cp), whose labels transformers would shift within each rank's part: compute the "
+            "loss from the logits, with labels that were shifted before they were cut"
         )
-    own = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-    if own is None:
-        raise ValueError("input_ids or inputs_embeds must be given")
+    own = _input(kwargs)
     batch, length = own.shape[:2]
     position_ids = kwargs.get("position_ids")
     if position_ids is None:
@@ -172,9 +188,17 @@ def _of_whole_sequences(model: PreTrainedModel, config: Any, kwargs: dict[str, A
     if masks is None or (isinstance(masks, Tensor) and masks.ndim == 2):
         padding = None if masks is None else context.whole(masks.long())
         if "flash" in config._attn_implementation and (padding is not None or bool((whole.diff() != 1).any())):
-            raise ValueError("ranks share sequences (cp), and flash attention would not see ends of documents: use sdpa")
+            raise ValueError("ranks share sequences (cp): flash attention would not see ends of documents, use sdpa")
         masks = _masks(model, config, batch, whole, padding)
     return kwargs | {"position_ids": position_ids, "attention_mask": masks, "use_cache": False}
+
+
+def _input(kwargs: dict[str, Any]) -> Tensor:
+    """`[B, S, ...]`."""
+    own = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    if own is None:
+        raise ValueError("input_ids or inputs_embeds must be given")
+    return own
 
 
 def _masks(model: Any, config: Any, batch: int, position_ids: Tensor, padding: Tensor | None = None) -> Any:

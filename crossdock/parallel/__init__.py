@@ -6,7 +6,7 @@ from crossdock.parallel.context import SequenceContext, apply_cp, check_heads
 from crossdock.parallel.expert import ExpertParallel, apply_ep
 from crossdock.parallel.fsdp import apply_fsdp
 from crossdock.parallel.gradients import GradientManager
-from crossdock.parallel.mesh import LayoutError, Meshes, ParallelDims, ParallelismConfig, Reader, nearest
+from crossdock.parallel.mesh import ContextMethod, LayoutError, Meshes, ParallelDims, ParallelismConfig, Reader, nearest
 from crossdock.parallel.norm import clip_grad_norm_, global_grad_norm
 from crossdock.parallel.parallelize import parallelize
 from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activation_checkpoint
@@ -16,6 +16,7 @@ from crossdock.parallel.shards import as_shard, as_shards, local_part, local_wit
 __all__ = [
     "ActivationCheckpointConfig",
     "CompileConfig",
+    "ContextMethod",
     "ExpertParallel",
     "GradientManager",
     "LayoutError",

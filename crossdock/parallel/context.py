@@ -1,4 +1,4 @@
-"""Context parallelism: each rank has a part of every sequence, and attention sees whole ones (Ulysses, arXiv 2309.14509)."""
+"""Context parallelism: a rank has a part of every sequence, attention sees whole ones (Ulysses, arXiv 2309.14509)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from crossdock.comm import Splits, exchange, gather_rows
-from crossdock.parallel.mesh import LayoutError, Meshes, nearest
+from crossdock.parallel.mesh import ContextMethod, LayoutError, Meshes, nearest
 
 __all__ = ["SequenceContext", "apply_cp", "check_heads"]
 
@@ -22,11 +22,12 @@ class SequenceContext(nn.Module):
 
     Args:
         num_heads: query heads of the attention that it is for, on all ranks.
+        method: `ulysses` exchanges heads for positions; `ring` sends keys and values round.
     """
 
-    def __init__(self, num_heads: int) -> None:
+    def __init__(self, num_heads: int, method: ContextMethod = "ulysses") -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.method = num_heads, method
         self.rank, self.size, self._group_name = 0, 1, ""
 
     def place(self, group: dist.ProcessGroup) -> None:
@@ -75,6 +76,14 @@ class SequenceContext(nn.Module):
             return output
         received = self._exchange(output.unflatten(1, (self.size, -1)).transpose(0, 1).flatten(3))  # [R, B, S/R, ...]
         return received.unflatten(-1, output.shape[2:]).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+    def ring(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See `ring_attention`."""
+        # Here, since it stands on what is not public in torch, which nothing else needs.
+        from crossdock.parallel.ring import ring_attention
+
+        group = dist.distributed_c10d._resolve_process_group(self._group_name)  # type: ignore[arg-type]
+        return ring_attention(query, key, value, scale, group)
 
     def own_heads(self, per_head: Tensor) -> Tensor:
         """Of a value for each head `[heads]`, those of this rank's heads in `to_heads`."""
@@ -133,11 +142,12 @@ def check_heads(model: nn.Module, cp: int, tp: int, num_ranks: int) -> None:
         num_ranks: `dp_shard x cp`, of which another `cp` would take its ranks.
 
     Raises:
-        LayoutError: where `cp x tp` does not divide a layer's query heads.
+        LayoutError: where `cp x tp` does not divide a layer's query heads, unless keys and values go round.
         ValueError: where no module computes with a `SequenceContext`.
     """
-    num_heads = sorted({context.num_heads for context in _contexts(model)})
-    if not num_heads:
+    contexts = _contexts(model)
+    num_heads = sorted({context.num_heads for context in contexts if context.method == "ulysses"})
+    if not contexts:
         raise ValueError(
             f"{cp} ranks share sequences (cp), but no attention of the model knows how: call "
             "crossdock.models.accept_context_parallel(model) first"

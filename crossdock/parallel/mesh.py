@@ -12,9 +12,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["GradientReduction", "LayoutError", "Meshes", "ParallelDims", "ParallelismConfig", "Reader", "nearest"]
+__all__ = [
+    "ContextMethod",
+    "GradientReduction",
+    "LayoutError",
+    "Meshes",
+    "ParallelDims",
+    "ParallelismConfig",
+    "Reader",
+    "nearest",
+]
 
 AUTO = -1
+
+ContextMethod = Literal["ulysses", "ring"]
 
 GradientReduction = Literal["micro_batch", "step"]
 
@@ -28,7 +39,10 @@ class ParallelismConfig:
     data_parallel_shard_degree: int = AUTO
     """Ranks that share the parameters (FSDP); -1 takes what the other degrees leave."""
     context_parallel_degree: int = 1
-    """Ranks that share a sequence, each with a part of it; must divide training.seq_len and the query heads."""
+    """Ranks that share a sequence, each with a part of it; must divide training.seq_len."""
+    context_parallel_method: ContextMethod = "ulysses"
+    """What those ranks exchange: heads for positions, for any attention but linear; or keys and values in a ring, for
+    plain causal attention, whatever the number of heads."""
     tensor_parallel_degree: int = 1
     """Ranks that share a matrix. Only 1 so far."""
     pipeline_parallel_degree: int = 1

@@ -107,7 +107,7 @@ def build_training_model(
         force_load_balance=training.debug_moe_force_load_balance,
     )
     if meshes.cp is not None:
-        accept_context_parallel(model)
+        accept_context_parallel(model, config.parallelism.context_parallel_method)
     for layer in moe_layers(model).values():
         if layer.router is not None:
             layer.router.requires_grad_(not training.freeze_router)

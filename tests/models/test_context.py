@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from crossdock import MoEConfig
-from crossdock.comm import EXCHANGE_OPS
 from crossdock.models import FAMILIES, UnknownAttention, accept_context_parallel, replace_experts
 from crossdock.models.context import mask_documents
 from crossdock.parallel import (
@@ -21,7 +20,6 @@ from crossdock.parallel import (
     CompileConfig,
     LayoutError,
     ParallelDims,
-    apply_compile,
     apply_cp,
     parallelize,
     plain_name,
@@ -186,9 +184,7 @@ def test_a_model_of_ones_own_goes_through_parallelize(ranks: RankPool, mode: str
 
 def exchanges(mode: Any) -> tuple[int, int]:
     model = accept_context_parallel(build("qwen3", "sdpa", mlp_only_layers=[0, 1, 2]))
-    parallelize(
-        model, ParallelDims(2, cp=2).build_mesh("cpu"), activation_checkpoint=ActivationCheckpointConfig(mode)
-    )
+    parallelize(model, ParallelDims(2, cp=2).build_mesh("cpu"), activation_checkpoint=ActivationCheckpointConfig(mode))
     inputs = {"input_ids": batch(documents=False)["input_ids"][:, own_positions()]}
     with CountExchanges() as forward:
         loss = model(**inputs, use_cache=False).logits.square().sum()
@@ -200,6 +196,26 @@ def exchanges(mode: Any) -> tuple[int, int]:
 def test_attention_exchanges_twice_and_selective_recompute_repeats_none(ranks: RankPool) -> None:
     plain, selective = (ranks.run(2, exchanges, mode)[0] for mode in ("none", "selective"))
     assert plain == selective == (6, 6)  # three layers
+
+
+def ring() -> list[dict[str, float]]:
+    """In fp32, in which torch merges the parts of a ring."""
+    found = []
+    for sizes in ({}, {"num_attention_heads": 5, "num_key_value_heads": 1}):
+        expected = run(build("qwen3", "sdpa", **sizes), batch(documents=False), slice(None))
+        model = accept_context_parallel(build("qwen3", "sdpa", **sizes), "ring").float()
+        apply_cp(model, ParallelDims(4, cp=4).build_mesh("cpu"))
+        found.append(differences(run(model, batch(documents=False), own_positions()), expected))
+        with pytest.raises(ValueError, match="plainly causal"):
+            run(model, batch(documents=True), own_positions())
+    return found
+
+
+def test_a_ring_gives_the_same_whatever_the_number_of_heads(ranks: RankPool) -> None:
+    """torch's ring, with the operators of a CPU in the place of a GPU's."""
+    for result in ranks.run(4, ring):
+        for found in result:
+            assert max(found.values()) < 1e-5
 
 
 def refusals() -> dict[str, str]:
