@@ -51,9 +51,8 @@ class Batch:
         seq_len = self.input_ids.shape[1]
         if seq_len % count:
             raise DataError(f"seq_len is {seq_len}, must be a multiple of the {count} ranks that share a sequence")
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         columns = slice(index * seq_len // count, (index + 1) * seq_len // count)
-        return Batch(**{name: None if tensor is None else tensor[:, columns] for name, tensor in tensors.items()})
+        return Batch(**{name: tensor[:, columns] for name, tensor in self.inputs(self.input_ids.device).items()})
 
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
         """What there is of it, by name, on `device`."""

@@ -60,9 +60,9 @@ def accept_context_parallel(model: PreTrainedModel, method: ContextMethod = "uly
         module.attention_of_heads = _attention(module, implementation)
     model.sequence_context = SequenceContext(config.num_attention_heads, method)
     configs = {id(model.config): own_config, id(config): own_config.get_text_config()}
-    for module in model.modules():
-        if id(getattr(module, "config", None)) in configs:
-            module.config = configs[id(module.config)]
+    holders: list[Any] = [module for module in model.modules() if id(getattr(module, "config", None)) in configs]
+    for module in holders:
+        module.config = configs[id(module.config)]
     AttentionInterface.register(CONTEXT_ATTENTION, context_attention)
 
     def hand_over(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,10 @@ from crossdock.comm import Splits, exchange, gather_rows
 from crossdock.parallel.mesh import ContextMethod, LayoutError, Meshes, nearest
 
 __all__ = ["SequenceContext", "apply_cp", "check_heads"]
+
+
+# Dynamo cannot follow an exchange's start and wait; typed, since torch's decorator hides the signature of a method.
+_uncompiled: Any = torch.compiler.disable
 
 
 class SequenceContext(nn.Module):
@@ -34,8 +39,7 @@ class SequenceContext(nn.Module):
         """Share sequences with the ranks of `group`, in their order."""
         self.rank, self.size, self._group_name = group.rank(), group.size(), group.group_name
 
-    # Two exchanges per attention, forward and backward: dynamo cannot follow their start and wait.
-    @torch.compiler.disable
+    @_uncompiled
     def to_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All heads at this rank's positions, for this rank's heads at all positions. One exchange; differentiable.
 
@@ -69,7 +73,7 @@ class SequenceContext(nn.Module):
         whole = [part.unflatten(-1, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
         return whole[0], whole[1], whole[2]
 
-    @torch.compiler.disable
+    @_uncompiled
     def to_positions(self, output: Tensor) -> Tensor:
         """`to_heads` back: `[B, S, heads/R, D]` of this rank's heads to `[B, S/R, heads, D]`. One exchange."""
         if self.size == 1:
@@ -77,6 +81,7 @@ class SequenceContext(nn.Module):
         received = self._exchange(output.unflatten(1, (self.size, -1)).transpose(0, 1).flatten(3))  # [R, B, S/R, ...]
         return received.unflatten(-1, output.shape[2:]).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
+    @_uncompiled
     def ring(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `ring_attention`."""
         # Here, since it stands on what is not public in torch, which nothing else needs.

@@ -22,7 +22,6 @@ __all__ = ["ring_attention"]
 _POSITIONS = 2  # The dimension of them.
 
 
-@torch.compiler.disable
 def ring_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, group: dist.ProcessGroup) -> Tensor:
     """Causal attention of this rank's positions to all that come before, those of lower ranks among them.
 
@@ -61,7 +60,7 @@ class _RingAttention(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         query, key, value, output, logsumexp, *rest = ctx.saved_tensors
         op: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         options: dict[str, Any] = {"dropout_p": 0.0, "scale": ctx.scale}
