@@ -68,7 +68,7 @@ def _assets(folder: Path, model: str) -> Path:
     assets = write_assets(folder / "assets")
     if model == "qwen3":
         return assets
-    write_config(folder / model, model, vocab_size=260)
+    write_config(folder / model, model, vocab_size=260, num_hidden_layers=2)
     shutil.copy(assets / "tokenizer.json", folder / model)
     return folder / model
 
