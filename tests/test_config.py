@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ import torch
 from crossdock.config import Config, ConfigError, check_settings, load_config, to_toml, validate
 from crossdock.models import FAMILIES
 from tests.chats import turns, write_chat_assets, write_conversations
-from tests.tiny import write_assets
+from tests.models.tiny_families import write_config
+from tests.tiny import speeches, write_assets
 
 
 def every_setting() -> dict[str, tuple[Any, Any]]:
@@ -397,7 +399,8 @@ def test_data_may_be_cached_in_a_folder_that_can_only_be_read(tmp_path: Path, mo
         ("parallelism.expert_parallel_degree", ["-1", "1", "2"], ["-2", "0", "3", "4"]),
         ("parallelism.data_parallel_shard_degree", ["-1", "2"], ["-2", "0", "1", "4"]),
         ("parallelism.data_parallel_replicate_degree", ["1", "2"], ["0", "3"]),
-        ("parallelism.context_parallel_degree", ["1"], ["0", "2"]),
+        ("parallelism.context_parallel_degree", ["1", "2"], ["0", "3"]),
+        ("parallelism.context_parallel_method", ["ulysses"], []),
         ("parallelism.tensor_parallel_degree", ["1", "2"], ["0", "3", "4"]),
         ("parallelism.pipeline_parallel_degree", ["1"], ["0", "2"]),
     ],
@@ -485,6 +488,38 @@ def test_expert_shards_must_divide_the_sizes() -> None:
 def test_the_automatic_degree_is_two_where_the_ranks_are_even() -> None:
     config = load_config(None, ["--parallelism.expert-parallel-degree", "-1"])
     assert [validate(config, ranks).ep for ranks in (1, 2, 3, 4, 5, 6, 8)] == [1, 2, 1, 2, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "name", "overrides", "field", "part"),
+    [
+        (2, "qwen3", ["--training.seq-len", "33"], "training.seq_len", "the nearest is 32"),
+        (4, "qwen3", ["--training.seq-len", "62"], "training.seq_len", "the nearest is 60"),
+        (
+            3,
+            "qwen3",
+            ["--training.seq-len=33", "--parallelism.expert-parallel-degree=3"],
+            "context_parallel_degree",
+            "query heads (4) and the 3 ranks",
+        ),
+        (8, "qwen3", ["--training.seq-len", "32"], "context_parallel_degree", "1, 2, 4; the nearest is 4"),
+        (2, "qwen3_next", [], "context_parallel_degree", "must be 1: .*linear_attention (Qwen3NextGatedDeltaNet)"),
+        (2, "llama4", [], "context_parallel_degree", "attn_temperature_tuning"),
+        (2, "qwen3", ["--parallelism.context-parallel-method", "ring"], "context_parallel_method", "needs a GPU"),
+    ],
+)
+def test_what_ranks_that_share_sequences_cannot_do_is_refused(
+    world_size: int, name: str, overrides: list[str], field: str, part: str, tmp_path: Path
+) -> None:
+    assets = write_assets(tmp_path / "assets")
+    write_config(tmp_path / name, name, vocab_size=260, num_experts=8 if name == "qwen3" else None)
+    shutil.copy(assets / "tokenizer.json", tmp_path / name)
+    settings = ["--model.name", name, "--model.hf-assets-path", str(tmp_path / name), "--training.seq-len", "32"]
+    settings += ["--data.source", str(speeches(assets)), "--parallelism.context-parallel-degree", str(world_size)]
+    error = refusal(load_config(None, [*settings, *overrides]), world_size)
+    assert error.field.endswith(field)
+    for piece in part.split(".*"):
+        assert piece in error.valid
 
 
 def test_settings_alone_say_nothing_of_the_layout() -> None:

@@ -23,6 +23,8 @@ from crossdock.models import (
     FAMILIES,
     ExpertSizes,
     ModelError,
+    UnknownAttention,
+    accept_context_parallel,
     build_model,
     most_positions,
     resolve_hf_config,
@@ -30,7 +32,7 @@ from crossdock.models import (
 from crossdock.models.family import DEEPEP_SUFFIX
 from crossdock.moe import moe_layers
 from crossdock.moe_config import MoEConfigError
-from crossdock.parallel import LayoutError, ParallelDims
+from crossdock.parallel import LayoutError, ParallelDims, check_heads, nearest
 
 __all__ = ["check_settings", "expert_parallel_degrees", "validate"]
 
@@ -75,7 +77,45 @@ def validate(config: Config, world_size: int, ranks_per_machine: int = 0) -> Par
     step = batch * dims.dp_replicate * dims.dp_shard
     valid = f"-1 or a multiple of {step} (local_batch_size {batch} x data-parallel ranks)"
     require(config, "training.global_batch_size", total == -1 or (total > 0 and total % step == 0), valid)
+    if dims.cp > 1:
+        _check_context(config, model, dims)
     return dims
+
+
+def _check_context(config: Config, model: PreTrainedConfig, dims: ParallelDims) -> None:
+    """Ranks that share sequences."""
+    cp, seq_len = dims.cp, config.training.seq_len
+    fitting = [nearby * cp for nearby in (seq_len // cp, seq_len // cp + 1) if 0 < nearby * cp <= most_positions(model)]
+    near = f"; the nearest is {nearest(seq_len, fitting)}" if fitting else ""
+    valid = f"must be a multiple of parallelism.context_parallel_degree = {cp}, the ranks that share a sequence{near}"
+    require(config, "training.seq_len", seq_len % cp == 0, valid)
+    attention = config.model.attn_implementation
+    blind = attention in _FLASH_ATTENTION and config.data.within_documents
+    valid = "needs model.attn_implementation = sdpa where ranks share sequences (context_parallel_degree)"
+    require(config, "data.attend_within_documents", not blind, valid)
+    method = config.parallelism.context_parallel_method
+    if method == "ring":
+        _check_ring(config)
+    family = FAMILIES[config.model.name]
+    built = build_model(family, model, config.moe, torch.float32, attn_implementation=attention)
+    field = "parallelism.context_parallel_degree"
+    try:
+        check_heads(accept_context_parallel(built, method), cp, dims.tp, dims.dp_shard * cp)
+    except UnknownAttention as error:
+        raise ConfigError(field, cp, f"must be 1: ranks cannot share sequences with {error}") from None
+    except LayoutError as error:
+        raise ConfigError(field, cp, error.valid) from None
+
+
+def _check_ring(config: Config) -> None:
+    """What torch's ring attention computes."""
+    name, instead = "parallelism.context_parallel_method", "use ulysses"
+    valid = f"torch's ring attention needs a GPU: on a CPU it saves nothing and merges parts in float32; {instead}"
+    require(config, name, torch.cuda.is_available(), valid)
+    valid = f"torch's ring attention needs training.dtype = bfloat16; {instead}"
+    require(config, name, config.training.dtype == "bfloat16", valid)
+    valid = f"torch's ring attention does not see the ends of documents (data.attend_within_documents); {instead}"
+    require(config, name, not config.data.within_documents, valid)
 
 
 def expert_parallel_degrees(sizes: ExpertSizes, num_ranks: int) -> list[int]:

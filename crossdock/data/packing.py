@@ -43,6 +43,17 @@ class Batch:
         """Tokens that are no padding."""
         return self.input_ids.numel() - (0 if self.padding_mask is None else int(self.padding_mask.sum()))
 
+    def section(self, index: int, count: int) -> Batch:
+        """Of every row the `index`-th of `count` sections of equal length, for ranks that share sequences.
+
+        Raises DataError where they would not be equal.
+        """
+        seq_len = self.input_ids.shape[1]
+        if seq_len % count:
+            raise DataError(f"seq_len is {seq_len}, must be a multiple of the {count} ranks that share a sequence")
+        columns = slice(index * seq_len // count, (index + 1) * seq_len // count)
+        return Batch(**{name: tensor[:, columns] for name, tensor in self.inputs(self.input_ids.device).items()})
+
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
         """What there is of it, by name, on `device`."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from crossdock.checkpoint import HFCheckpoint
 from crossdock.models.assets import copy_assets, dtypes_of, export_hf, left_out, read_dtypes, write_assets
 from crossdock.models.attention import register_wide_attention
+from crossdock.models.context import UnknownAttention, accept_context_parallel
 from crossdock.models.families import FAMILIES
 from crossdock.models.family import DEEPEP_SUFFIX, ExpertSizes, Family, Kernels, ModelConfig, ModelError
 from crossdock.models.foreign import foreign_weights
@@ -34,6 +35,8 @@ __all__ = [
     "ModelConfig",
     "ModelError",
     "PeftAdapter",
+    "UnknownAttention",
+    "accept_context_parallel",
     "batch_loss",
     "build_model",
     "copy_assets",

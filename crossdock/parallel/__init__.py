@@ -2,11 +2,12 @@
 
 from crossdock.parallel.blocks import plain_name, transformer_blocks
 from crossdock.parallel.compile import CompileConfig, apply_compile
+from crossdock.parallel.context import SequenceContext, apply_cp, check_heads
 from crossdock.parallel.expert import ExpertParallel, apply_ep
 from crossdock.parallel.fsdp import apply_fsdp
 from crossdock.parallel.gradients import GradientManager
 from crossdock.parallel.hidden_matrices import MatrixForm, hidden_matrices
-from crossdock.parallel.mesh import LayoutError, Meshes, ParallelDims, ParallelismConfig, Reader
+from crossdock.parallel.mesh import ContextMethod, LayoutError, Meshes, ParallelDims, ParallelismConfig, Reader, nearest
 from crossdock.parallel.muon import AdjustLR, Muon
 from crossdock.parallel.norm import clip_grad_norm_, global_grad_norm
 from crossdock.parallel.parallelize import parallelize
@@ -20,6 +21,7 @@ __all__ = [
     "ActivationCheckpointConfig",
     "AdjustLR",
     "CompileConfig",
+    "ContextMethod",
     "ExpertParallel",
     "GradientManager",
     "LayoutError",
@@ -31,20 +33,24 @@ __all__ = [
     "Reader",
     "Region",
     "ReplicaTraffic",
+    "SequenceContext",
     "TensorPlan",
     "VocabularyHead",
     "apply_activation_checkpoint",
     "apply_compile",
+    "apply_cp",
     "apply_ep",
     "apply_fsdp",
     "apply_tp",
     "as_shard",
     "as_shards",
+    "check_heads",
     "clip_grad_norm_",
     "global_grad_norm",
     "hidden_matrices",
     "local_part",
     "local_with_offsets",
+    "nearest",
     "parallelize",
     "plain_name",
     "transformer_blocks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, NamedTuple, cast
@@ -11,9 +12,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["GradientReduction", "LayoutError", "Meshes", "ParallelDims", "ParallelismConfig", "Reader"]
+__all__ = [
+    "ContextMethod",
+    "GradientReduction",
+    "LayoutError",
+    "Meshes",
+    "ParallelDims",
+    "ParallelismConfig",
+    "Reader",
+    "nearest",
+]
 
 AUTO = -1
+
+ContextMethod = Literal["ulysses", "ring"]
 
 GradientReduction = Literal["micro_batch", "step"]
 
@@ -27,7 +39,10 @@ class ParallelismConfig:
     data_parallel_shard_degree: int = AUTO
     """Ranks that share the parameters (FSDP); -1 takes what the other degrees leave."""
     context_parallel_degree: int = 1
-    """Ranks that share a sequence. Only 1 so far."""
+    """Ranks that share a sequence, each with a part of it; must divide training.seq_len."""
+    context_parallel_method: ContextMethod = "ulysses"
+    """What those ranks exchange: heads for positions, for any attention but linear; or keys and values in a ring, for
+    plain causal attention, whatever the number of heads."""
     tensor_parallel_degree: int = 1
     """Ranks that share a matrix."""
     sequence_parallel: bool = True
@@ -90,12 +105,8 @@ class ParallelDims:
         )
 
     def __post_init__(self) -> None:
-        for name, degree in (
-            ("context_parallel_degree", self.cp),
-            ("pipeline_parallel_degree", self.pp),
-        ):
-            if degree != 1:
-                raise LayoutError(name, degree, "only 1 is supported so far")
+        if self.pp != 1:
+            raise LayoutError("pipeline_parallel_degree", self.pp, "only 1 is supported so far")
         left = self.world_size
         for name, degree in (
             ("pipeline_parallel_degree", self.pp),
@@ -139,7 +150,14 @@ class ParallelDims:
     def reader(self, rank: int) -> Reader:
         """Which part of the data a rank reads. Those that share a sequence, or are other stages, read the same."""
         within, apart = rank % (self.world_size // self.pp), self.cp * self.tp
-        return Reader(within // apart, self.dp_replicate * self.dp_shard, within % apart == 0 and within == rank)
+        return Reader(
+            within // apart,
+            self.dp_replicate * self.dp_shard,
+            within // self.tp % self.cp,
+            self.cp,
+            is_first=within % apart == 0 and within == rank,
+            counts_section=within % self.tp == 0 and within == rank,
+        )
 
     def build_mesh(self, device_type: str, timeout: timedelta | None = None) -> Meshes:
         """The ranks as parameters and tokens see them. Collective, after init_process_group.
@@ -171,12 +189,18 @@ class Reader(NamedTuple):
     Attributes:
         rank: which of `degree` equal parts.
         degree: how many parts there are.
-        is_first: whether this rank is the one to count, among those that read the same part.
+        section: which of `sections` equal sections of every sequence this rank computes on.
+        sections: how many there are; 1 where ranks share no sequences.
+        is_first: whether this rank is the one to count a part, among those that read the same.
+        counts_section: likewise a section.
     """
 
     rank: int
     degree: int
+    section: int
+    sections: int
     is_first: bool
+    counts_section: bool
 
 
 @dataclass(frozen=True)
@@ -217,8 +241,11 @@ def _check_divides(field: str, degree: int, ranks: int, what: str, *, or_auto: b
     if degree >= 1 and ranks % degree == 0:
         return
     divisors = [d for d in range(1, ranks + 1) if ranks % d == 0]
-    nearest = min(divisors, key=lambda divisor: abs(divisor - degree))
     auto = " (or -1)" if or_auto else ""
-    raise LayoutError(
-        field, degree, f"must divide {what}, {ranks}: {', '.join(map(str, divisors))}{auto}; the nearest is {nearest}"
-    )
+    fitting = f"{', '.join(map(str, divisors))}{auto}; the nearest is {nearest(degree, divisors)}"
+    raise LayoutError(field, degree, f"must divide {what}, {ranks}: {fitting}")
+
+
+def nearest(value: int, choices: Iterable[int]) -> int:
+    """Of `choices` the one nearest to `value`; of two as near, the first."""
+    return min(choices, key=lambda choice: abs(choice - value))

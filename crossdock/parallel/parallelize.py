@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from crossdock.parallel.compile import CompileConfig, apply_compile
+from crossdock.parallel.context import apply_cp
 from crossdock.parallel.expert import apply_ep
 from crossdock.parallel.fsdp import apply_fsdp
 from crossdock.parallel.mesh import Meshes
@@ -29,11 +30,11 @@ def parallelize(
     tensor_plan: TensorPlan | None = None,
     sequence_parallel: bool = True,
 ) -> nn.Module:
-    """Tensor and expert parallelism, compilation, activation checkpointing, FSDP: in this order, in place.
+    """Tensor, context and expert parallelism, compilation, activation checkpointing, FSDP: in this order, in place.
 
     Args:
         model: holds `crossdock.MoE` layers; on the meta device or initialised. The entries of its outermost
-            `nn.ModuleList`s are taken for its transformer blocks.
+            `nn.ModuleList`s are taken for its transformer blocks. Where ranks share sequences, see `apply_cp`.
         meshes: from `ParallelDims.build_mesh`.
         activation_checkpoint: none by default.
         compile_config: not compiled by default.
@@ -45,6 +46,7 @@ def parallelize(
         tensor_plan, sequence_parallel: see `apply_tp`.
     """
     apply_tp(model, meshes, tensor_plan, sequence_parallel=sequence_parallel)
+    apply_cp(model, meshes)
     apply_ep(model, meshes, tokens_per_rank=tokens_per_rank, dtype=param_dtype)
     apply_compile(model, compile_config or CompileConfig())
     apply_activation_checkpoint(model, activation_checkpoint or ActivationCheckpointConfig())

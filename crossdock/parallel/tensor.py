@@ -35,11 +35,13 @@ class Region(NamedTuple):
         rows: split by their inputs; what follows them sums the ranks' terms.
         key_values: split by their outputs, which are key or value heads: where there are fewer than ranks, each rank
             computes the one that it needs.
+        per_head: parameters of the module itself with a value for each query head.
     """
 
     columns: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     key_values: tuple[str, ...] = ()
+    per_head: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,8 @@ class _Split(NamedTuple):
             first = rank * plan.num_key_value_heads // size * head_size
             repeated.head = slice(first, first + head_size)
             _replace(module, name, repeated)
+        for name in region.per_head:
+            setattr(module, name, self._shard(getattr(module, name), 0))
         if hasattr(module, "num_key_value_groups"):
             # How often transformers' attention repeats key and value heads.
             own = max(plan.num_key_value_heads // size, 1)

@@ -35,7 +35,9 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, batches: Iterable[Batch], device: torch.device) -> Evaluation:
+def evaluate(
+    model: PreTrainedModel, batches: Iterable[Batch], device: torch.device, *, counts: bool = True
+) -> Evaluation:
     """The loss over all ranks' batches, the same on all ranks. Collective.
 
     The model is left in the mode it was in, and what its layers counted of the evaluation is forgotten, before and
@@ -45,6 +47,7 @@ def evaluate(model: PreTrainedModel, batches: Iterable[Batch], device: torch.dev
         model: from `build_model`, on any layout.
         batches: of this rank; all ranks have the same number.
         device: of this rank.
+        counts: whether this rank counts its targets, which other ranks of `tp` have as well.
     """
     was_training = model.training
     model.eval()
@@ -54,7 +57,7 @@ def evaluate(model: PreTrainedModel, batches: Iterable[Batch], device: torch.dev
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         totals[0] += batch_loss(model, **batch.inputs(device))
-        totals[1] += int((batch.labels != IGNORED_LABEL).sum())
+        totals[1] += counts * int((batch.labels != IGNORED_LABEL).sum())
     routes = torch.stack([counter.evaluation_tokens_per_expert for counter in counters])
     for sums in (totals, routes):
         dist.all_reduce(sums)

@@ -18,6 +18,7 @@ from crossdock.models import (
     FAMILIES,
     Family,
     PeftAdapter,
+    accept_context_parallel,
     build_model,
     initialise_weights,
     materialise,
@@ -105,6 +106,8 @@ def build_training_model(
         kernels=config.model.kernels,
         force_load_balance=training.debug_moe_force_load_balance,
     )
+    if meshes.cp is not None or (meshes["tp"].size() > 1 and family.own_attention):
+        accept_context_parallel(model, config.parallelism.context_parallel_method)
     for layer in moe_layers(model).values():
         if layer.router is not None:
             layer.router.requires_grad_(not training.freeze_router)

@@ -204,7 +204,9 @@ class Trainer:
             attend_within_documents=config.data.within_documents,
             max_samples=config.validation.max_samples or None,
         )
-        loss = evaluate(self.model, batches, self.device).loss
+        loss = evaluate(
+            self.model, map(self._own_section, batches), self.device, counts=self.reader.counts_section
+        ).loss
         return loss if math.isfinite(loss) else None
 
     def _train_step(self, batches: list[Batch], targets: int, tokens: int) -> tuple[dict[str, Any], torch.Tensor]:
@@ -220,7 +222,7 @@ class Trainer:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
             self.gradients.before_backward(is_last=index == len(batches) - 1)
-            share = batch_loss(self.model, **batch.inputs(self.device)) / max(targets, 1)
+            share = batch_loss(self.model, **self._own_section(batch).inputs(self.device)) / max(targets, 1)
             share.backward()
             loss += share.detach()
         norm = self.gradients.clip(config.max_norm).item()
@@ -253,6 +255,10 @@ class Trainer:
             "tokens": tokens,
             "skipped_steps": self.skipped_steps,
         }, load.routes
+
+    def _own_section(self, batch: Batch) -> Batch:
+        """What this rank computes of a batch, which it may share with others."""
+        return batch.section(self.reader.section, self.reader.sections)
 
     def _batch_totals(self, batches: list[Batch]) -> tuple[int, int, bool]:
         """Targets and tokens of the global batch, and whether any rank was asked to stop. The step's agreement."""

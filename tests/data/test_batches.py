@@ -473,3 +473,13 @@ def test_evaluation_names_an_argument_out_of_range_at_the_call(tmp_path: Path) -
             evaluation_batches([token_ramp(tmp_path, 3)], **layout | {name: value})
     with pytest.raises(DataError, match="1 tokens"):
         evaluation_batches([token_file(tmp_path, [1])], **layout)
+
+
+def test_sections_of_rows_are_rows_when_joined_and_must_be_equal(tmp_path: Path) -> None:
+    sampler = batches(token_file(tmp_path, [3, 9, 2, 30]), packing="documents", attend_within_documents=True)
+    (batch, *_) = _step(sampler, 0)
+    sections = [batch.section(index, 2).inputs(torch.device("cpu")) for index in range(2)]
+    for name, tensor in batch.inputs(torch.device("cpu")).items():
+        assert torch.equal(torch.cat([section[name] for section in sections], dim=1), tensor)
+    with pytest.raises(DataError, match="multiple of the 3 ranks"):
+        batch.section(0, 3)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from crossdock.models import FAMILIES
 
-__all__ = ["SIZES", "write_family"]
+__all__ = ["SIZES", "sizes_of", "write_config", "write_family"]
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 64,
@@ -112,13 +112,22 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+def sizes_of(name: str, **overrides: Any) -> dict[str, Any]:
+    """What the configuration of a tiny model of the family `name` is made with."""
+    return {key: value for key, value in (_COMMON | SIZES[name] | overrides).items() if value is not None}
+
+
+def write_config(folder: Path, name: str, **overrides: Any) -> PreTrainedConfig:
+    """Save that configuration."""
+    config = CONFIG_MAPPING[FAMILIES[name].model_type](**sizes_of(name, **overrides))
+    config.save_pretrained(folder)
+    return config
+
+
 def write_family(folder: Path, name: str, **overrides: Any) -> Path:
     """Save a tiny model of the family `name` with seeded weights, none of them 0."""
     torch.manual_seed(0)
-    family = FAMILIES[name]
-    sizes = {key: value for key, value in (_COMMON | SIZES[name] | overrides).items() if value is not None}
-    config = CONFIG_MAPPING[family.model_type](**sizes)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(write_config(folder, name, **overrides))
     with torch.no_grad():
         for tensor_name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "norm" in tensor_name:

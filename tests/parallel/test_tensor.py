@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from crossdock.checkpoint import HFCheckpoint
-from crossdock.models import FAMILIES, batch_loss, build_model, materialise
+from crossdock.models import FAMILIES, accept_context_parallel, batch_loss, build_model, materialise
 from crossdock.moe import moe_layers, set_batch_totals
 from crossdock.moe_config import MoEConfig
 from crossdock.parallel import (
@@ -36,6 +36,8 @@ def step(name: str, folder: str, layout: dict[str, int], mode: Any = "none", **o
     meshes = dims.build_mesh("cpu")
     config = MoEConfig(sequence_aux_loss_coeff=0.01, z_loss_coeff=0.01, experts="eager")
     model = build_model(family, family.hf_config_from(Path(folder)), config, torch.float64, attn_implementation="eager")
+    if family.own_attention or meshes.cp is not None:
+        accept_context_parallel(model)
     parallelize(
         model,
         meshes,

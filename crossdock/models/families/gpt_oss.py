@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from crossdock.checkpoint import HFKeys
 from crossdock.experts import GPT_OSS, QUICK_GELU_ALPHA, ExpertParams, halves_apart
-from crossdock.models.family import Block, Family
+from crossdock.models.context import mask_documents
+from crossdock.models.family import GROUPED_QUERIES, Block, Family, Kernels
 from crossdock.models.norm import NormFormula
+from crossdock.moe_config import MoEConfig
 from crossdock.routing import RouterConfig
 
 __all__ = ["GptOss"]
@@ -24,7 +29,15 @@ class GptOss(Family):
     norm_formula = NormFormula(rounds_first=False)
     returns_scores = True
     own_attention = True  # sinks
+    tensor_regions = MappingProxyType({"self_attn": GROUPED_QUERIES._replace(per_head=("sinks",))})
     hf_keys = HFKeys(packed=True, interleaved=True)
+
+    def adapt(
+        self, model: PreTrainedModel, moe: MoEConfig, *, kernels: Kernels = "none", force_load_balance: bool = False
+    ) -> PreTrainedModel:
+        model = super().adapt(model, moe, kernels=kernels, force_load_balance=force_load_balance)
+        mask_documents(model)  # transformers' model makes its masks without position_ids.
+        return model
 
     def read_block(self, block: Any, config: Any) -> Block:
         experts = block.experts
