@@ -24,8 +24,8 @@ DEGREES = {
 }
 LAYOUTS = [
     (4, {"dp_replicate": 2, "ep": 2}),
-    (8, {"dp_replicate": 2, "ep": 2}),
-    (2, {"tp": 2}),
+    pytest.param(8, {"dp_replicate": 2, "ep": 2}, marks=pytest.mark.slow),
+    pytest.param(2, {"tp": 2}, marks=pytest.mark.slow),
     (4, {"tp": 2, "ep": 4}),
     (4, {"cp": 2, "ep": 4}),
 ]
@@ -33,14 +33,23 @@ LAYOUTS = [
 DOCUMENTS = ("--data.packing", "documents", "--data.attend-within-documents")
 # Of other models, and settings beside.
 OTHERS = [
-    ("qwen3", DOCUMENTS, 4, {"cp": 2, "ep": 4}),
-    ("gpt_oss", DOCUMENTS, 4, {"cp": 2, "ep": 4}),
-    ("deepseek_v3", (), 4, {"cp": 4, "ep": 2}),
+    pytest.param("qwen3", DOCUMENTS, 4, {"cp": 2, "ep": 4}, marks=pytest.mark.slow),
+    pytest.param("gpt_oss", DOCUMENTS, 4, {"cp": 2, "ep": 4}, marks=pytest.mark.slow),
+    pytest.param("deepseek_v3", (), 4, {"cp": 4, "ep": 2}, marks=pytest.mark.slow),
+    ("deepseek_v3", DOCUMENTS, 4, {"cp": 2, "tp": 2, "ep": 4}),
+    ("gpt_oss", DOCUMENTS, 4, {"cp": 2, "tp": 2, "ep": 2}),
+    pytest.param("qwen2", DOCUMENTS, 4, {"tp": 2, "dp_replicate": 2}, marks=pytest.mark.slow),
 ]
 
 
 def _run(
-    ranks: RankPool, folder: Path, model: str, world_size: int, layout: dict[str, int], *overrides: str
+    ranks: RankPool,
+    folder: Path,
+    model: str,
+    world_size: int,
+    layout: dict[str, int],
+    *overrides: str,
+    run_folder: Path | None = None,
 ) -> dict[str, Any]:
     """Ten steps of a family's tiny model, with accumulation; the export beside the results of all ranks."""
     readers = world_size // (layout.get("pp", 1) * layout.get("cp", 1) * layout.get("tp", 1))
@@ -57,12 +66,12 @@ def _run(
         *overrides,
     ]
     assets = _assets(folder, model)
-    run_folder = folder / f"run-{len(list(folder.iterdir()))}"
+    run_folder = run_folder or folder / f"run-{len(list(folder.iterdir()))}"
     results = ranks.run(world_size, run_trainer, str(assets), str(run_folder), str(folder / "cache"), settings)
     weights: dict[str, np.ndarray] = {}
     for file in (run_folder / "hf").glob("*.safetensors"):
         weights |= load_file(file)
-    return {"ranks": results, "metrics": results[0]["metrics"], "weights": weights}
+    return {"folder": run_folder, "ranks": results, "metrics": results[0]["metrics"], "weights": weights}
 
 
 def _assets(folder: Path, model: str) -> Path:
@@ -100,12 +109,37 @@ def test_a_run_of_other_models_and_settings_equals_one_process(
     _compare(_run(ranks, folder, model, world_size, layout, *overrides), one_process)
 
 
-@pytest.mark.parametrize(("world_size", "layout"), [(4, {"ep": 2})], ids=str)
+@pytest.mark.parametrize(
+    ("world_size", "layout"), [pytest.param(4, {"ep": 2}, marks=pytest.mark.slow), (4, {"tp": 2, "ep": 4})]
+)
 def test_a_run_with_muon_equals_one_process(
     ranks: RankPool, folder: Path, world_size: int, layout: dict[str, int]
 ) -> None:
     muon = ("--optimizer.name=muon", "--optimizer.lr=6e-3")
     _compare(_run(ranks, folder, "qwen3", world_size, layout, *muon), _run(ranks, folder, "qwen3", 1, {}, *muon))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout", "other_size", "other_layout"),
+    [
+        (4, {"tp": 2, "ep": 4}, 2, {"ep": 2}),
+        pytest.param(4, {"dp_replicate": 2, "ep": 2}, 4, {"tp": 2, "ep": 2}, marks=pytest.mark.slow),
+        pytest.param(2, {"ep": 2}, 4, {"cp": 2, "dp_replicate": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_with_another_layout(
+    ranks: RankPool,
+    folder: Path,
+    one_process: dict[str, Any],
+    world_size: int,
+    layout: dict[str, int],
+    other_size: int,
+    other_layout: dict[str, int],
+) -> None:
+    first = _run(ranks, folder, "qwen3", world_size, layout, "--checkpoint.interval", "5")["folder"]
+    for later in ("checkpoint/step-00000010", "hf"):
+        shutil.rmtree(first / later)
+    _compare(_run(ranks, folder, "qwen3", other_size, other_layout, run_folder=first), one_process)
 
 
 def _compare(result: dict[str, Any], one_process: dict[str, Any]) -> None:
