@@ -116,7 +116,7 @@ def test_a_run_with_muon_equals_one_process(
     ranks: RankPool, folder: Path, world_size: int, layout: dict[str, int]
 ) -> None:
     muon = ("--optimizer.name=muon", "--optimizer.lr=6e-3")
-    _compare(_run(ranks, folder, "qwen3", world_size, layout, *muon), _run(ranks, folder, "qwen3", 1, {}, *muon))
+    _compare(_run(ranks, folder, "qwen3", 4, layout, *muon), _run(ranks, folder, "qwen3", 1, {}, *muon))
 
 
 @pytest.mark.parametrize(
