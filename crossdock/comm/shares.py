@@ -7,7 +7,8 @@ not follow them: a compiled graph ends there.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,20 +23,26 @@ _all_reduce = torch.ops._c10d_functional.all_reduce.default
 _all_gather = torch.ops._c10d_functional.all_gather_into_tensor.default
 _wait = torch.ops._c10d_functional.wait_tensor.default
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-@torch.compiler.disable
+
+def _uncompiled(function: F) -> F:
+    return cast(F, torch.compiler.disable(function))
+
+
+@_uncompiled
 def enter_parts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """`x`, which all ranks have, for ranks that each compute a part with it: gradients are summed."""
     return _Enter.apply(x, group.group_name)  # type: ignore[return-value]
 
 
-@torch.compiler.disable
+@_uncompiled
 def sum_terms(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of the ranks' `x`, on all of them; its gradient is that of each term."""
     return _Sum.apply(x, group.group_name)  # type: ignore[return-value]
 
 
-@torch.compiler.disable
+@_uncompiled
 def take_part(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """This rank's part of `x`, which all ranks have, of as many equal ones along `dim` as there are ranks.
 
@@ -47,13 +54,13 @@ def take_part(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     return _Take.apply(x, dim, group.group_name, group.rank(), group.size())  # type: ignore[return-value]
 
 
-@torch.compiler.disable
+@_uncompiled
 def join_parts(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """The ranks' parts `x`, of one shape, joined along `dim`, where all ranks then compute the same."""
     return _Join.apply(x, dim, group.group_name, group.rank(), group.size())  # type: ignore[return-value]
 
 
-@torch.compiler.disable
+@_uncompiled
 def gather_parts(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """As `join_parts`, where each rank then computes a part: gradients are summed, each rank's for its part."""
     rows = x.movedim(dim, 0)
@@ -61,7 +68,7 @@ def gather_parts(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     return whole.view(-1, *rows.shape[1:]).movedim(0, dim)
 
 
-@torch.compiler.disable
+@_uncompiled
 def scatter_terms(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """This rank's part along `dim` of the sum of the ranks' `x`, in fp32 (float64 stays), rounded once."""
     rows = x.movedim(dim, 0)

@@ -207,7 +207,7 @@ class _Split(NamedTuple):
         heads = [module for module in model.modules() if isinstance(module, VocabularyHead)]
         if not heads:
             raise ValueError("tensor parallelism needs a head of ours (crossdock.models.LossHead)")
-        sharded: dict[nn.Parameter, nn.Parameter] = {}
+        sharded: dict[Tensor, nn.Parameter] = {}
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 if type(child) is nn.Embedding and child.num_embeddings == heads[0].weight.shape[0]:
@@ -232,7 +232,7 @@ class _Split(NamedTuple):
         setattr(sharded, _PARTIAL, True)
         _replace(module, name, sharded)
 
-    def _shard(self, parameter: nn.Parameter, dim: int) -> nn.Parameter:
+    def _shard(self, parameter: Tensor, dim: int) -> nn.Parameter:
         """This rank's part of a parameter, as a DTensor."""
         size, rank = self.mesh.size(), self.mesh.get_local_rank()
         if parameter.shape[dim] % size:

@@ -59,7 +59,7 @@ class VocabularyHead(nn.Module):
         split: `None` where it is whole.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     split: VocabularySplit | None = None
 
 
