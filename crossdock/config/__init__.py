@@ -1,5 +1,6 @@
 """Configuration: TOML, then command-line overrides, into typed dataclasses, validated once before anything starts."""
 
+from crossdock.config.layout_checks import expert_parallel_degrees
 from crossdock.config.reading import RUN_CONFIG_FILE, load_config, read_toml, to_toml
 from crossdock.config.requirements import check_writable
 from crossdock.config.settings import (
@@ -13,7 +14,7 @@ from crossdock.config.settings import (
     TrainingConfig,
     ValidationConfig,
 )
-from crossdock.config.validation import check_settings, expert_parallel_degrees, validate
+from crossdock.config.validation import check_settings, validate
 
 __all__ = [
     "ASSETS_FOLDER",

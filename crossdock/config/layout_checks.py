@@ -2,27 +2,76 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedConfig
 
 from crossdock.config.requirements import require
-from crossdock.config.settings import Config
-from crossdock.models import FAMILIES
+from crossdock.config.settings import Config, ConfigError
+from crossdock.dispatch import find_nodes
+from crossdock.models import (
+    FAMILIES,
+    ExpertSizes,
+    UnknownAttention,
+    accept_context_parallel,
+    build_model,
+    most_positions,
+)
 from crossdock.models.generic import Generic
-from crossdock.parallel import ParallelDims
+from crossdock.parallel import LayoutError, ParallelDims, check_heads, nearest
 
-__all__ = ["check_tensor_parallel"]
+__all__ = ["check_layout", "expert_parallel_degrees"]
 
 _TP = "parallelism.tensor_parallel_degree"
 
 
-def check_tensor_parallel(config: Config, dims: ParallelDims, model: PreTrainedConfig) -> None:
-    """What `tp` divides: heads, the vocabulary, dense layers, sequences.
+def check_layout(config: Config, dims: ParallelDims, model: PreTrainedConfig, ranks_per_machine: int) -> None:
+    """Everything that depends on the number of ranks.
+
+    Args:
+        config: to check.
+        dims: degrees that fit one another.
+        model: its configuration.
+        ranks_per_machine: see `validate`.
 
     Raises:
-        ConfigError: with the rule that is broken and the nearest degree that fits.
+        ConfigError: with the rule that is broken and what would fit.
     """
-    if dims.tp == 1:
-        return
+    if dims.tp > 1:
+        _check_tensor_parallel(config, dims, model)
+    _check_experts(config, dims, model, ranks_per_machine)
+    batch, total = config.training.local_batch_size, config.training.global_batch_size
+    step = batch * dims.dp_replicate * dims.dp_shard
+    valid = f"-1 or a multiple of {step} (local_batch_size {batch} x data-parallel ranks)"
+    require(config, "training.global_batch_size", total == -1 or (total > 0 and total % step == 0), valid)
+    if dims.cp > 1:
+        _check_context(config, model, dims)
+
+
+def _check_experts(config: Config, dims: ParallelDims, model: PreTrainedConfig, ranks_per_machine: int) -> None:
+    """What `ep` divides, and dispatchers that need a layout."""
+    sizes = FAMILIES[config.model.name].expert_sizes(model)
+    ep, most = "parallelism.expert_parallel_degree", sizes.num_experts
+    valid = f"needs {ep} = 1, not {dims.ep}; use auto or alltoall"
+    require(config, "moe.dispatcher", config.moe.dispatcher != "local" or dims.ep == 1, valid)
+    if config.moe.dispatcher == "hierarchical" and dims.ep > 1:
+        for first in range(0, dims.world_size, dims.ep):  # each group of expert-parallel ranks
+            nodes = find_nodes(range(first, first + dims.ep), config.moe.ranks_per_node, ranks_per_machine)
+            valid = f"must divide {ep} = {dims.ep}"
+            require(config, "moe.ranks_per_node", nodes.size is not None or not config.moe.ranks_per_node, valid)
+            valid = (
+                f"needs as many expert-parallel ranks on each machine, but ranks {first} to {first + dims.ep - 1} are "
+                f"on machines {nodes}; use alltoall, or set moe.ranks_per_node"
+            )
+            require(config, "moe.dispatcher", nodes.size is not None, valid)
+    require(config, ep, dims.ep <= most, f"at most {most}, the model's experts")
+    working = expert_parallel_degrees(sizes, dims.replica_size)
+    valid = f"one of {', '.join(map(str, working))}" if working else "there is none for this number of ranks"
+    why = f"{dims.replica_size} ranks / expert_parallel_degree must divide the experts' sizes {sizes[1]} and {sizes[2]}"
+    require(config, ep, dims.ep in working, f"{valid}: {why}")
+
+
+def _check_tensor_parallel(config: Config, dims: ParallelDims, model: PreTrainedConfig) -> None:
+    """What `tp` divides: heads, the vocabulary, dense layers, sequences."""
     family, text = FAMILIES[config.model.name], model.get_text_config()
     one = "must be 1 "
     require(config, _TP, not isinstance(family, Generic), f"{one}with model.name = generic, which has no plan for it")
@@ -35,13 +84,65 @@ def check_tensor_parallel(config: Config, dims: ParallelDims, model: PreTrainedC
     for name in ("intermediate_size", "intermediate_size_mlp", "shared_expert_intermediate_size"):
         if getattr(text, name, None):
             sizes[name] = getattr(text, name)
+    if shared := getattr(text, "n_shared_experts", 0):
+        sizes["the shared experts"] = shared * text.moe_intermediate_size
 
     def fits(degree: int) -> bool:
         heads = plan.num_key_value_heads
         return all(size % degree == 0 for size in sizes.values()) and (heads % degree == 0 or degree % heads == 0)
 
     working = [degree for degree in range(1, dims.tp * 2 + 1) if fits(degree)]
-    nearest = min(working, key=lambda degree: abs(degree - dims.tp))
     what = ", ".join(f"{name} ({size})" for name, size in sizes.items())
     valid = f"must divide {what}, and divide the {plan.num_key_value_heads} key-value heads or be a multiple of them"
-    require(config, _TP, fits(dims.tp), f"{valid}; the nearest that does is {nearest}")
+    require(config, _TP, fits(dims.tp), f"{valid}; the nearest that does is {nearest(dims.tp, working)}")
+
+
+def _check_context(config: Config, model: PreTrainedConfig, dims: ParallelDims) -> None:
+    """Ranks that share sequences."""
+    cp, seq_len = dims.cp, config.training.seq_len
+    fitting = [nearby * cp for nearby in (seq_len // cp, seq_len // cp + 1) if 0 < nearby * cp <= most_positions(model)]
+    near = f"; the nearest is {nearest(seq_len, fitting)}" if fitting else ""
+    valid = f"must be a multiple of parallelism.context_parallel_degree = {cp}, the ranks that share a sequence{near}"
+    require(config, "training.seq_len", seq_len % cp == 0, valid)
+    attention = config.model.attn_implementation
+    blind = attention.startswith("flash_attention") and config.data.within_documents
+    valid = "needs model.attn_implementation = sdpa where ranks share sequences (context_parallel_degree)"
+    require(config, "data.attend_within_documents", not blind, valid)
+    method = config.parallelism.context_parallel_method
+    if method == "ring":
+        _check_ring(config)
+    family = FAMILIES[config.model.name]
+    built = build_model(family, model, config.moe, torch.float32, attn_implementation=attention)
+    field = "parallelism.context_parallel_degree"
+    try:
+        check_heads(accept_context_parallel(built, method), cp, dims.tp, dims.dp_shard * cp)
+    except UnknownAttention as error:
+        raise ConfigError(field, cp, f"must be 1: ranks cannot share sequences with {error}") from None
+    except LayoutError as error:
+        raise ConfigError(field, cp, error.valid) from None
+
+
+def _check_ring(config: Config) -> None:
+    """What torch's ring attention computes."""
+    name, instead = "parallelism.context_parallel_method", "use ulysses"
+    valid = f"torch's ring attention needs a GPU: on a CPU it saves nothing and merges parts in float32; {instead}"
+    require(config, name, torch.cuda.is_available(), valid)
+    valid = f"torch's ring attention needs training.dtype = bfloat16; {instead}"
+    require(config, name, config.training.dtype == "bfloat16", valid)
+    valid = f"torch's ring attention does not see the ends of documents (data.attend_within_documents); {instead}"
+    require(config, name, not config.data.within_documents, valid)
+
+
+def expert_parallel_degrees(sizes: ExpertSizes, num_ranks: int) -> list[int]:
+    """The degrees that work, ascending: no rank without an expert, and matrices that divide evenly over `ep_shard`.
+
+    Args:
+        sizes: of the model's experts.
+        num_ranks: that share a copy of them.
+    """
+    return [
+        degree
+        for degree in range(1, min(num_ranks, sizes.num_experts) + 1)
+        if num_ranks % degree == 0
+        and not any(size % (num_ranks // degree) for size in (sizes.hidden_size, sizes.intermediate_size))
+    ]

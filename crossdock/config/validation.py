@@ -14,17 +14,14 @@ import torch
 from transformers import PreTrainedConfig
 
 from crossdock.config.data_checks import check_data, check_tokenizer
-from crossdock.config.layout_checks import check_tensor_parallel
+from crossdock.config.layout_checks import check_layout
 from crossdock.config.requirements import check_writable, require
 from crossdock.config.settings import Config, ConfigError, setting_types
 from crossdock.config.start_checks import check_initial_weights, check_lora, check_run_folder
-from crossdock.dispatch import choose_deepep_api, find_nodes, load_deepep
+from crossdock.dispatch import choose_deepep_api, load_deepep
 from crossdock.models import (
     FAMILIES,
-    ExpertSizes,
     ModelError,
-    UnknownAttention,
-    accept_context_parallel,
     build_model,
     most_positions,
     resolve_hf_config,
@@ -32,9 +29,9 @@ from crossdock.models import (
 from crossdock.models.family import DEEPEP_SUFFIX
 from crossdock.moe import moe_layers
 from crossdock.moe_config import MoEConfigError
-from crossdock.parallel import LayoutError, ParallelDims, check_heads, nearest
+from crossdock.parallel import LayoutError, ParallelDims
 
-__all__ = ["check_settings", "expert_parallel_degrees", "validate"]
+__all__ = ["check_settings", "validate"]
 
 
 def validate(config: Config, world_size: int, ranks_per_machine: int = 0) -> ParallelDims:
@@ -53,84 +50,8 @@ def validate(config: Config, world_size: int, ranks_per_machine: int = 0) -> Par
         dims = ParallelDims.from_config(config.parallelism, world_size)
     except LayoutError as error:
         raise ConfigError(f"parallelism.{error.field}", error.value, error.valid) from None
-    check_tensor_parallel(config, dims, model)
-    sizes = FAMILIES[config.model.name].expert_sizes(model)
-    ep, most = "parallelism.expert_parallel_degree", sizes.num_experts
-    valid = f"needs {ep} = 1, not {dims.ep}; use auto or alltoall"
-    require(config, "moe.dispatcher", config.moe.dispatcher != "local" or dims.ep == 1, valid)
-    if config.moe.dispatcher == "hierarchical" and dims.ep > 1:
-        for first in range(0, world_size, dims.ep):  # each group of expert-parallel ranks
-            nodes = find_nodes(range(first, first + dims.ep), config.moe.ranks_per_node, ranks_per_machine)
-            valid = f"must divide {ep} = {dims.ep}"
-            require(config, "moe.ranks_per_node", nodes.size is not None or not config.moe.ranks_per_node, valid)
-            valid = (
-                f"needs as many expert-parallel ranks on each machine, but ranks {first} to {first + dims.ep - 1} are "
-                f"on machines {nodes}; use alltoall, or set moe.ranks_per_node"
-            )
-            require(config, "moe.dispatcher", nodes.size is not None, valid)
-    require(config, ep, dims.ep <= most, f"at most {most}, the model's experts")
-    working = expert_parallel_degrees(sizes, dims.replica_size)
-    valid = f"one of {', '.join(map(str, working))}" if working else "there is none for this number of ranks"
-    why = f"{dims.replica_size} ranks / expert_parallel_degree must divide the experts' sizes {sizes[1]} and {sizes[2]}"
-    require(config, ep, dims.ep in working, f"{valid}: {why}")
-    batch, total = config.training.local_batch_size, config.training.global_batch_size
-    step = batch * dims.dp_replicate * dims.dp_shard
-    valid = f"-1 or a multiple of {step} (local_batch_size {batch} x data-parallel ranks)"
-    require(config, "training.global_batch_size", total == -1 or (total > 0 and total % step == 0), valid)
-    if dims.cp > 1:
-        _check_context(config, model, dims)
+    check_layout(config, dims, model, ranks_per_machine)
     return dims
-
-
-def _check_context(config: Config, model: PreTrainedConfig, dims: ParallelDims) -> None:
-    """Ranks that share sequences."""
-    cp, seq_len = dims.cp, config.training.seq_len
-    fitting = [nearby * cp for nearby in (seq_len // cp, seq_len // cp + 1) if 0 < nearby * cp <= most_positions(model)]
-    near = f"; the nearest is {nearest(seq_len, fitting)}" if fitting else ""
-    valid = f"must be a multiple of parallelism.context_parallel_degree = {cp}, the ranks that share a sequence{near}"
-    require(config, "training.seq_len", seq_len % cp == 0, valid)
-    attention = config.model.attn_implementation
-    blind = attention in _FLASH_ATTENTION and config.data.within_documents
-    valid = "needs model.attn_implementation = sdpa where ranks share sequences (context_parallel_degree)"
-    require(config, "data.attend_within_documents", not blind, valid)
-    method = config.parallelism.context_parallel_method
-    if method == "ring":
-        _check_ring(config)
-    family = FAMILIES[config.model.name]
-    built = build_model(family, model, config.moe, torch.float32, attn_implementation=attention)
-    field = "parallelism.context_parallel_degree"
-    try:
-        check_heads(accept_context_parallel(built, method), cp, dims.tp, dims.dp_shard * cp)
-    except UnknownAttention as error:
-        raise ConfigError(field, cp, f"must be 1: ranks cannot share sequences with {error}") from None
-    except LayoutError as error:
-        raise ConfigError(field, cp, error.valid) from None
-
-
-def _check_ring(config: Config) -> None:
-    """What torch's ring attention computes."""
-    name, instead = "parallelism.context_parallel_method", "use ulysses"
-    valid = f"torch's ring attention needs a GPU: on a CPU it saves nothing and merges parts in float32; {instead}"
-    require(config, name, torch.cuda.is_available(), valid)
-    valid = f"torch's ring attention needs training.dtype = bfloat16; {instead}"
-    require(config, name, config.training.dtype == "bfloat16", valid)
-    valid = f"torch's ring attention does not see the ends of documents (data.attend_within_documents); {instead}"
-    require(config, name, not config.data.within_documents, valid)
-
-
-def expert_parallel_degrees(sizes: ExpertSizes, num_ranks: int) -> list[int]:
-    """The degrees that work, ascending: no rank without an expert, and matrices that divide evenly over `ep_shard`.
-
-    Args:
-        sizes: of the model's experts.
-        num_ranks: that share a copy of them.
-    """
-    return [
-        degree
-        for degree in range(1, min(num_ranks, sizes.num_experts) + 1)
-        if num_ranks % degree == 0
-        and not any(size % (num_ranks // degree) for size in (sizes.hidden_size, sizes.intermediate_size))
-    ]
 
 
 def check_settings(config: Config) -> PreTrainedConfig:
