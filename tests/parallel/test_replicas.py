@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossdock.moe import MoE, moe_layers
 from crossdock.moe_config import MoEConfig
@@ -139,3 +141,31 @@ def unsummed() -> str:
 
 def test_replicas_that_nobody_sums_are_refused(ranks: RankPool) -> None:
     assert "make one after apply_fsdp" in ranks.run(2, unsummed)[0]
+
+
+class _Counted(TorchDispatchMode):
+    """Counts reductions by the names of their operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and "reduce" in str(func):
+            self.counts["scatter" if "reduce_scatter" in str(func) else "all"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def reductions(reduction: Any, micro_batches: int) -> Counter[str]:
+    """How many reductions a step takes, over the ranks that share parameters and over replicas."""
+    with _Counted() as counted:
+        replicas(8, (2, 1), "none", micro_batches, reduction=reduction)
+    return counted.counts
+
+
+def test_a_step_reduces_as_often_as_it_is_told(ranks: RankPool) -> None:
+    arguments = (("micro_batch", 2), ("step", 2), ("step", 1))
+    each, once, single = (ranks.run(4, reductions, *each)[0] for each in arguments)
+    assert each["scatter"] == 2 * once["scatter"] == 2 * single["scatter"] > 0
+    # Replicas are summed once in any case.
+    assert each["all"] == once["all"] == single["all"] > 0
