@@ -39,7 +39,6 @@ if ((${#failed[@]})); then
     printf ' [%s]' "${failed[@]}"
     printf '\n'
 fi
-# Two at a time: many tests wait for the ranks that they have started.
-step "pytest" "$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder ${pytest_args[@]+"${pytest_args[@]}"}
+step "pytest" "$bin/python" -m pytest ${pytest_args[@]+"${pytest_args[@]}"}
 
 ((${#failed[@]} == 0))
