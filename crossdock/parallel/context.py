@@ -131,7 +131,7 @@ def apply_cp(model: nn.Module, meshes: Meshes) -> nn.Module:
     """
     if meshes.cp is None:
         return model
-    check_heads(model, meshes.cp.size(), meshes["tp"].size(), meshes["fsdp"].size())
+    check_heads(model, meshes.cp.size(), meshes.size("tp"), meshes.size("fsdp"))
     for context in _contexts(model):
         context.place(meshes.cp)
     return model

@@ -56,7 +56,7 @@ def apply_fsdp(
         param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype is not None else None
     )
     offload = CPUOffloadPolicy(pin_memory=meshes.dense.device_type != "cpu") if cpu_offload else OffloadPolicy()
-    dense_mesh = meshes.dense["dp_replicate", "fsdp"] if meshes["dp_replicate"].size() > 1 else meshes["fsdp"]
+    dense_mesh = meshes.dense["dp_replicate", "fsdp"] if meshes.size("dp_replicate") > 1 else meshes["fsdp"]
     sharding = _expert_sharding(meshes)
     # Modules are sharded as dense parameters are, unevenly where need be; of rows for slots, the next dimension.
     dims = {parameter: 0 for module in expert_modules for parameter in module.parameters()}
@@ -95,14 +95,14 @@ def apply_fsdp(
     for module in expert_modules:
         if isinstance(module, UnpackedExperts):
             module.mark()
-    replicas = meshes["ep_replicate"]
+    replicas = meshes.size("ep_replicate")
     for layer in moe_layers(model).values():
-        layer.is_first_replica = replicas.get_local_rank() == 0
-        layer.sums_replicas = replicas.size() == 1
+        layer.is_first_replica = replicas == 1 or meshes["ep_replicate"].get_local_rank() == 0
+        layer.sums_replicas = replicas == 1
         if not layer.sums_replicas:
             for parameter in layer.experts.parameters():
                 if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(partial(_refuse_unsummed, layer, replicas.size()))
+                    parameter.register_post_accumulate_grad_hook(partial(_refuse_unsummed, layer, replicas))
     return model
 
 
@@ -123,7 +123,7 @@ def _expert_sharding(meshes: Meshes) -> Callable[[int], Any] | None:
     One `fully_shard` per block gathers dense parameters and experts side by side; a nested one costs hooks and, where
     experts are checkpointed, records that selective recompute does not find again.
     """
-    if all(meshes[name].size() == 1 for name in ("ep", "ep_replicate", "tp")):  # the same ranks
+    if all(meshes.size(name) == 1 for name in ("ep", "ep_replicate", "tp")):  # the same ranks
         return lambda dim: Shard(dim)
     try:
         from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult

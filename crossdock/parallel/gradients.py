@@ -48,8 +48,8 @@ class GradientManager:
         self._reduction = reduction
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._replicas: ExpertReplicas | None = None
-        self._tp = meshes["tp"].get_group() if meshes["tp"].size() > 1 else None
-        if meshes["ep_replicate"].size() > 1:
+        self._tp = meshes["tp"].get_group() if meshes.size("tp") > 1 else None
+        if meshes.size("ep_replicate") > 1:
             self._replicas = ExpertReplicas(model, meshes, sparse=sparse)
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, NamedTuple, cast
@@ -167,7 +168,9 @@ class ParallelDims:
             timeout: of every collective in the meshes' groups; torch's default if `None`.
         """
 
-        def mesh(**sizes: int) -> DeviceMesh:
+        def mesh(always: Sequence[str], **degrees: int) -> DeviceMesh:
+            # Groups of a single rank would cost threads and connections for nothing.
+            sizes = {name: degree for name, degree in degrees.items() if degree > 1 or name in always}
             # init_device_mesh would give its groups torch's default time-out, whatever the default group's is.
             grid = torch.arange(self.world_size).view(*sizes.values())
             groups = [_group(grid, [dim], timeout) for dim in range(grid.ndim)]
@@ -175,8 +178,8 @@ class ParallelDims:
 
         grid = torch.arange(self.world_size).view(self.pp, self.dp_replicate, self.dp_shard, self.cp, self.tp)
         return Meshes(
-            mesh(pp=self.pp, dp_replicate=self.dp_replicate, fsdp=self.dp_shard * self.cp, tp=self.tp),
-            mesh(pp=self.pp, ep_replicate=self.dp_replicate, ep_shard=self.ep_shard, ep=self.ep),
+            mesh(["fsdp"], pp=self.pp, dp_replicate=self.dp_replicate, fsdp=self.dp_shard * self.cp, tp=self.tp),
+            mesh(["ep_shard", "ep"], pp=self.pp, ep_replicate=self.dp_replicate, ep_shard=self.ep_shard, ep=self.ep),
             cp=_group(grid, [3], timeout) if self.cp > 1 else None,
             sequence=_group(grid, [3, 4], timeout) if self.cp * self.tp > 1 else None,
             stage=_group(grid, [1, 2, 3, 4], timeout) if self.pp * self.dp_replicate > 1 else None,
@@ -207,6 +210,8 @@ class Reader(NamedTuple):
 class Meshes:
     """The ranks, as parameters and tokens see them; `meshes[name]` is the mesh of one dimension.
 
+    Dimensions of one rank are left out, but for `fsdp`, `ep_shard` and `ep`.
+
     Attributes:
         dense: `(pp, dp_replicate, fsdp, tp)`, with `fsdp = dp_shard x cp`.
         experts: `(pp, ep_replicate, ep_shard, ep)`.
@@ -226,6 +231,11 @@ class Meshes:
         """Ranks that share a sequence."""
         return 1 if self.sequence is None else self.sequence.size()
 
+    def size(self, name: str) -> int:
+        """Ranks of a dimension; 1 where it is left out."""
+        names = (*(self.dense.mesh_dim_names or ()), *(self.experts.mesh_dim_names or ()))
+        return self[name].size() if name in names else 1
+
     def __getitem__(self, name: str) -> DeviceMesh:
         return next(mesh[name] for mesh in (self.dense, self.experts) if name in (mesh.mesh_dim_names or ()))
 
@@ -233,7 +243,8 @@ class Meshes:
 def _group(grid: Tensor, dims: list[int], timeout: timedelta | None) -> dist.ProcessGroup:
     """This rank's group of those that differ in `dims` of `grid` alone."""
     ends = list(range(-len(dims), 0))
-    ranks = grid.movedim(dims, ends).flatten(-len(dims)).flatten(0, -2).tolist()
+    size = math.prod(grid.shape[dim] for dim in dims)
+    ranks = grid.movedim(dims, ends).reshape(-1, size).tolist()
     return cast(dist.ProcessGroup, dist.new_subgroups_by_enumeration(ranks, timeout=timeout)[0])
 
 

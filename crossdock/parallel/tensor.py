@@ -97,11 +97,11 @@ def apply_tp(model: nn.Module, meshes: Meshes, plan: TensorPlan | None, *, seque
     Raises:
         ValueError: for a model that does not divide, or without a plan.
     """
-    mesh = meshes["tp"]
-    if mesh.size() == 1:
+    if meshes.size("tp") == 1:
         return model
     if plan is None:
         raise ValueError("tensor parallelism needs a tensor_plan that says what is split")
+    mesh = meshes["tp"]
     group = mesh.get_group()
     split = _Split(mesh, group, sequence_parallel)
     blocks = transformer_blocks(model)

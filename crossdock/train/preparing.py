@@ -106,7 +106,7 @@ def build_training_model(
         kernels=config.model.kernels,
         force_load_balance=training.debug_moe_force_load_balance,
     )
-    if meshes.cp is not None or (meshes["tp"].size() > 1 and family.own_attention):
+    if meshes.cp is not None or (meshes.size("tp") > 1 and family.own_attention):
         accept_context_parallel(model, config.parallelism.context_parallel_method)
     for layer in moe_layers(model).values():
         if layer.router is not None:
