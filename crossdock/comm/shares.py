@@ -15,11 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from crossdock.comm.collectives import gather_rows, scatter_sum
+from crossdock.comm.collectives import gather_rows, scatter_sum, sum_over_ranks
 
 __all__ = ["enter_parts", "gather_parts", "join_parts", "scatter_terms", "sum_terms", "take_part"]
 
-_all_reduce = torch.ops._c10d_functional.all_reduce.default
 _all_gather = torch.ops._c10d_functional.all_gather_into_tensor.default
 _wait = torch.ops._c10d_functional.wait_tensor.default
 
@@ -77,10 +76,6 @@ def scatter_terms(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     return part.view(-1, *rows.shape[1:]).movedim(0, dim)
 
 
-def _total(x: Tensor, group_name: str) -> Tensor:
-    return _wait(_all_reduce(x.contiguous(), "sum", group_name))
-
-
 def _joined(x: Tensor, dim: int, group_name: str, size: int) -> Tensor:
     rows = x.movedim(dim, 0).contiguous()
     return _wait(_all_gather(rows, size, group_name)).movedim(0, dim)
@@ -94,13 +89,13 @@ class _Enter(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _total(grads[0], ctx.group_name), None
+        return sum_over_ranks(grads[0].contiguous(), ctx.group_name), None
 
 
 class _Sum(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group_name: str) -> Tensor:
-        return _total(x, group_name)
+        return sum_over_ranks(x.contiguous(), group_name)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

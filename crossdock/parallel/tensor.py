@@ -106,8 +106,7 @@ def apply_tp(model: nn.Module, meshes: Meshes, plan: TensorPlan | None, *, seque
     split = _Split(mesh, group, sequence_parallel)
     blocks = transformer_blocks(model)
     if sequence_parallel:
-        for module in model.modules():
-            setattr(module, _PARTIAL, True)
+        _mark(model)
         blocks[0].register_forward_pre_hook(_first(lambda x: take_part(x, 1, group)), with_kwargs=True)
     for block in blocks:
         for name, region in plan.regions.items():
@@ -229,7 +228,6 @@ class _Split(NamedTuple):
             if dim == 0:
                 sharded.bias = self._shard(linear.bias, 0)
             sharded.adds_bias = dim == 0 or self.mesh.get_local_rank() == 0
-        setattr(sharded, _PARTIAL, True)
         _replace(module, name, sharded)
 
     def _shard(self, parameter: Tensor, dim: int) -> nn.Parameter:

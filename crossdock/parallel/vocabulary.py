@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from crossdock.comm import enter_parts, gather_parts, join_parts, sum_terms
+from crossdock.comm import enter_parts, gather_parts, join_parts, sum_over_ranks, sum_terms
 from crossdock.parallel.shards import local_part
 
 __all__ = ["VocabularyEmbedding", "VocabularyHead", "VocabularySplit"]
@@ -95,7 +95,7 @@ class _Loss(Function):
         own = (labels >= first) & (labels < first + logits.shape[-1])
         index = (labels - first).clamp(0, logits.shape[-1] - 1)[:, None]
         chosen = logits.gather(1, index).squeeze(1).masked_fill(~own, 0)
-        sums = _wait(_all_reduce(torch.stack([exponentials.sum(dim=-1), chosen]), "sum", group_name))
+        sums = sum_over_ranks(torch.stack([exponentials.sum(dim=-1), chosen]), group_name)
         counted = labels >= 0
         ctx.save_for_backward(exponentials.div_(sums[0][:, None]), index, own, counted)
         losses = (sums[0].log() + largest - sums[1]).masked_fill(~counted, 0)
