@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -20,6 +21,8 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 __all__ = ["RankPool"]
 
 _COLLECTIVE_SECONDS = 60
+# Caches of DTensor keep meshes, and so process groups, whose threads wake up a hundred times a second.
+_THREADS = 40
 _PRELOADED = ("torch.distributed.fsdp", "transformers.models.qwen3_moe.modeling_qwen3_moe", "crossdock.train.trainer")
 
 
@@ -63,14 +66,28 @@ class RankPool:
         if failures:
             self.close()
             raise AssertionError("\n".join(failures))
+        for rank, (process, _) in enumerate(self._workers[:world_size]):
+            if _threads(process.pid) > _THREADS:
+                _end(*self._workers[rank])
+                self._workers[rank] = _spawn()
         return results
 
     def close(self) -> None:
-        for process, connection in self._workers:
-            process.kill()
-            process.join()
-            connection.close()
+        for worker in self._workers:
+            _end(*worker)
         self._workers = []
+
+
+def _threads(pid: int | None) -> int:
+    # Of the process, as Linux counts them; elsewhere workers keep theirs.
+    tasks = Path(f"/proc/{pid}/task")
+    return len(list(tasks.iterdir())) if tasks.is_dir() else 0
+
+
+def _end(process: Any, connection: Connection) -> None:
+    process.kill()
+    process.join()
+    connection.close()
 
 
 def _spawn() -> tuple[Any, Connection]:
@@ -86,6 +103,7 @@ def _spawn() -> tuple[Any, Connection]:
 
 def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported stays: collecting what a test leaves takes milliseconds
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     while True:
         try:
@@ -105,6 +123,7 @@ def _serve(connection: Connection) -> None:
             dist.destroy_process_group()
             # DTensor remembers meshes whose process groups are gone now.
             _clear_sharding_prop_cache()
+            gc.collect()
             connection.send((True, result))
         except BaseException:  # noqa: BLE001 (whatever it was, the test wants to see it)
             connection.send((False, traceback.format_exc()))
