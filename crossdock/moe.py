@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from crossdock.moe_config import MoEConfig, MoEConfigError
 from crossdock.routed_experts import RoutedExperts
 from crossdock.routing import (
     BatchTotals,
+    LoadCounter,
     LossCoefficients,
     Router,
     RouterConfig,
@@ -25,7 +28,19 @@ from crossdock.routing import (
     update_expert_bias,
 )
 
-__all__ = ["MoE", "finish_step", "moe_layers", "set_batch_totals"]
+__all__ = [
+    "MOE_LAYER_PLACES",
+    "MoE",
+    "MoELayerPlaces",
+    "finish_step",
+    "load_counters",
+    "moe_layer_places",
+    "moe_layers",
+    "set_batch_totals",
+]
+
+MOE_LAYER_PLACES = "crossdock_moe_layer_places"
+"""The attribute of a model, of which this rank has a part, that says what `moe_layer_places` returns."""
 
 
 class MoE(RoutedExperts):
@@ -194,6 +209,38 @@ def moe_layers(model: nn.Module) -> dict[str, RoutedExperts]:
     return {name: module for name, module in model.named_modules() if isinstance(module, RoutedExperts)}
 
 
+class MoELayerPlaces(NamedTuple):
+    """Where this rank's MoE layers are among those of the whole model, of which other pipeline stages may have some.
+
+    Attributes:
+        names: of all layers, in order.
+        own: which of them `moe_layers` gives here.
+        num_experts: `E` of each; 0 without a layer.
+    """
+
+    names: tuple[str, ...]
+    own: tuple[int, ...]
+    num_experts: int
+
+
+def moe_layer_places(model: nn.Module) -> MoELayerPlaces:
+    """Of a whole model, or one that `crossdock.parallel.apply_pp` has cut."""
+    known = getattr(model, MOE_LAYER_PLACES, None)
+    if known is not None:
+        return known
+    layers = moe_layers(model)
+    num_experts = max((layer.num_experts for layer in layers.values()), default=0)
+    return MoELayerPlaces(tuple(layers), tuple(range(len(layers))), num_experts)
+
+
+def load_counters(model: nn.Module) -> list[LoadCounter]:
+    """Of all MoE layers of the whole model, in order; those of layers that other pipeline stages have are empty."""
+    places = moe_layer_places(model)
+    device = next(chain(model.buffers(), model.parameters())).device
+    own = dict(zip(places.own, (layer.load for layer in moe_layers(model).values()), strict=True))
+    return [own.get(index) or LoadCounter(places.num_experts).to(device) for index in range(len(places.names))]
+
+
 def set_batch_totals(
     model: nn.Module,
     sequences: int,
@@ -222,7 +269,7 @@ def finish_step(model: nn.Module, group: dist.ProcessGroup | None = None, *, upd
 
     Args:
         model: its MoE layers all have the same number of experts.
-        group: the data-parallel ranks; `None` for this rank alone. Collective.
+        group: the data-parallel ranks, of all pipeline stages; `None` for this rank alone. Collective.
         update_bias: false leaves the biases as they are, after a step that was skipped.
 
     Returns:
@@ -231,11 +278,12 @@ def finish_step(model: nn.Module, group: dist.ProcessGroup | None = None, *, upd
     Raises:
         ValueError: for a model without an MoE layer.
     """
-    layers = list(moe_layers(model).values())
-    if not layers:
+    counters = load_counters(model)
+    if not counters:
         raise ValueError("the model has no crossdock.MoE layer, so there is no step to finish")
-    load = reduce_load([layer.load for layer in layers], group)
-    for layer, layer_counts in zip(layers, load.routes, strict=True):
+    load = reduce_load(counters, group)
+    for layer, index in zip(moe_layers(model).values(), moe_layer_places(model).own, strict=True):
+        layer_counts = load.routes[index]
         if update_bias and layer.router is not None:
             update_expert_bias([layer.router], layer_counts[None], layer.config.expert_bias_rate)
         layer.load.reset()

@@ -266,12 +266,12 @@ class Checkpointer:
         return entries + self._entries_elsewhere()
 
     def _entries_elsewhere(self) -> list[_Entry]:
-        """What other ranks have of experts that are modules; their optimizers may have less state than these names."""
+        """What other ranks alone have; their optimizers may have less state than these names."""
         states = self.optimizer.state.values() if self.optimizer is not None else ()
         kinds = ["model.", *sorted({f"{_OPTIMIZER}{key}." for state in states for key in state})]
         entries = [
             _Entry({}, [f"{kind}{name}" for kind in kinds], 4 * shape.numel() * len(kinds), elsewhere=True)
-            for name, shape in self._rows.elsewhere.items()
+            for name, shape in (self._rows.elsewhere | self._rows.of_other_stages).items()
         ]
         return entries + [_Entry({}, [f"model.{name}"], 0, elsewhere=True) for name in self._rows.buffers_elsewhere]
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from crossdock.experts import UnpackedExperts
+from crossdock.lora import base_of
 from crossdock.moe import moe_layers
-from crossdock.parallel import as_shards, plain_name
+from crossdock.parallel import as_shards, plain_name, stages_of
 from crossdock.placement import EMPTY
 
 __all__ = ["ExpertRows", "expert_rows"]
@@ -28,6 +29,7 @@ class ExpertRows:
         unpacked: names of the parameters of this rank's experts that are modules.
         elsewhere: names and shapes of the parameters of such experts on other ranks.
         buffers_elsewhere: names of their buffers that belong in a checkpoint.
+        of_other_stages: names and shapes, row by row, of the parameters that other pipeline stages have.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,6 +48,22 @@ class ExpertRows:
                 self.elsewhere |= {name: shape for name, shape in shapes.items() if name not in own}
                 held = {plain_name(name) for name, _ in experts.named_buffers()}
                 self.buffers_elsewhere += [prefix + name for name in experts.buffers_stored if name not in held]
+        self.of_other_stages: dict[str, torch.Size] = {}
+        stages = stages_of(model)
+        for prefix, module in {}.items() if stages is None else stages.elsewhere.items():
+            self._add_stage(prefix, module)
+
+    def _add_stage(self, prefix: str, module: nn.Module) -> None:
+        """Name what a module has that another stage holds."""
+        rows = ExpertRows(module)
+        for name, parameter in base_of(module).items():
+            shape = parameter.shape[1:] if rows.is_expert(parameter) else parameter.shape
+            names = rows.all_names(f"{prefix}.{name}", parameter, parameter)
+            self.of_other_stages |= dict.fromkeys(names, shape)
+            # What an optimizer has of the parameter as a whole: a count of steps.
+            self.of_other_stages.setdefault(f"{prefix}.{name}", torch.Size())
+        persistent = module.state_dict().keys()
+        self.buffers_elsewhere += [f"{prefix}.{name}" for name, _ in module.named_buffers() if name in persistent]
 
     def is_expert(self, parameter: nn.Parameter) -> bool:
         """Whether `split` gives a parameter row by row."""

@@ -19,7 +19,7 @@ from crossdock.checkpoint.hf_writing import MAX_SHARD_BYTES, Entry, ShardWriter
 from crossdock.comm import raise_together
 from crossdock.lora import base_of
 from crossdock.moe import moe_layers
-from crossdock.parallel import plain_name
+from crossdock.parallel import plain_name, stages_of
 from crossdock.routed_experts import RoutedExperts
 
 __all__ = ["save_hf"]
@@ -95,15 +95,17 @@ class _Source(NamedTuple):
 
 def _sources_of(model: nn.Module, keys: HFKeys) -> Iterator[_Source]:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    stages = stages_of(model)
+    ranks = list(range(world_size)) if stages is None else stages.ranks
     # Several groups of ranks may hold the same experts: the first one writes them.
     layers = list(moe_layers(model).values())
     in_first_group = all(layer.is_first_replica for layer in layers)
     is_alone = not layers or layers[0].ep_group is None
-    written = [0] * world_size
+    written = dict.fromkeys(ranks, 0)
 
     def next_writer(size: int) -> int:
         """For what all ranks have: whoever has least of that so far."""
-        writer = written.index(min(written))
+        writer = min(ranks, key=written.__getitem__)
         written[writer] += size
         return writer
 
@@ -119,7 +121,7 @@ def _sources_of(model: nn.Module, keys: HFKeys) -> Iterator[_Source]:
             holders = dist.get_process_group_ranks(view.device_mesh.get_group())
             writer = holders[index % len(holders)] if in_first_group else -1
         else:
-            writer = rank if in_first_group and (rank == 0 or not is_alone) else -1
+            writer = rank if in_first_group and (rank == ranks[0] or not is_alone) else -1
         parts = keys.parts(name, expert, view.shape)
         yield _Source({part.name: part.shape_of(view.shape) for part in parts}, writer, partial(_gather, view, parts))
     for layer_name, layer in moe_layers(model).items() if keys.packed else ():

@@ -17,11 +17,20 @@ from crossdock.models import (
     most_positions,
 )
 from crossdock.models.generic import Generic
-from crossdock.parallel import LayoutError, ParallelDims, check_heads, nearest
+from crossdock.parallel import (
+    LayoutError,
+    ParallelDims,
+    check_heads,
+    check_microbatches,
+    cut_blocks,
+    nearest,
+    stages_per_rank,
+)
 
 __all__ = ["check_layout", "expert_parallel_degrees"]
 
 _TP = "parallelism.tensor_parallel_degree"
+_PP = "parallelism.pipeline_parallel_degree"
 
 
 def check_layout(config: Config, dims: ParallelDims, model: PreTrainedConfig, ranks_per_machine: int) -> None:
@@ -45,6 +54,8 @@ def check_layout(config: Config, dims: ParallelDims, model: PreTrainedConfig, ra
     require(config, "training.global_batch_size", total == -1 or (total > 0 and total % step == 0), valid)
     if dims.cp > 1:
         _check_context(config, model, dims)
+    if dims.pp > 1:
+        _check_pipeline(config, dims, model)
 
 
 def _check_experts(config: Config, dims: ParallelDims, model: PreTrainedConfig, ranks_per_machine: int) -> None:
@@ -95,6 +106,38 @@ def _check_tensor_parallel(config: Config, dims: ParallelDims, model: PreTrained
     what = ", ".join(f"{name} ({size})" for name, size in sizes.items())
     valid = f"must divide {what}, and divide the {plan.num_key_value_heads} key-value heads or be a multiple of them"
     require(config, _TP, fits(dims.tp), f"{valid}; the nearest that does is {nearest(dims.tp, working)}")
+
+
+def _check_pipeline(config: Config, dims: ParallelDims, model: PreTrainedConfig) -> None:
+    """Stages, and the micro-batches that go through them."""
+    parallelism, training = config.parallelism, config.training
+    schedule = parallelism.pipeline_parallel_schedule
+    require(config, _PP, not config.lora.rank, "must be 1 with lora.rank: an adapter is written by one stage")
+    name = "parallelism.pipeline_parallel_stages_per_rank"
+    try:
+        per_rank = stages_per_rank(schedule, parallelism.pipeline_parallel_stages_per_rank)
+    except ValueError as error:
+        raise ConfigError(name, parallelism.pipeline_parallel_stages_per_rank, str(error)) from None
+    num_stages = dims.pp * per_rank
+    try:
+        cut_blocks(build_model(FAMILIES[config.model.name], model, config.moe, torch.float32), num_stages)
+    except ValueError as error:
+        blocks = model.get_text_config().num_hidden_layers
+        fitting = [degree for degree in range(1, dims.pp + 1) if degree * per_rank <= blocks]
+        near = f"; the nearest that fits is {max(fitting, default=1)}" if blocks < num_stages else "; it must be 1"
+        raise ConfigError(_PP, dims.pp, f"{error}{near}") from None
+    micro_batch = training.local_batch_size * dims.dp_replicate * dims.dp_shard
+    microbatches = dims.pp if training.global_batch_size == -1 else training.global_batch_size // micro_batch
+    try:
+        check_microbatches(schedule, microbatches, num_stages, dims.pp)
+    except ValueError as error:
+        valid = f"a step is {error}; a micro-batch is {micro_batch} rows (local_batch_size x data-parallel ranks)"
+        raise ConfigError("training.global_batch_size", training.global_batch_size, valid) from None
+    if schedule in ("zero_bubble", "zbv"):
+        split = f"with {schedule}, which takes the backward pass in two"
+        mode = "activation_checkpoint.mode"
+        require(config, mode, config.activation_checkpoint.mode == "none", f"must be none {split}: it would run twice")
+        require(config, "compile.enable", not config.compile.enable, f"must be false {split}")
 
 
 def _check_context(config: Config, model: PreTrainedConfig, dims: ParallelDims) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from crossdock.data import IGNORED_LABEL
 from crossdock.models.norm import Kernels
-from crossdock.parallel import VocabularyHead, local_part
+from crossdock.parallel import VocabularyHead, local_part, stages_of
 
 __all__ = ["LossHead", "batch_loss", "token_loss"]
 
@@ -26,6 +26,8 @@ def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def batch_loss(model: nn.Module, input_ids: Tensor, labels: Tensor, **inputs: Any) -> Tensor:
     """Sum of the cross entropies of a model with a `LossHead`; differentiable.
 
+    Of a model that is cut into pipeline stages, what the stage that runs hands on, unless it is the last.
+
     Args:
         model: from `build_model`; without a `LossHead`, the loss is that of its logits.
         input_ids: `[B, S]`.
@@ -33,10 +35,11 @@ def batch_loss(model: nn.Module, input_ids: Tensor, labels: Tensor, **inputs: An
         inputs: for the model, such as `position_ids` `[B, S]` and `padding_mask` `[B, S]`.
     """
     head = next((module for module in model.modules() if isinstance(module, LossHead)), None)
-    if head is None:
-        return token_loss(model(input_ids=input_ids, use_cache=False, **inputs).logits, labels)
-    with head.losses(labels):
-        return model(input_ids=input_ids, use_cache=False, **inputs).logits
+    with nullcontext() if head is None else head.losses(labels):
+        output = model(input_ids=input_ids, use_cache=False, **inputs).logits
+    stages = stages_of(model)
+    gives_logits = head is None and (stages is None or stages.runs_last)
+    return token_loss(output, labels) if gives_logits else output
 
 
 class LossHead(VocabularyHead):

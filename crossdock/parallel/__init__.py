@@ -7,19 +7,31 @@ from crossdock.parallel.expert import ExpertParallel, apply_ep
 from crossdock.parallel.fsdp import apply_fsdp
 from crossdock.parallel.gradients import GradientManager
 from crossdock.parallel.hidden_matrices import MatrixForm, hidden_matrices
-from crossdock.parallel.mesh import ContextMethod, LayoutError, Meshes, ParallelDims, ParallelismConfig, Reader, nearest
+from crossdock.parallel.mesh import (
+    ContextMethod,
+    LayoutError,
+    Meshes,
+    ParallelDims,
+    ParallelismConfig,
+    PipelineSchedule,
+    Reader,
+    nearest,
+)
 from crossdock.parallel.muon import AdjustLR, Muon
 from crossdock.parallel.norm import clip_grad_norm_, global_grad_norm
 from crossdock.parallel.parallelize import parallelize
+from crossdock.parallel.pipeline import Boundary, Pipeline, check_microbatches
 from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activation_checkpoint
 from crossdock.parallel.replicas import ReplicaTraffic
 from crossdock.parallel.shards import as_shard, as_shards, local_part, local_with_offsets
+from crossdock.parallel.stages import Stages, apply_pp, cut_blocks, stages_of, stages_per_rank
 from crossdock.parallel.tensor import Region, TensorPlan, apply_tp
 from crossdock.parallel.vocabulary import VocabularyHead
 
 __all__ = [
     "ActivationCheckpointConfig",
     "AdjustLR",
+    "Boundary",
     "CompileConfig",
     "ContextMethod",
     "ExpertParallel",
@@ -30,10 +42,13 @@ __all__ = [
     "Muon",
     "ParallelDims",
     "ParallelismConfig",
+    "Pipeline",
+    "PipelineSchedule",
     "Reader",
     "Region",
     "ReplicaTraffic",
     "SequenceContext",
+    "Stages",
     "TensorPlan",
     "VocabularyHead",
     "apply_activation_checkpoint",
@@ -41,11 +56,14 @@ __all__ = [
     "apply_cp",
     "apply_ep",
     "apply_fsdp",
+    "apply_pp",
     "apply_tp",
     "as_shard",
     "as_shards",
     "check_heads",
+    "check_microbatches",
     "clip_grad_norm_",
+    "cut_blocks",
     "global_grad_norm",
     "hidden_matrices",
     "local_part",
@@ -53,5 +71,7 @@ __all__ = [
     "nearest",
     "parallelize",
     "plain_name",
+    "stages_of",
+    "stages_per_rank",
     "transformer_blocks",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from crossdock.parallel.mesh import GradientReduction, Meshes
 from crossdock.parallel.norm import clip_grad_norm_
@@ -48,6 +50,7 @@ class GradientManager:
         self._reduction = reduction
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._replicas: ExpertReplicas | None = None
+        self._stages = meshes.size("pp")
         self._tp = meshes["tp"].get_group() if meshes.size("tp") > 1 else None
         if meshes.size("ep_replicate") > 1:
             self._replicas = ExpertReplicas(model, meshes, sparse=sparse)
@@ -67,13 +70,41 @@ class GradientManager:
             elif self._replicas is not None:
                 module.set_requires_all_reduce(is_last, recurse=False)
 
+    def hold(self) -> None:
+        """Before the many backward passes of a `Pipeline`: parameters are gathered once, reductions wait for `reduce`.
+
+        A stage's backward passes may be split in two, the second of which FSDP does not see.
+        """
+        self._model.set_is_last_backward(False)  # type: ignore[operator]
+        if self._replicas is not None:
+            self._replicas.is_last = False
+        for module in self._modules:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.set_reshard_after_backward(False, recurse=False)
+            module.set_requires_gradient_sync(False, recurse=False)
+
+    def reduce(self) -> None:
+        """After the last of these backward passes: reduce all gradients, the last block's first. Collective."""
+        self._model.set_is_last_backward(True)  # type: ignore[operator]
+        if self._replicas is not None:
+            self._replicas.is_last = True
+        for module in self._modules:
+            module.set_reshard_after_backward(True, recurse=False)
+            module.set_requires_gradient_sync(True, recurse=False)
+        # As torch's own pipeline stages do for a stage that is one FSDP module: it has no public name.
+        root: Any = fully_shard.state(self._model)  # type: ignore[attr-defined]
+        for state in reversed(root._state_ctx.all_states):
+            for group in reversed(state._fsdp_param_groups):
+                group.post_backward()
+        root._root_post_backward_final_callback()
+
     def clip(self, max_norm: float) -> Tensor:
         """After the last backward pass: wait for the reductions, then `clip_grad_norm_`. Collective."""
         if self._replicas is not None:
             self._replicas.finish()
         if self._tp is not None:
             _sum_partial(self._model, self._tp)
-        return clip_grad_norm_(self._model.parameters(), max_norm)
+        return clip_grad_norm_(self._model.parameters(), max_norm, stages=self._stages)
 
 
 @torch.no_grad()

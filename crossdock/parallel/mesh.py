@@ -20,6 +20,7 @@ __all__ = [
     "Meshes",
     "ParallelDims",
     "ParallelismConfig",
+    "PipelineSchedule",
     "Reader",
     "nearest",
 ]
@@ -27,6 +28,8 @@ __all__ = [
 AUTO = -1
 
 ContextMethod = Literal["ulysses", "ring"]
+
+PipelineSchedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv"]
 
 GradientReduction = Literal["micro_batch", "step"]
 
@@ -49,7 +52,12 @@ class ParallelismConfig:
     sequence_parallel: bool = True
     """Between the modules that these split, each has a part of every sequence; else all have the same tokens."""
     pipeline_parallel_degree: int = 1
-    """Pipeline stages. Only 1 so far."""
+    """Ranks that share a model's blocks, each with stages of a pipeline."""
+    pipeline_parallel_schedule: PipelineSchedule = "1f1b"
+    """In which order they compute micro-batches. interleaved_1f1b has several stages on each rank; zero_bubble and zbv
+    (two stages on each rank) compute the gradients of weights when there is nothing else to do."""
+    pipeline_parallel_stages_per_rank: int = AUTO
+    """-1 is 2 with interleaved_1f1b and zbv, else 1."""
     expert_parallel_degree: int = 1
     """Ranks that together hold all experts; must divide the ranks of a replica. -1 is 2 where their number is even,
     else 1."""
@@ -106,8 +114,6 @@ class ParallelDims:
         )
 
     def __post_init__(self) -> None:
-        if self.pp != 1:
-            raise LayoutError("pipeline_parallel_degree", self.pp, "only 1 is supported so far")
         left = self.world_size
         for name, degree in (
             ("pipeline_parallel_degree", self.pp),

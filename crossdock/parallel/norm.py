@@ -15,7 +15,9 @@ __all__ = ["clip_grad_norm_", "global_grad_norm"]
 
 
 @torch.no_grad()
-def global_grad_norm(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None) -> Tensor:
+def global_grad_norm(
+    parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None, *, stages: int = 1
+) -> Tensor:
     """The 2-norm of all gradients of the model, each element counted once: the same bits on every rank.
 
     A DTensor's elements live on the ranks of its `Shard` dimensions, an unpacked expert's on one expert-parallel rank;
@@ -25,6 +27,7 @@ def global_grad_norm(parameters: Iterable[nn.Parameter], group: dist.ProcessGrou
     Args:
         parameters: of the whole model on this rank.
         group: all ranks that hold a part of the model; the default group if there is one.
+        stages: of a pipeline, over which these ranks are spread evenly.
 
     Returns:
         fp64 scalar on the parameters' device. Collective: one all-gather of a scalar.
@@ -32,8 +35,9 @@ def global_grad_norm(parameters: Iterable[nn.Parameter], group: dist.ProcessGrou
     world_size = dist.get_world_size(group) if dist.is_initialized() else 1
     parameters = list(parameters)
     device = parameters[0].device if parameters else torch.device("cpu")
+    holders = world_size // stages
     squares = [
-        torch.linalg.vector_norm(_local(parameter.grad), dtype=torch.float64).square() / _holders(parameter, world_size)
+        torch.linalg.vector_norm(_local(parameter.grad), dtype=torch.float64).square() / _holders(parameter, holders)
         for parameter in parameters
         if parameter.grad is not None
     ]
@@ -48,11 +52,15 @@ def global_grad_norm(parameters: Iterable[nn.Parameter], group: dist.ProcessGrou
 
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Iterable[nn.Parameter], max_norm: float, group: dist.ProcessGroup | None = None
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    group: dist.ProcessGroup | None = None,
+    *,
+    stages: int = 1,
 ) -> Tensor:
     """Scale all gradients to a global norm of at most `max_norm`; returns the norm before (`global_grad_norm`)."""
     parameters = list(parameters)
-    norm = global_grad_norm(parameters, group)
+    norm = global_grad_norm(parameters, group, stages=stages)
     gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if gradients:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp_max(1.0))
@@ -63,11 +71,11 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _holders(parameter: nn.Parameter, world_size: int) -> int:
-    """How many ranks hold each element of a parameter, whose gradient is laid out as it is."""
+def _holders(parameter: nn.Parameter, stage_size: int) -> int:
+    """How many ranks of a stage hold each element of a parameter, whose gradient is laid out as it is."""
     distinct = ranks_apart(parameter)
     tensor: Tensor = parameter
     if isinstance(tensor, DTensor):
         for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
             distinct *= 1 if isinstance(placement, Replicate) else size
-    return world_size // distinct
+    return stage_size // distinct

@@ -9,8 +9,9 @@ from crossdock.parallel.compile import CompileConfig, apply_compile
 from crossdock.parallel.context import apply_cp
 from crossdock.parallel.expert import apply_ep
 from crossdock.parallel.fsdp import apply_fsdp
-from crossdock.parallel.mesh import Meshes
+from crossdock.parallel.mesh import Meshes, PipelineSchedule
 from crossdock.parallel.recompute import ActivationCheckpointConfig, apply_activation_checkpoint
+from crossdock.parallel.stages import apply_pp
 from crossdock.parallel.tensor import TensorPlan, apply_tp
 
 __all__ = ["parallelize"]
@@ -29,8 +30,10 @@ def parallelize(
     tokens_per_rank: int | None = None,
     tensor_plan: TensorPlan | None = None,
     sequence_parallel: bool = True,
+    pipeline_schedule: PipelineSchedule = "1f1b",
+    stages_per_rank: int = -1,
 ) -> nn.Module:
-    """Tensor, context and expert parallelism, compilation, activation checkpointing, FSDP: in this order, in place.
+    """Make `model` parallel, in place; the order is below.
 
     Args:
         model: holds `crossdock.MoE` layers; on the meta device or initialised. The entries of its outermost
@@ -44,7 +47,9 @@ def parallelize(
         cpu_offload: see `apply_fsdp`.
         tokens_per_rank: see `ExpertParallel`.
         tensor_plan, sequence_parallel: see `apply_tp`.
+        pipeline_schedule, stages_per_rank: see `apply_pp`.
     """
+    apply_pp(model, meshes, pipeline_schedule, stages_per_rank)
     apply_tp(model, meshes, tensor_plan, sequence_parallel=sequence_parallel)
     apply_cp(model, meshes)
     apply_ep(model, meshes, tokens_per_rank=tokens_per_rank, dtype=param_dtype)

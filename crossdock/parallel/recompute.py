@@ -47,8 +47,8 @@ def apply_activation_checkpoint(model: nn.Module, config: ActivationCheckpointCo
     if config.mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for blocks in block_lists(model):
-        for index, block in enumerate(blocks):
-            blocks[index] = checkpoint_wrapper(block, **options)
+        for name, block in list(blocks.named_children()):
+            setattr(blocks, name, checkpoint_wrapper(block, **options))
     return model
 
 

@@ -18,6 +18,7 @@ from crossdock.moe import MoE, moe_layers
 from crossdock.parallel.blocks import transformer_blocks
 from crossdock.parallel.mesh import Meshes
 from crossdock.parallel.shards import local_part
+from crossdock.parallel.stages import stages_of
 from crossdock.parallel.vocabulary import VocabularyEmbedding, VocabularyHead, VocabularySplit
 
 __all__ = ["Region", "TensorPlan", "apply_tp", "partial_parameters"]
@@ -107,7 +108,9 @@ def apply_tp(model: nn.Module, meshes: Meshes, plan: TensorPlan | None, *, seque
     blocks = transformer_blocks(model)
     if sequence_parallel:
         _mark(model)
-        blocks[0].register_forward_pre_hook(_first(lambda x: take_part(x, 1, group)), with_kwargs=True)
+        stages = stages_of(model)
+        if stages is None or stages.has_first:
+            blocks[0].register_forward_pre_hook(_first(lambda x: take_part(x, 1, group)), with_kwargs=True)
     for block in blocks:
         for name, region in plan.regions.items():
             module = _child(block, name)
@@ -203,13 +206,16 @@ class _Split(NamedTuple):
     def vocabulary(self, model: nn.Module) -> None:
         """Split the embedding of tokens and the head by tokens of the vocabulary; tied ones stay one."""
         split = VocabularySplit(self.group, self.sequence_parallel)
+        stages = stages_of(model)
+        elsewhere = () if stages is None else stages.elsewhere.values()
         heads = [module for module in model.modules() if isinstance(module, VocabularyHead)]
-        if not heads:
+        size = next((each.weight.shape[0] for each in (*heads, *elsewhere) if isinstance(each, VocabularyHead)), None)
+        if size is None:
             raise ValueError("tensor parallelism needs a head of ours (crossdock.models.LossHead)")
         sharded: dict[Tensor, nn.Parameter] = {}
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
-                if type(child) is nn.Embedding and child.num_embeddings == heads[0].weight.shape[0]:
+                if type(child) is nn.Embedding and child.num_embeddings == size:
                     weight = sharded.setdefault(child.weight, self._shard(child.weight, 0))
                     setattr(module, name, VocabularyEmbedding.of(child, weight, split))
         for head in heads:

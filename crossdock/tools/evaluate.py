@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from crossdock.data import IGNORED_LABEL, Batch
 from crossdock.models import batch_loss
-from crossdock.moe import moe_layers
+from crossdock.moe import load_counters
 from crossdock.routing import load_statistics
 
 __all__ = ["Evaluation", "evaluate"]
@@ -36,7 +37,12 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel, batches: Iterable[Batch], device: torch.device, *, counts: bool = True
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    device: torch.device,
+    *,
+    counts: bool = True,
+    loss_of: Callable[[dict[str, Tensor]], Tensor] | None = None,
 ) -> Evaluation:
     """The loss over all ranks' batches, the same on all ranks. Collective.
 
@@ -47,16 +53,18 @@ def evaluate(
         model: from `build_model`, on any layout.
         batches: of this rank; all ranks have the same number.
         device: of this rank.
-        counts: whether this rank counts its targets, which other ranks of `tp` have as well.
+        counts: whether this rank counts its targets, which other ranks of `tp` and `pp` have as well.
+        loss_of: gives this rank's share of a batch's summed loss; `batch_loss` of the model if `None`.
     """
     was_training = model.training
     model.eval()
-    counters = [layer.load for layer in moe_layers(model).values()]
+    counters = load_counters(model)
     for counter in counters:
         counter.reset_evaluation()
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        totals[0] += batch_loss(model, **batch.inputs(device))
+        inputs = batch.inputs(device)
+        totals[0] += batch_loss(model, **inputs) if loss_of is None else loss_of(inputs)
         totals[1] += counts * int((batch.labels != IGNORED_LABEL).sum())
     routes = torch.stack([counter.evaluation_tokens_per_expert for counter in counters])
     for sums in (totals, routes):

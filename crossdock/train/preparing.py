@@ -13,23 +13,25 @@ from transformers import PreTrainedModel
 from crossdock.checkpoint import Checkpointer, HFCheckpoint, HFKeys, find_checkpoint
 from crossdock.config import ASSETS_FOLDER, RUN_CONFIG_FILE, Config, to_toml
 from crossdock.data import TokenFile, Tokens, prepare_tokens, read_chat_template
-from crossdock.lora import add_lora
+from crossdock.lora import adapters_of, add_lora
 from crossdock.models import (
     FAMILIES,
     Family,
     PeftAdapter,
     accept_context_parallel,
     build_model,
+    count_parameters,
     initialise_weights,
     materialise,
     resolve_hf_config,
     write_assets,
 )
-from crossdock.moe import moe_layers
+from crossdock.moe import MoE, moe_layers
 from crossdock.parallel import Meshes, parallelize
+from crossdock.train.flops import Speed
 from crossdock.train.together import TrainingStopped, patient_group, together
 
-__all__ = ["RunTokens", "build_training_model", "prepare_run_tokens", "write_settings"]
+__all__ = ["RunTokens", "TrainingModel", "build_training_model", "prepare_run_tokens", "write_settings"]
 
 
 class RunTokens(NamedTuple):
@@ -37,6 +39,39 @@ class RunTokens(NamedTuple):
 
     train: Tokens
     validation: tuple[TokenFile, ...]
+
+
+class TrainingModel(NamedTuple):
+    """A model on its layout, and what it is as a whole.
+
+    Attributes:
+        model: this rank's part.
+        num_parameters: of the whole model.
+        in_adapters: how many of them are adapters'; 0 without.
+        top_k: experts per token.
+        auxiliary_losses: names of those that are on.
+        speed: what a token takes.
+    """
+
+    model: PreTrainedModel
+    num_parameters: int
+    in_adapters: int
+    top_k: int
+    auxiliary_losses: tuple[str, ...]
+    speed: Speed
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, seq_len: int, device: torch.device) -> TrainingModel:
+        """Of one that is whole still."""
+        first = next(iter(moe_layers(model).values()))
+        return cls(
+            model,
+            count_parameters(model),
+            sum(parameter.numel() for parameter in adapters_of(model).values()),
+            first.top_k,
+            tuple(first.coefficients.active()) if isinstance(first, MoE) else (),
+            Speed.of(model, seq_len, device),
+        )
 
 
 def prepare_run_tokens(config: Config, first_on_machine: bool) -> RunTokens:
@@ -86,7 +121,7 @@ def write_settings(config: Config, folder: Path) -> None:
 
 def build_training_model(
     config: Config, meshes: Meshes, device: torch.device, folder: Path, tokens: Tokens, *, is_new: bool
-) -> PreTrainedModel:
+) -> TrainingModel:
     """The model on its layout; of a run that `is_new`, with its first values: drawn, or those it starts from.
 
     With LoRA, the weights beside the adapters are read in any case: no checkpoint of the run holds them. A new run's
@@ -119,6 +154,7 @@ def build_training_model(
     weights = None
     if start is not None and checkpoint is None:
         weights = together(lambda: _open_weights(start, model, family.keys(model)))
+    whole = TrainingModel.of(model, training.seq_len, device)
     parallelize(
         model,
         meshes,
@@ -130,6 +166,8 @@ def build_training_model(
         tokens_per_rank=training.local_batch_size * training.seq_len // meshes.sequence_degree,
         tensor_plan=family.tensor_plan(model.config),
         sequence_parallel=config.parallelism.sequence_parallel,
+        pipeline_schedule=config.parallelism.pipeline_parallel_schedule,
+        stages_per_rank=config.parallelism.pipeline_parallel_stages_per_rank,
     )
     seed = training.seed if is_new and checkpoint is None else None
     materialise(family, model, device, offload=training.enable_cpu_offload, seed=seed, weights=weights)
@@ -146,7 +184,7 @@ def build_training_model(
         template = together(lambda: read_chat_template(config.data.chat_template))
         arguments = (folder / ASSETS_FOLDER, model, tokens.tokenizer_path, end_of_text_id, source, weights, template)
         together(lambda: write_assets(*arguments) if dist.get_rank() == 0 else None)
-    return model
+    return whole
 
 
 def _open_weights(folder: Path, model: PreTrainedModel, keys: HFKeys) -> HFCheckpoint:

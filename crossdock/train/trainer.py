@@ -25,13 +25,11 @@ from crossdock.checkpoint import (
 from crossdock.config import ASSETS_FOLDER, Config
 from crossdock.data import IGNORED_LABEL, Batch, TokenBatches, TooLong, evaluation_batches
 from crossdock.dispatch import Traffic
-from crossdock.lora import adapters_of
-from crossdock.models import FAMILIES, batch_loss, count_parameters, export_hf, left_out, save_peft_adapter
-from crossdock.moe import MoE, finish_step, moe_layers, set_batch_totals
-from crossdock.parallel import GradientManager, ParallelDims, plain_name
+from crossdock.models import FAMILIES, batch_loss, export_hf, left_out, save_peft_adapter
+from crossdock.moe import finish_step, moe_layer_places, moe_layers, set_batch_totals
+from crossdock.parallel import Boundary, GradientManager, ParallelDims, Pipeline, plain_name
 from crossdock.routing import CollapseMonitor
 from crossdock.tools.evaluate import evaluate
-from crossdock.train.flops import Speed
 from crossdock.train.metrics import load_metrics, memory_use, say, traffic_metrics
 from crossdock.train.optimizer import build_optimizer, learning_rate_factor
 from crossdock.train.preparing import build_training_model, prepare_run_tokens, write_settings
@@ -77,7 +75,7 @@ class Trainer:
         self.device = device
         self.stop = stop
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.reader = dims.reader(self.rank)
+        self.dims, self.reader = dims, dims.reader(self.rank)
         self.folder = Path(first_named(config.job.dump_folder))
         self.config = config = replace(config, job=replace(config.job, dump_folder=str(self.folder)))
         self._lock = together(lambda: lock_folder(self.folder) if self.rank == 0 else None)
@@ -98,24 +96,24 @@ class Trainer:
             self._tell(str(too_long))
         newest = from_first_rank(lambda: latest_step(self.folder / CHECKPOINT_FOLDER))
         self.meshes = meshes = dims.build_mesh(device.type, timedelta(seconds=config.job.comm_timeout_seconds))
-        self.model = build_training_model(config, meshes, device, self.folder, tokens, is_new=newest is None)
-        trained = sum(parameter.numel() for parameter in adapters_of(self.model).values())
-        of_adapters = f", {trained / 1e6:,.2f} M of them in adapters" if trained else ""
+        self.whole = whole = build_training_model(config, meshes, device, self.folder, tokens, is_new=newest is None)
+        self.model = whole.model
+        of_adapters = f", {whole.in_adapters / 1e6:,.2f} M of them in adapters" if whole.in_adapters else ""
         self._tell(
-            f"{config.model.name}: {count_parameters(self.model) / 1e6:,.1f} M parameters{of_adapters} on "
+            f"{config.model.name}: {whole.num_parameters / 1e6:,.1f} M parameters{of_adapters} on "
             f"{self.world_size} ranks ({dims}), {config.training.dtype}; "
             f"run folder {self.folder}"
         )
         self.layers = list(moe_layers(self.model).values())
-        names = [plain_name(name) for name in moe_layers(self.model)]
-        self._collapse = CollapseMonitor(names, self.layers[0].top_k)
-        self.speed = Speed.of(self.model, config.training.seq_len, device)
+        self.places = moe_layer_places(self.model)
+        self._collapse = CollapseMonitor([plain_name(name) for name in self.places.names], whole.top_k)
         self.gradients = GradientManager(
             self.model,
             meshes,
             reduction=config.parallelism.gradient_reduction,
             sparse=config.parallelism.sparse_replica_gradients,
         )
+        self.pipeline = self._build_pipeline() if dims.pp > 1 else None
         dtype = torch.bfloat16 if config.training.dtype == "bfloat16" else None
         self.optimizer = build_optimizer(self.model, config.optimizer, dtype)
         materialise_optimizer_state(self.optimizer)
@@ -158,7 +156,7 @@ class Trainer:
                 if stop:
                     break
                 metrics, counts = self._train_step(batches, targets, tokens)
-                metrics |= self.speed.metrics(tokens / (time.perf_counter() - started) / self.world_size)
+                metrics |= self.whole.speed.metrics(tokens / (time.perf_counter() - started) / self.world_size)
                 if self._is_due(config.validation.interval):
                     metrics["validation_loss"] = self._validation_loss()
                 if record is not None and (problem := record.write(metrics, counts)):
@@ -184,9 +182,9 @@ class Trainer:
     def _open_record(self) -> RunRecord | None:
         if self.rank != 0:
             return None
-        experts = self.layers[0].num_experts
+        layers, experts = len(self.places.names), self.places.num_experts
         on_gpu = self.device.type == "cuda"
-        return RunRecord(self.config, self.folder, self.step, len(self.layers), experts, on_gpu=on_gpu)
+        return RunRecord(self.config, self.folder, self.step, layers, experts, on_gpu=on_gpu)
 
     def _is_due(self, interval: int) -> bool:
         return interval > 0 and (self.step % interval == 0 or self.step >= self.config.training.steps)
@@ -205,7 +203,11 @@ class Trainer:
             max_samples=config.validation.max_samples or None,
         )
         loss = evaluate(
-            self.model, map(self._own_section, batches), self.device, counts=self.reader.counts_section
+            self.model,
+            map(self._own_section, batches),
+            self.device,
+            counts=self.reader.counts_section,
+            loss_of=None if self.pipeline is None else self.pipeline.evaluate,
         ).loss
         return loss if math.isfinite(loss) else None
 
@@ -217,14 +219,10 @@ class Trainer:
         """
         config = self.config.training
         sequences = self.batches.global_batch_size
-        set_batch_totals(self.model, sequences, tokens, dist.group.WORLD, self.meshes.sequence)
+        stage = self.meshes.stage if self.pipeline is not None else dist.group.WORLD
+        set_batch_totals(self.model, sequences, tokens, stage, self.meshes.sequence)
         sent_before = self._traffic()
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index, batch in enumerate(batches):
-            self.gradients.before_backward(is_last=index == len(batches) - 1)
-            share = batch_loss(self.model, **self._own_section(batch).inputs(self.device)) / max(targets, 1)
-            share.backward()
-            loss += share.detach()
+        loss = self._backward([self._own_section(batch).inputs(self.device) for batch in batches], max(targets, 1))
         norm = self.gradients.clip(config.max_norm).item()
         sums, memory = self._gather_metrics(loss)
         sent = traffic_metrics(self._traffic() - sent_before, self.gradients.replica_traffic, self.device)
@@ -256,6 +254,34 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
         }, load.routes
 
+    def _backward(self, batches: list[dict[str, torch.Tensor]], targets: int) -> torch.Tensor:
+        """Gradients of the mean loss over `targets` of the global batch; returns this rank's share of it."""
+        if self.pipeline is not None:
+            return self.pipeline.step(batches, 1 / targets)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(batches):
+            self.gradients.before_backward(is_last=index == len(batches) - 1)
+            share = batch_loss(self.model, **batch) / targets
+            share.backward()
+            loss += share.detach()
+        return loss
+
+    def _build_pipeline(self) -> Pipeline:
+        training, parallelism = self.config.training, self.config.parallelism
+        positions = training.seq_len // self.reader.sections
+        if parallelism.sequence_parallel:
+            positions //= parallelism.tensor_parallel_degree
+        shape = (training.local_batch_size, positions, self.model.config.get_text_config().hidden_size)
+        return Pipeline(
+            self.model,
+            self.meshes,
+            self.gradients,
+            batch_loss,
+            Boundary(shape, getattr(torch, training.dtype), self.device),
+            schedule=parallelism.pipeline_parallel_schedule,
+            num_microbatches=self.batches.global_batch_size // (training.local_batch_size * self.reader.degree),
+        )
+
     def _own_section(self, batch: Batch) -> Batch:
         """What this rank computes of a batch, which it may share with others."""
         return batch.section(self.reader.section, self.reader.sections)
@@ -273,14 +299,12 @@ class Trainer:
     def _gather_metrics(self, loss: torch.Tensor) -> tuple[dict[str, float], dict[str, float]]:
         """Loss and auxiliary losses (mean over layers) summed over the ranks, and the largest memory of a rank."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        first = self.layers[0]
-        names = first.coefficients.active() if isinstance(first, MoE) else ()
         auxiliary = {
             name: sum((layer.load.losses[name].double() for layer in self.layers if name in layer.load.losses), zero)
-            for name in names
+            for name in self.whole.auxiliary_losses
         }
         memory = [zero + value for value in memory_use(self.device)]
-        own = torch.stack([loss, *(value / len(self.layers) for value in auxiliary.values()), *memory])
+        own = torch.stack([loss, *(value / len(self.places.names) for value in auxiliary.values()), *memory])
         everyone = [torch.empty_like(own) for _ in range(self.world_size)]
         dist.all_gather(everyone, own)
         gathered = torch.stack(everyone)
@@ -351,7 +375,9 @@ class Trainer:
         training = self.config.training
         if training.global_batch_size != -1:
             return training.global_batch_size
-        return training.local_batch_size * self.reader.degree
+        # A pipeline has a micro-batch for each of its ranks, or most would wait.
+        microbatches = self.dims.pp
+        return training.local_batch_size * self.reader.degree * microbatches
 
     def _tell(self, message: str) -> None:
         if self.rank == 0:
