@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -103,6 +104,7 @@ def _spawn() -> tuple[Any, Connection]:
 
 def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
+    faulthandler.enable()
     gc.freeze()  # what is imported stays: collecting what a test leaves takes milliseconds
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     while True:

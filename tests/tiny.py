@@ -130,7 +130,10 @@ def run_trainer(assets: str, run_folder: str, cache_folder: str, overrides: Sequ
         layer.router.register_forward_hook(record)
     trainer.train()
     metrics = [json.loads(line) for line in Path(run_folder, "metrics.jsonl").read_text().splitlines()]
-    shape = (-1, len(layers))
+    # A pipeline stage may have no MoE layer.
+    ids, margins = ids or [np.zeros(0)], margins or [np.zeros(0)]
+    num_layers = max(len(layers), 1)
+    shape = (len(ids) // num_layers, num_layers)
     return {
         "metrics": metrics,
         "bias": np.array(bias),

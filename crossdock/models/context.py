@@ -207,7 +207,8 @@ def _masks(model: Any, config: Any, batch: int, position_ids: Tensor, padding: T
     `None` where attention is plainly causal and its implementation needs no mask for that.
     """
     # A pipeline stage may have no embedding.
-    dtype = getattr(model.get_input_embeddings(), "weight", next(model.parameters())).dtype
+    weight: Any = getattr(model.get_input_embeddings(), "weight", None)
+    dtype = next(model.parameters()).dtype if weight is None else weight.dtype
     sizes = position_ids.new_empty(batch, position_ids.shape[-1], 0, dtype=dtype)
     # What `generate` calls, too, which some models have their own of.
     create = getattr(model, "create_masks_for_generate", create_masks_for_generate)

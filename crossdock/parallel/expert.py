@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from crossdock.dispatch import DispatchSituation, build_dispatcher, plan_dispatch
 from crossdock.experts import GroupedExperts, UnpackedExperts
-from crossdock.moe import moe_layers
+from crossdock.moe import moe_layer_places, moe_layers
 from crossdock.parallel.mesh import Meshes
 from crossdock.placement import EMPTY, Placement
 from crossdock.routed_experts import RoutedExperts
@@ -118,14 +118,15 @@ def apply_ep(
         return model
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise ValueError("the model is wrapped by FSDP already; call apply_ep before fully_shard or apply_fsdp")
-    layers = moe_layers(model)
-    if not layers:
+    if not moe_layer_places(model).names:
         raise ValueError("the model has no crossdock.MoE layer to spread over ranks")
+    layers = moe_layers(model)
     ep_mesh = mesh["ep"]
     for layer in layers.values():
         ExpertParallel(tokens_per_rank, dtype)._apply(layer, ep_mesh)
     logger.info(
         "expert parallelism: ep_size=%d ep_rank=%d layers=%d", ep_mesh.size(), ep_mesh.get_local_rank(), len(layers)
     )
-    logger.info("dispatcher: %s", next(iter(layers.values())).dispatch_plan)
+    for layer in list(layers.values())[:1]:
+        logger.info("dispatcher: %s", layer.dispatch_plan)
     return model

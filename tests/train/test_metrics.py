@@ -13,6 +13,7 @@ from tests.ranks import RankPool
 from tests.tiny import run_trainer, write_assets
 
 DOC = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
+REPLICAS = {"replica_bytes", "skipped_replica_bytes", "replica_overlap_seconds", "replica_wait_seconds"}
 LOSSES = {"sequence_aux_loss", "batch_aux_loss", "global_aux_loss", "z_loss"}
 
 
@@ -28,11 +29,12 @@ def test_the_document_names_the_metrics_that_a_run_writes(ranks: RankPool, tmp_p
         return ranks.run(2, run_trainer, *arguments, settings)[0]["metrics"]
 
     losses = [word for name in LOSSES for word in (f"--moe.{name}-coeff", "0.01")]
+    replicas = ("--parallelism.data-parallel-replicate-degree", "2")
     held_out = ("--data.held-out", "0.1", "--validation.interval", "1", "--validation.max-samples", "8")
-    for line in lines("all", *losses, *held_out):
+    for line in lines("all", *losses, *held_out, *replicas):
         assert sorted(line) == sorted(documented())
     for line in lines("plain"):
-        assert line.keys() == set(documented()) - LOSSES - {"validation_loss"}
+        assert line.keys() == set(documented()) - LOSSES - REPLICAS - {"validation_loss"}
         assert line["mfu"] is None, "on CPU"
         assert line["tflops"] > 0
         assert 0 < line["memory_percent"] <= 100
