@@ -402,7 +402,7 @@ def test_data_may_be_cached_in_a_folder_that_can_only_be_read(tmp_path: Path, mo
         ("parallelism.context_parallel_degree", ["1", "2"], ["0", "3"]),
         ("parallelism.context_parallel_method", ["ulysses"], []),
         ("parallelism.tensor_parallel_degree", ["1", "2"], ["0", "3", "4"]),
-        ("parallelism.pipeline_parallel_degree", ["1"], ["0", "2"]),
+        ("parallelism.pipeline_parallel_degree", ["1", "2"], ["0", "3"]),
     ],
 )
 def test_validate_accepts_up_to_the_boundary_on_two_ranks(name: str, good: list[str], bad: list[str]) -> None:

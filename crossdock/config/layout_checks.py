@@ -138,6 +138,8 @@ def _check_pipeline(config: Config, dims: ParallelDims, model: PreTrainedConfig)
         mode = "activation_checkpoint.mode"
         require(config, mode, config.activation_checkpoint.mode == "none", f"must be none {split}: it would run twice")
         require(config, "compile.enable", not config.compile.enable, f"must be false {split}")
+        valid = f"must be auto or never {split}: the second part needs what the first has gathered"
+        require(config, "parallelism.reshard_after_forward", not parallelism.reshards, valid)
 
 
 def _check_context(config: Config, model: PreTrainedConfig, dims: ParallelDims) -> None:

@@ -15,6 +15,7 @@ from crossdock.parallel.mesh import (
     ParallelismConfig,
     PipelineSchedule,
     Reader,
+    ReshardPolicy,
     nearest,
 )
 from crossdock.parallel.muon import AdjustLR, Muon
@@ -47,6 +48,7 @@ __all__ = [
     "Reader",
     "Region",
     "ReplicaTraffic",
+    "ReshardPolicy",
     "SequenceContext",
     "Stages",
     "TensorPlan",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -77,7 +78,8 @@ def apply_fsdp(
     def sharding_of(parameter: nn.Parameter) -> Any:
         return None if sharding is None or parameter not in dims else sharding(dims[parameter])
 
-    for unit in [*(transformer_blocks(model) if blocks is None else blocks), model]:
+    units = transformer_blocks(model) if blocks is None else blocks
+    for unit in [*units, model]:
         fully_shard(
             unit,
             mesh=dense_mesh,
@@ -87,6 +89,7 @@ def apply_fsdp(
             reshard_after_forward=reshard_after_forward and unit is not model,
             shard_placement_fn=sharding_of,
         )
+    _prefetch(units)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # gloo has no division within a reduction, so that the sum must be asked for as well.
@@ -104,6 +107,17 @@ def apply_fsdp(
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(partial(_refuse_unsummed, layer, replicas))
     return model
+
+
+def _prefetch(units: Sequence[Any]) -> None:
+    """Have each block gather the next one's parameters, its experts' included, before it computes; backward likewise.
+
+    FSDP by itself gathers ahead as far as the host is ahead of the device; in an MoE layer the host waits for the
+    number of tokens that arrive, so that it never is.
+    """
+    for unit, following in pairwise(units):
+        unit.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([unit])
 
 
 def _refuse_unsummed(layer: RoutedExperts, size: int, parameter: nn.Parameter) -> None:

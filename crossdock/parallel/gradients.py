@@ -70,17 +70,20 @@ class GradientManager:
             elif self._replicas is not None:
                 module.set_requires_all_reduce(is_last, recurse=False)
 
-    def hold(self) -> None:
-        """Before the many backward passes of a `Pipeline`: parameters are gathered once, reductions wait for `reduce`.
+    def hold(self, *, reshards: bool = False) -> None:
+        """Before the many backward passes of a `Pipeline`: reductions wait for `reduce`, and so does what is gathered.
 
         A stage's backward passes may be split in two, the second of which FSDP does not see.
+
+        Args:
+            reshards: gathered parameters are freed after each pass none the less, for memory.
         """
         self._model.set_is_last_backward(False)  # type: ignore[operator]
         if self._replicas is not None:
             self._replicas.is_last = False
         for module in self._modules:
-            module.set_reshard_after_forward(False, recurse=False)
-            module.set_reshard_after_backward(False, recurse=False)
+            module.set_reshard_after_forward(reshards, recurse=False)
+            module.set_reshard_after_backward(reshards, recurse=False)
             module.set_requires_gradient_sync(False, recurse=False)
 
     def reduce(self) -> None:

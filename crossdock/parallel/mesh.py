@@ -22,6 +22,7 @@ __all__ = [
     "ParallelismConfig",
     "PipelineSchedule",
     "Reader",
+    "ReshardPolicy",
     "nearest",
 ]
 
@@ -30,6 +31,8 @@ AUTO = -1
 ContextMethod = Literal["ulysses", "ring"]
 
 PipelineSchedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv"]
+
+ReshardPolicy = Literal["auto", "always", "never"]
 
 GradientReduction = Literal["micro_batch", "step"]
 
@@ -61,13 +64,20 @@ class ParallelismConfig:
     expert_parallel_degree: int = 1
     """Ranks that together hold all experts; must divide the ranks of a replica. -1 is 2 where their number is even,
     else 1."""
-    reshard_after_forward: bool = True
-    """Free a layer's gathered parameters after its forward pass: less memory, one more gather."""
+    reshard_after_forward: ReshardPolicy = "auto"
+    """Whether a block's gathered parameters are freed after its forward pass: less memory, one more gather. auto frees
+    them unless these are stages of a pipeline, which gather once per step."""
     gradient_reduction: GradientReduction = "micro_batch"
     """When gradients are reduced over the ranks that share parameters: with each micro-batch, or once per step, which
     keeps whole gradients meanwhile."""
     sparse_replica_gradients: bool = True
     """Leave out experts that no rank had tokens for where replicas sum gradients."""
+
+    @property
+    def reshards(self) -> bool:
+        """What `reshard_after_forward` comes to."""
+        choice = self.reshard_after_forward
+        return choice == "always" or (choice == "auto" and self.pipeline_parallel_degree == 1)
 
 
 class LayoutError(ValueError):

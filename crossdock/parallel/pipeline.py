@@ -65,6 +65,8 @@ class Pipeline:
         schedule: GPipe (arXiv 1811.06965), 1F1B and its interleaved form (arXiv 2104.04473), zero bubble and its V form
             (arXiv 2401.10241).
         num_microbatches: in each step.
+        reshards: free gathered parameters after each pass, and gather them with each micro-batch, for memory; not where
+            the schedule takes the backward pass in two.
 
     Raises:
         ValueError: for a number of micro-batches that the schedule cannot do.
@@ -80,6 +82,7 @@ class Pipeline:
         *,
         schedule: PipelineSchedule = "1f1b",
         num_microbatches: int,
+        reshards: bool = False,
     ) -> None:
         stages = stages_of(model)
         if stages is None:
@@ -109,7 +112,8 @@ class Pipeline:
             loss_fn=lambda loss, _: loss * self._scale,
             scale_grads=False,
         )
-        gradients.hold()
+        self._reshards = reshards
+        gradients.hold(reshards=reshards)
 
     def step(self, batches: Sequence[Mapping[str, Tensor]], scale: float = 1.0) -> Tensor:
         """Forward and backward passes of a step, and the reduction of its gradients.
@@ -132,7 +136,7 @@ class Pipeline:
             # torch says what was being done around why it failed.
             raise (error.__cause__ or error) from None
         self._gradients.reduce()
-        self._gradients.hold()
+        self._gradients.hold(reshards=self._reshards)
         total = torch.zeros((), dtype=torch.float64, device=self._boundary.device)
         return total + sum(loss.detach() for loss in losses)
 

@@ -27,7 +27,7 @@ from crossdock.models import (
     resolve_hf_config,
 )
 from crossdock.moe_config import MoEConfig
-from crossdock.parallel import ParallelDims, parallelize
+from crossdock.parallel import ParallelDims, ParallelismConfig, parallelize
 
 __all__ = ["ModelSource", "check_ranks", "family_of", "find_model", "open_model"]
 
@@ -169,7 +169,7 @@ def open_model(
         add_lora(model, source.lora, source.family.attention)
     ep = max(expert_parallel_degrees(source.family.expert_sizes(source.hf_config), world_size))
     mesh = ParallelDims(world_size, ep=ep).build_mesh(device.type)
-    parallelize(model, mesh, param_dtype=compute_dtype, reshard_after_forward=False)
+    parallelize(model, mesh, ParallelismConfig(reshard_after_forward="never"), param_dtype=compute_dtype)
     begin = source.base or source.weights
     weights = begin if isinstance(begin, HFCheckpoint) else None
     materialise(source.family, model, device, seed=None, weights=weights)

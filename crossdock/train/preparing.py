@@ -158,16 +158,13 @@ def build_training_model(
     parallelize(
         model,
         meshes,
+        config.parallelism,
         activation_checkpoint=config.activation_checkpoint,
         compile_config=config.compile,
         param_dtype=torch.bfloat16 if training.dtype == "bfloat16" else None,
-        reshard_after_forward=config.parallelism.reshard_after_forward,
         cpu_offload=training.enable_cpu_offload,
         tokens_per_rank=training.local_batch_size * training.seq_len // meshes.sequence_degree,
         tensor_plan=family.tensor_plan(model.config),
-        sequence_parallel=config.parallelism.sequence_parallel,
-        pipeline_schedule=config.parallelism.pipeline_parallel_schedule,
-        stages_per_rank=config.parallelism.pipeline_parallel_stages_per_rank,
     )
     seed = training.seed if is_new and checkpoint is None else None
     materialise(family, model, device, offload=training.enable_cpu_offload, seed=seed, weights=weights)

@@ -280,6 +280,7 @@ class Trainer:
             Boundary(shape, getattr(torch, training.dtype), self.device),
             schedule=parallelism.pipeline_parallel_schedule,
             num_microbatches=self.batches.global_batch_size // (training.local_batch_size * self.reader.degree),
+            reshards=parallelism.reshards,
         )
 
     def _own_section(self, batch: Batch) -> Batch:

@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from crossdock.checkpoint import Checkpointer, CheckpointError, distributed, latest_step
 from crossdock.moe import MoE
-from crossdock.parallel import ActivationCheckpointConfig
+from crossdock.parallel import ActivationCheckpointConfig, ParallelismConfig
 from tests.checkpoint.small import HIDDEN, WORDS, Contents, Run, Small
 from tests.ranks import RankPool
 
@@ -32,6 +32,8 @@ LAYOUTS: dict[int, dict[int, tuple[int, ...]]] = {
     8: {1: (1,), 2: (2,), 3: (3,), 4: (4,)},
     9: {1: (1,), 2: (2, 1), 4: (4, 2)},
 }
+
+KEPT = ParallelismConfig(reshard_after_forward="never")
 
 
 def save_layouts(folder: str, num_experts: int) -> dict[int, dict[str, Any]]:
@@ -151,7 +153,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "bfloat16 parameters": {"saving": {"ep": 2, "change": Small.bfloat16}},
     "experts that are not trained": {"saving": {"ep": 2, "change": freeze_experts}},
-    "gathered by an evaluation": {"saving": {"ep": 2, "reshard_after_forward": False}, "before": evaluate},
+    "gathered by an evaluation": {
+        "saving": {"ep": 2, "config": KEPT},
+        "before": evaluate,
+    },
     "one parameter skipped a step": {"saving": {"ep": 2}, "before": miss_a_step},
     "plain tensors": {"saving": {"ep": 0}, "world_size": 1},
     "plain tensors to shards": {"saving": {"ep": 0}, "loading": {"ep": 1}, "world_size": 1},

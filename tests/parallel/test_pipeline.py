@@ -21,6 +21,7 @@ from crossdock.parallel import (
     Boundary,
     GradientManager,
     ParallelDims,
+    ParallelismConfig,
     Pipeline,
     PipelineSchedule,
     cut_blocks,
@@ -49,15 +50,21 @@ def one_process(ranks: RankPool, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "per_rank"),
-    [("gpipe", 1), ("interleaved_1f1b", 2), ("zero_bubble", 1), ("zero_bubble", 2), ("zbv", 2)],
+    ("schedule", "per_rank", "more"),
+    [
+        ("gpipe", 1, ("--parallelism.reshard-after-forward", "always", "--activation-checkpoint.mode", "selective")),
+        ("interleaved_1f1b", 2, ("--activation-checkpoint.mode", "full")),
+        ("zero_bubble", 1, ()),
+        pytest.param("zero_bubble", 2, (), marks=pytest.mark.slow),
+        ("zbv", 2, ()),
+    ],
 )
 def test_a_run_with_any_schedule_equals_one_process(
-    ranks: RankPool, folder: Path, one_process: dict[str, Any], schedule: str, per_rank: int
+    ranks: RankPool, folder: Path, one_process: dict[str, Any], schedule: str, per_rank: int, more: tuple[str, ...]
 ) -> None:
     options = ("--parallelism.pipeline-parallel-schedule", schedule)
-    more = ("--parallelism.pipeline-parallel-stages-per-rank", str(per_rank))
-    compare(run_on(ranks, folder, "qwen3", 2, {"pp": 2}, *options, *more, num_layers=5), one_process)
+    stages = ("--parallelism.pipeline-parallel-stages-per-rank", str(per_rank))
+    compare(run_on(ranks, folder, "qwen3", 2, {"pp": 2}, *options, *stages, *more, num_layers=5), one_process)
 
 
 def test_a_stage_without_moe_layers_works(ranks: RankPool, folder: Path) -> None:
@@ -84,7 +91,7 @@ def collectives(schedule: PipelineSchedule, num_microbatches: int, ep: int) -> t
     """Groups of parameters that FSDP gathers on this rank, and its collectives in each of two steps."""
     meshes = ParallelDims(dist.get_world_size(), pp=2, ep=ep).build_mesh("cpu")
     model = build(num_layers=4)
-    parallelize(model, meshes, pipeline_schedule=schedule)
+    parallelize(model, meshes, ParallelismConfig(pipeline_parallel_schedule=schedule))
     materialise(FAMILIES["qwen3"], model, torch.device("cpu"))
     boundary = Boundary((BATCH, LENGTH, HIDDEN), torch.float32, torch.device("cpu"))
     gradients = GradientManager(model, meshes)
@@ -182,9 +189,10 @@ def test_the_head_counts_and_of_experts_those_that_a_token_visits() -> None:
             (*PP2, *ZERO_BUBBLE, "--activation-checkpoint.mode", "full"),
             "activation_checkpoint.mode = 'full': must be none with zero_bubble",
         ),
+        ((*PP2, *ZERO_BUBBLE, "--compile.enable"), "compile.enable = True: must be false with zero_bubble"),
         (
-            (*PP2, "--parallelism.pipeline-parallel-schedule", "zero_bubble", "--compile.enable"),
-            "compile.enable = True",
+            (*PP2, *ZERO_BUBBLE, "--parallelism.reshard-after-forward", "always"),
+            "reshard_after_forward = 'always': must be auto or never with zero_bubble",
         ),
     ],
     ids=str,

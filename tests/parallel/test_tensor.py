@@ -20,6 +20,7 @@ from crossdock.parallel import (
     CompileConfig,
     GradientManager,
     ParallelDims,
+    ParallelismConfig,
     parallelize,
     plain_name,
 )
@@ -104,7 +105,7 @@ def compare(results: list[dict[str, Any]], expected: dict[str, Any], tolerance: 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_step_equals_one_process(ranks: RankPool, one_process: Any, name: str, sequence_parallel: bool) -> None:
     folder, expected = one_process(name)
-    options = {"sequence_parallel": sequence_parallel}
+    options = {"config": ParallelismConfig(sequence_parallel=sequence_parallel)}
     results = ranks.run(2, _with, options, name, str(folder), {"tp": 2})
     # These rotate queries and keys in complex fp32, whatever the model's dtype.
     tolerance = 1e-6 if name in ("deepseek_v2", "llama4") else 1e-9
@@ -134,5 +135,8 @@ def test_a_step_of_compiled_blocks_equals_one_process(
     ranks: RankPool, one_process: Any, sequence_parallel: bool
 ) -> None:
     folder, expected = one_process("qwen3")
-    options = {"sequence_parallel": sequence_parallel, "compile_config": CompileConfig(enable=True)}
+    options = {
+        "config": ParallelismConfig(sequence_parallel=sequence_parallel),
+        "compile_config": CompileConfig(enable=True),
+    }
     compare(ranks.run(2, _with, options, "qwen3", str(folder), {"tp": 2}), expected)
