@@ -97,8 +97,10 @@ class GradientManager:
         # As torch's own pipeline stages do for a stage that is one FSDP module: it has no public name.
         root: Any = fully_shard.state(self._model)  # type: ignore[attr-defined]
         for state in reversed(root._state_ctx.all_states):
-            for group in reversed(state._fsdp_param_groups):
-                group.post_backward()
+            # torch 2.11 and 2.12 have one group per module.
+            for group in reversed(getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]):
+                if group is not None:
+                    group.post_backward()
         root._root_post_backward_final_callback()
 
     def clip(self, max_norm: float) -> Tensor:

@@ -286,6 +286,35 @@ def test_each_parameter_is_in_exactly_one_fsdp_group(ranks: RankPool) -> None:
     assert set(held.values()) == {1}
 
 
+class _Order(TorchDispatchMode):
+    """Names of the collectives, in the order in which they begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def order_of_forward() -> list[str]:
+    model = build(8, torch.float32, MoEConfig(dispatcher="alltoall"))
+    parallelize(model, ParallelDims(4, ep=2).build_mesh("cpu"))
+    with _Order() as order:
+        model(batch()[0].float())
+    return order.names
+
+
+def test_a_block_gathers_the_next_one_and_its_experts_before_it_waits_for_tokens(ranks: RankPool) -> None:
+    names = ranks.run(4, order_of_forward)[0]
+    gathers = [index for index, name in enumerate(names) if name == "_allgather_base_"]
+    # The model's own, two blocks' dense parameters and experts.
+    assert len(gathers) == 5
+    assert gathers[-1] < names.index("all_to_all_single")
+
+
 def time_outs() -> list[float]:
     mesh = ParallelDims(4, ep=2).build_mesh("cpu", timedelta(seconds=33))
     parallelize(build(8, torch.float32, MoEConfig()), mesh)
