@@ -1,6 +1,7 @@
 """A training step on two CPU processes: ours, transformers' own expert parallelism, and that with our plug-in.
 
     python -m benchmarks.train_step [--rounds 9] [--shapes 1 2] [--dtypes float32 bfloat16] [--write]
+    python -m benchmarks.train_step --layouts [...]
 
 Each variant has two gloo processes of one thread of its own. They take turns, so that one variant runs at a time and
 all see the same noise; a ratio is taken within a round. All start from one checkpoint and see the same batches with the
@@ -8,6 +9,11 @@ same optimizer (fused AdamW; no clipping, since torch's does not take transforme
 agree. Peak memory is the resident set's, from the first step on. All run in the environment of a user's own script;
 `crossdock train` is ours again, in the environment that this command gives its ranks (`memory_settings`: huge pages,
 freed memory kept).
+
+With `--layouts`, ours on other layouts of the two processes, each beside `ep 2`: what a layout costs. All take the same
+rows in a step, in two micro-batches where both processes share them. `by hand` is `ep 2` without what other layouts
+need, `apply_ep`, `apply_fsdp` and `clip_grad_norm_` in a plain loop: that machinery shall cost nothing where it has
+nothing to do.
 """
 
 from __future__ import annotations
@@ -41,6 +47,18 @@ SHAPES: dict[int, dict[str, int]] = {
     1: {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 256},
     2: {"num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 128},
 }
+BASE = "ep 2"
+BY_HAND = "by hand"
+LAYOUTS: dict[str, dict[str, Any]] = {
+    BASE: {"ep": 2},
+    BY_HAND: {"ep": 2},
+    "fsdp 2": {},
+    "dp_replicate 2": {"dp_replicate": 2},
+    "tp 2": {"tp": 2, "ep": 2},
+    "cp 2": {"cp": 2, "ep": 2},
+    "pp 2, 1f1b": {"pp": 2},
+    "pp 2, zbv": {"pp": 2, "schedule": "zbv"},
+}
 TUNED = "crossdock train"
 VARIANTS = ("crossdock", TUNED, "transformers", "plug-in")
 # Relative, of the loss after some steps: what another order of summation may do.
@@ -53,19 +71,28 @@ def main() -> int:
     parser.add_argument("--shapes", type=int, nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", choices=TOLERANCE, default=list(TOLERANCE))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--layouts", action="store_true", help="ours on all layouts")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/train_step_DATE.json")
     arguments = parser.parse_args()
     rows = []
     for shape in arguments.shapes:
         for dtype in arguments.dtypes:
-            rows += compare(shape, dtype, arguments.variants, arguments.rounds)
+            if arguments.layouts:
+                # In pairs: a team takes some 6 GB.
+                for layout in list(LAYOUTS)[1:]:
+                    rows += compare(shape, dtype, [BASE, layout], arguments.rounds, BASE, None)
+            else:
+                rows += compare(shape, dtype, arguments.variants, arguments.rounds, "transformers", GOALS[shape][dtype])
             if arguments.write:
-                print(write_results("train_step", ["torch", "transformers", "accelerate", "crossdock"], rows))
+                name = "train_step_layouts" if arguments.layouts else "train_step"
+                print(write_results(name, ["torch", "transformers", "accelerate", "crossdock"], rows))
     return 0 if all(row.get("losses_agree", True) for row in rows) else 1
 
 
-def compare(shape: int, dtype: str, variants: list[str], rounds: int) -> list[dict[str, Any]]:
-    """Run all variants in turn; prints and returns a row for each of ours."""
+def compare(
+    shape: int, dtype: str, variants: list[str], rounds: int, peer: str, goal: float | None
+) -> list[dict[str, Any]]:
+    """Run all variants in turn; prints and returns a row for each, beside `peer` where that is one of them."""
     case = f"shape {shape}: {SHAPES[shape]}, {dtype}"
     print(f"\n{case}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -85,12 +112,13 @@ def compare(shape: int, dtype: str, variants: list[str], rounds: int) -> list[di
         finally:
             for team in teams.values():
                 team.close()
-    return report(case, GOALS[shape][dtype], dtype, seconds, losses, memory)
+    return report(case, peer, goal, dtype, seconds, losses, memory)
 
 
 def report(
     case: str,
-    goal: float,
+    peer: str,
+    goal: float | None,
     dtype: str,
     seconds: dict[str, list[float]],
     losses: dict[str, list[float]],
@@ -105,17 +133,16 @@ def report(
         row["seconds_per_step"] = [round(seconds, 3) for seconds in taken]
         row["losses"] = [round(loss, 6) for loss in losses[variant]]
         line = f"{variant:>15}: {rate:8,.0f} tok/s/rank  {memory[variant]:.2f} GiB  last loss {losses[variant][-1]:.5f}"
-        if variant != "transformers" and "transformers" in seconds:
-            peer = seconds["transformers"]
-            ratios = spread([theirs / ours for theirs, ours in zip(peer, taken, strict=True)])
+        if variant != peer and peer in seconds:
+            ratios = spread([theirs / ours for theirs, ours in zip(seconds[peer], taken, strict=True)])
             difference = max(
-                abs(ours - theirs) / abs(theirs)
-                for ours, theirs in zip(losses[variant], losses["transformers"], strict=True)
+                abs(ours - theirs) / abs(theirs) for ours, theirs in zip(losses[variant], losses[peer], strict=True)
             )
-            row |= {"peer": "transformers", "peer_figure": round(tokens / statistics.median(peer), 1)}
+            row |= {"peer": peer, "peer_figure": round(tokens / statistics.median(seconds[peer]), 1)}
             row |= {"ratio": ratios["median"], "spread": ratios, "goal": goal}
             row |= {"loss_difference": difference, "losses_agree": difference <= TOLERANCE[dtype]}
-            row["met"] = ratios["median"] >= goal and memory[variant] <= memory["transformers"] and row["losses_agree"]
+            if goal is not None:
+                row["met"] = ratios["median"] >= goal and memory[variant] <= memory[peer] and row["losses_agree"]
             line += f"  ratio {ratios['median']:.3f} ({ratios['low']:.3f} to {ratios['high']:.3f})"
             line += f"  losses differ by {difference:.1e}"
             if not row["losses_agree"]:
@@ -198,9 +225,13 @@ def _serve(variant: str, rank: int, folder: Path, dtype: str, pipe: Connection) 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE)}
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/{variant}", rank=rank, world_size=WORLD_SIZE)
-    build = _transformers_step if variant in ("transformers", "plug-in") else _crossdock_step
+    build = _crossdock_step
+    if variant in ("transformers", "plug-in"):
+        build = _transformers_step
+    elif variant in LAYOUTS:
+        build = _layout_step
     step = build(folder / "model", dtype, variant)
-    generator = torch.Generator().manual_seed(rank)
+    generators = [torch.Generator().manual_seed(each) for each in range(WORLD_SIZE)]
     pipe.send(None)
     peak_started = False
     while True:
@@ -216,10 +247,11 @@ def _serve(variant: str, rank: int, folder: Path, dtype: str, pipe: Connection) 
             peak_started = True
         results = []
         for _ in range(number):
-            tokens = torch.randint(0, VOCAB, (BATCH, SEQ_LEN + 1), generator=generator)
+            tokens = [torch.randint(0, VOCAB, (BATCH, SEQ_LEN + 1), generator=each) for each in generators]
+            batches = [{"input_ids": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous()} for rows in tokens]
             dist.barrier()
             started = time.perf_counter()
-            loss = step(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+            loss = step(batches)
             seconds = time.perf_counter() - started
             dist.all_reduce(loss)
             results.append((seconds, loss.item()))
@@ -228,11 +260,12 @@ def _serve(variant: str, rank: int, folder: Path, dtype: str, pipe: Connection) 
     dist.destroy_process_group()
 
 
-Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Step = Callable[[list[dict[str, torch.Tensor]]], torch.Tensor]
+"""Takes the batches of all ranks; returns this rank's share of the global loss."""
 
 
 def _crossdock_step(folder: Path, dtype: str, variant: str) -> Step:
-    """As the trainer does it; the step returns this rank's share of the global loss."""
+    """As the trainer does it."""
     from crossdock.checkpoint import HFCheckpoint
     from crossdock.models import FAMILIES, batch_loss, build_model, materialise
     from crossdock.moe import finish_step, set_batch_totals
@@ -249,9 +282,9 @@ def _crossdock_step(folder: Path, dtype: str, variant: str) -> Step:
     optimizer = _optimizer(model)
     targets = WORLD_SIZE * BATCH * SEQ_LEN
 
-    def step(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def step(batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         set_batch_totals(model, WORLD_SIZE * BATCH, targets)
-        loss = batch_loss(model, input_ids, labels) / targets
+        loss = batch_loss(model, **batches[dist.get_rank()]) / targets
         loss.backward()
         optimizer.step()
         finish_step(model, dist.group.WORLD)
@@ -261,8 +294,81 @@ def _crossdock_step(folder: Path, dtype: str, variant: str) -> Step:
     return step
 
 
+def _layout_step(folder: Path, dtype: str, variant: str) -> Step:
+    """A layout, as the trainer does it; or `BASE` by hand."""
+    from crossdock.checkpoint import HFCheckpoint
+    from crossdock.models import FAMILIES, accept_context_parallel, batch_loss, build_model, materialise
+    from crossdock.moe import finish_step, set_batch_totals
+    from crossdock.moe_config import MoEConfig
+    from crossdock.parallel import (
+        Boundary,
+        GradientManager,
+        ParallelDims,
+        ParallelismConfig,
+        Pipeline,
+        apply_ep,
+        apply_fsdp,
+        clip_grad_norm_,
+        parallelize,
+    )
+
+    degrees = dict(LAYOUTS[variant])
+    schedule = degrees.pop("schedule", "1f1b")
+    family = FAMILIES["qwen3"]
+    weights = HFCheckpoint.open(folder)
+    model = build_model(family, family.hf_config_from(folder), MoEConfig(), torch.float32)
+    dims = ParallelDims(WORLD_SIZE, **degrees)
+    meshes, reader = dims.build_mesh("cpu"), dims.reader(dist.get_rank())
+    param_dtype = torch.bfloat16 if dtype == "bfloat16" else None
+    if variant == BY_HAND:
+        apply_fsdp(apply_ep(model, meshes), meshes, param_dtype=param_dtype)
+    else:
+        if dims.cp > 1:
+            accept_context_parallel(model)
+        config = ParallelismConfig(pipeline_parallel_schedule=schedule)
+        parallelize(model, meshes, config, param_dtype=param_dtype, tensor_plan=family.tensor_plan(model.config))
+    materialise(family, model, torch.device("cpu"), weights=weights)
+    model.train()
+    optimizer = _optimizer(model)
+    gradients = None if variant == BY_HAND else GradientManager(model, meshes)
+    pipeline = None
+    if dims.pp > 1:
+        assert gradients is not None
+        shape = (BATCH, SEQ_LEN, model.config.hidden_size)
+        boundary = Boundary(shape, param_dtype or torch.float32, torch.device("cpu"))
+        pipeline = Pipeline(
+            model, meshes, gradients, batch_loss, boundary, schedule=schedule, num_microbatches=WORLD_SIZE
+        )
+    targets = WORLD_SIZE * BATCH * SEQ_LEN
+    columns = slice(reader.section * SEQ_LEN // reader.sections, (reader.section + 1) * SEQ_LEN // reader.sections)
+
+    def step(batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        set_batch_totals(model, WORLD_SIZE * BATCH, targets)
+        own = [batches[reader.rank]] if reader.degree > 1 else batches
+        own = [{name: rows[:, columns] for name, rows in batch.items()} for batch in own]
+        loss = torch.zeros((), dtype=torch.float64)
+        if pipeline is not None:
+            loss += pipeline.step(own, 1 / targets)
+        for index, batch in enumerate(own if pipeline is None else ()):
+            if gradients is not None:
+                gradients.before_backward(is_last=index == len(own) - 1)
+            share = batch_loss(model, **batch) / targets
+            share.backward()
+            loss += share.detach()
+        if gradients is None:
+            clip_grad_norm_(model.parameters(), 1.0)
+        else:
+            gradients.clip(1.0)
+        optimizer.step()
+        finish_step(model, dist.group.WORLD)
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
 def _transformers_step(folder: Path, dtype: str, variant: str) -> Step:
-    """transformers' own, or with the plug-in; the step returns this rank's share of the global loss."""
+    """transformers' own, or with the plug-in."""
     experts, dispatch = "grouped_mm", "all_to_all"
     if variant == "plug-in":
         import crossdock.integrations.transformers  # noqa: F401 (registers itself)
@@ -284,8 +390,9 @@ def _transformers_step(folder: Path, dtype: str, variant: str) -> Step:
     model.train()
     optimizer = _optimizer(model)
 
-    def step(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        loss = model(input_ids=input_ids, shift_labels=labels, labels=labels, use_cache=False).loss
+    def step(batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        own = batches[dist.get_rank()]
+        loss = model(**own, shift_labels=own["labels"], use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

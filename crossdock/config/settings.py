@@ -11,7 +11,8 @@ from crossdock.data import DataConfig
 from crossdock.lora import LoRAConfig
 from crossdock.models import ModelConfig
 from crossdock.moe_config import MoEConfig
-from crossdock.parallel import ActivationCheckpointConfig, AdjustLR, CompileConfig, ParallelismConfig
+from crossdock.optim import AdjustLR
+from crossdock.parallel import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
 
 __all__ = [
     "ASSETS_FOLDER",

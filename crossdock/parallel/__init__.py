@@ -6,7 +6,6 @@ from crossdock.parallel.context import SequenceContext, apply_cp, check_heads
 from crossdock.parallel.expert import ExpertParallel, apply_ep
 from crossdock.parallel.fsdp import apply_fsdp
 from crossdock.parallel.gradients import GradientManager
-from crossdock.parallel.hidden_matrices import MatrixForm, hidden_matrices
 from crossdock.parallel.mesh import (
     ContextMethod,
     LayoutError,
@@ -18,7 +17,6 @@ from crossdock.parallel.mesh import (
     ReshardPolicy,
     nearest,
 )
-from crossdock.parallel.muon import AdjustLR, Muon
 from crossdock.parallel.norm import clip_grad_norm_, global_grad_norm
 from crossdock.parallel.parallelize import parallelize
 from crossdock.parallel.pipeline import Boundary, Pipeline, check_microbatches
@@ -31,16 +29,13 @@ from crossdock.parallel.vocabulary import VocabularyHead
 
 __all__ = [
     "ActivationCheckpointConfig",
-    "AdjustLR",
     "Boundary",
     "CompileConfig",
     "ContextMethod",
     "ExpertParallel",
     "GradientManager",
     "LayoutError",
-    "MatrixForm",
     "Meshes",
-    "Muon",
     "ParallelDims",
     "ParallelismConfig",
     "Pipeline",
@@ -67,7 +62,6 @@ __all__ = [
     "clip_grad_norm_",
     "cut_blocks",
     "global_grad_norm",
-    "hidden_matrices",
     "local_part",
     "local_with_offsets",
     "nearest",

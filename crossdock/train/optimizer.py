@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from crossdock.config import LRSchedulerConfig, OptimizerConfig
-from crossdock.parallel import Muon
+from crossdock.optim import Muon
 from crossdock.routing import Router
 
 __all__ = ["build_optimizer", "learning_rate_factor"]

@@ -19,8 +19,10 @@ from crossdock.moe import MoE, moe_layers
 from crossdock.moe_config import MoEConfig
 from crossdock.parallel import (
     ActivationCheckpointConfig,
+    GradientManager,
     ParallelDims,
     apply_ep,
+    apply_fsdp,
     clip_grad_norm_,
     global_grad_norm,
     parallelize,
@@ -313,6 +315,32 @@ def test_a_block_gathers_the_next_one_and_its_experts_before_it_waits_for_tokens
     # The model's own, two blocks' dense parameters and experts.
     assert len(gathers) == 5
     assert gathers[-1] < names.index("all_to_all_single")
+
+
+def collectives_of_a_step(by_hand: bool) -> list[str]:
+    """Names of the collectives of a step with `parallelize` and `GradientManager`, or with the least that does."""
+    meshes = ParallelDims(4, ep=2).build_mesh("cpu")
+    model = build(8, torch.float32, MoEConfig())
+    if by_hand:
+        apply_fsdp(apply_ep(model, meshes), meshes)
+    else:
+        parallelize(model, meshes)
+    manager = None if by_hand else GradientManager(model, meshes)
+    x, labels = batch()
+    with _Order() as order:
+        if manager is not None:
+            manager.before_backward(is_last=True)
+        loss_of(model(x.float()), labels, 10).backward()
+        if manager is None:
+            clip_grad_norm_(model.parameters(), 1.0)
+        else:
+            manager.clip(1.0)
+    return order.names
+
+
+def test_what_other_layouts_need_costs_nothing_where_they_are_not(ranks: RankPool) -> None:
+    by_hand, whole = (ranks.run(4, collectives_of_a_step, choice)[0] for choice in (True, False))
+    assert by_hand == whole
 
 
 def time_outs() -> list[float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from crossdock.parallel.shards import local_part
+from crossdock.parallel import local_part
 
 __all__ = ["Deal", "Portion", "ShardedMatrices", "Stage", "exchanges", "gather_matrices", "scatter_matrices"]
 

@@ -23,12 +23,10 @@ from crossdock.experts import GroupedExperts
 from crossdock.lora import LoRAConfig, add_lora
 from crossdock.moe import MoE, moe_layers
 from crossdock.moe_config import MoEConfig
+from crossdock.optim import MatrixForm, Muon, hidden_matrices
 from crossdock.parallel import (
-    MatrixForm,
-    Muon,
     ParallelDims,
     as_shard,
-    hidden_matrices,
     local_part,
     parallelize,
     plain_name,

@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from crossdock.experts import GroupedExperts, UnpackedExperts
-from crossdock.parallel.hidden_matrices import MatrixForm, hidden_matrices, router_parameters
-from crossdock.parallel.newton_schulz import orthogonalise
-from crossdock.parallel.shards import local_part
-from crossdock.parallel.whole_matrices import Portion, ShardedMatrices, exchanges, gather_matrices, scatter_matrices
+from crossdock.optim.hidden_matrices import MatrixForm, hidden_matrices, router_parameters
+from crossdock.optim.newton_schulz import orthogonalise
+from crossdock.optim.whole_matrices import Portion, ShardedMatrices, exchanges, gather_matrices, scatter_matrices
+from crossdock.parallel import local_part
 
 __all__ = ["AdjustLR", "Muon"]
 

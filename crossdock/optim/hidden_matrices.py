@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from crossdock.experts import GroupedExperts, UnpackedExperts
-from crossdock.parallel.blocks import transformer_blocks
+from crossdock.parallel import transformer_blocks
 from crossdock.routed_experts import RoutedExperts
 from crossdock.routing import Router
 
