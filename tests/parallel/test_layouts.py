@@ -11,6 +11,7 @@ import pytest
 from tests.parallel.whole_runs import DOCUMENTS, compare, run_on
 from tests.ranks import RankPool
 
+FLOAT32 = ("--training.dtype", "float32")
 LAYOUTS = [
     (4, {"dp_replicate": 2, "ep": 2}),
     pytest.param(8, {"dp_replicate": 2, "ep": 2}, marks=pytest.mark.slow),
@@ -50,6 +51,32 @@ def test_a_run_equals_one_process(
     ranks: RankPool, folder: Path, one_process: dict[str, Any], world_size: int, layout: dict[str, int]
 ) -> None:
     compare(run_on(ranks, folder, "qwen3", world_size, layout), one_process)
+
+
+@pytest.fixture(scope="module")
+def one_process_in_float32(ranks: RankPool, folder: Path) -> dict[str, Any]:
+    return run_on(ranks, folder, "qwen3", 1, {}, *FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (4, {"pp": 2, "ep": 2}),
+        pytest.param(4, {"pp": 2, "tp": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"tp": 2, "ep": 4}, marks=pytest.mark.slow),
+        pytest.param(4, {"cp": 2, "ep": 4}, marks=pytest.mark.slow),
+        pytest.param(4, {"cp": 2, "tp": 2, "ep": 4}, marks=pytest.mark.slow),
+        pytest.param(4, {"dp_replicate": 2, "ep": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"ep": 2}, marks=pytest.mark.slow),  # ep_shard 2
+        pytest.param(8, {"pp": 2, "tp": 2, "ep": 4}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_run_in_float32_equals_one_process(
+    ranks: RankPool, folder: Path, one_process_in_float32: dict[str, Any], world_size: int, layout: dict[str, int]
+) -> None:
+    result = run_on(ranks, folder, "qwen3", world_size, layout, *FLOAT32)
+    compare(result, one_process_in_float32, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("model", "overrides", "world_size", "layout"), OTHERS, ids=str)
