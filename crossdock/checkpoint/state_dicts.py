@@ -78,17 +78,20 @@ def from_hf(
             and those that one is spread over all have it.
         keys: of its family.
         num_experts: `E`.
-        mesh: with a dimension `ep`, and `ep_shard` where experts are sharded; or of one dimension, which is `ep`.
+        mesh: with a dimension `ep`, and `ep_shard` where experts are sharded; or of one dimension, which is `ep`. With
+            one it is collective among its ranks, who tell each other whether any has DTensors.
 
     Raises:
-        CheckpointError: see `validate_experts`; on all ranks where it is collective.
+        CheckpointError: see `validate_experts`; on all ranks where there are DTensors.
     """
-    stored, layers = _stored(state_dict), dict[str, dict[str, int | None]]()
-    is_distributed, error = any(isinstance(tensor, DTensor) for tensor in state_dict.values()), None
+    stored, layers = dict[str, Stored](), dict[str, dict[str, int | None]]()
+    error: Exception | None = None
     try:
+        stored = _stored(state_dict)
         layers = _checked_layers(stored, keys, num_experts, expert_range(num_experts, mesh))
-    except CheckpointError as caught:
+    except Exception as caught:  # noqa: BLE001 (of what is no tensor, too: others wait)
         error = caught
+    is_distributed = _on_any_rank(any(isinstance(tensor, DTensor) for tensor in state_dict.values()), mesh)
     if is_distributed:
         raise_together(error)
         _check_alike(state_dict)
@@ -106,9 +109,10 @@ def from_hf(
                 values[name] = value
         some = stored[next(iter(experts))]
         dtype = DTYPES[some.dtype] if some.is_plain else torch.float32
+        device = next(iter(state_dict.values())).device
         for parameter in _parameters(experts):
             parts = keys.parts(f"{layer}.{parameter}", _some_expert(experts), (0, 0))
-            rows = [torch.zeros(_row_shape(stored, parts), dtype=dtype)] * len(own)
+            rows = [torch.zeros(_row_shape(stored, parts), dtype=dtype, device=device)] * len(own)
             for slot, expert in enumerate(own):
                 if expert != EMPTY:
                     rows[slot] = _row(values, keys.parts(f"{layer}.{parameter}", expert, (0, 0)))
@@ -155,21 +159,39 @@ def to_hf(state_dict: Mapping[str, Tensor], keys: HFKeys, num_experts: int) -> d
     return result
 
 
+def _on_any_rank(value: bool, mesh: DeviceMesh | Meshes | None) -> bool:
+    """Whether `value` is true on a rank of `mesh`. Collective among them."""
+    if mesh is None or not dist.is_initialized():
+        return value
+    mesh = mesh.experts if isinstance(mesh, Meshes) else mesh
+    for dim in range(mesh.ndim):
+        values = [value] * mesh.size(dim)
+        dist.all_gather_object(values, value, group=mesh.get_group(dim))
+        value = any(values)
+    return value
+
+
 def _check_alike(state_dict: Mapping[str, Tensor]) -> None:
-    """Raise on all ranks where one of them lacks a DTensor, for whose part the others would wait. Collective."""
-    own: dict[tuple[int, ...], set[str]] = {}
+    """Raise on all ranks where one of them lacks a DTensor, or has another one: others would wait. Collective."""
+    own: dict[tuple[int, ...], dict[str, str]] = {}
     for name, tensor in state_dict.items():
         if isinstance(tensor, DTensor):
-            own.setdefault(tuple(tensor.device_mesh.mesh.flatten().tolist()), set()).add(name)
+            ranks = tuple(tensor.device_mesh.mesh.flatten().tolist())
+            of_ranks = own.setdefault(ranks, {})
+            of_ranks[name] = f"{tensor.dtype} {list(tensor.shape)} {list(tensor.placements)}"
     everyone = [own] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     for ranks in sorted(set().union(*everyone)):
-        wanted = set().union(*(everyone[rank].get(ranks, set()) for rank in ranks))
-        for rank in ranks:
-            if lacking := sorted(wanted - everyone[rank].get(ranks, set())):
-                raise CheckpointError(
-                    f"the state dict of rank {rank} lacks {lacking[0]}, a DTensor over the ranks {list(ranks)}"
-                )
+        held = {rank: everyone[rank].get(ranks, {}) for rank in ranks}
+        for name in sorted(set().union(*held.values())):
+            for rank in ranks:
+                if name not in held[rank]:
+                    raise CheckpointError(
+                        f"the state dict of rank {rank} lacks {name}, a DTensor over the ranks {list(ranks)}"
+                    )
+                if held[rank][name] != held[ranks[0]][name]:
+                    each = ", ".join(f"{held[one][name]} on rank {one}" for one in (ranks[0], rank))
+                    raise CheckpointError(f"{name}, a DTensor over the ranks {list(ranks)}, is {each}")
 
 
 class _Memory:
@@ -267,7 +289,12 @@ def _row_problems(
     (first,), (second,) = shapes["gate_and_up_projs whole"], shapes["down_projs whole"]
     if first[0] != second[1] or first[1] not in (second[0], 2 * second[0]):
         return [f"the experts of {layer} have matrices {list(first)} and {list(second)}, which do not go together"]
-    return []
+    return [
+        f"the experts of {layer} have matrices {list(matrix)} and {bias} {list(shape)}, which do not go together"
+        for matrix, bias in ((first, "gate_and_up_bias"), (second, "down_bias"))
+        for shape in shapes.get(f"{bias} whole", ())
+        if shape != matrix[1:]
+    ]
 
 
 def _some_expert(experts: Mapping[str, int | None]) -> int:

@@ -188,9 +188,13 @@ def read_dtypes(assets: Path, dtype: str) -> ExportDtypes:
         return ExportDtypes(EXPORT_DTYPES[dtype], {})
     path = assets / _DTYPES_FILE
     try:
-        return ExportDtypes(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        dtypes = ExportDtypes(**json.loads(path.read_text()))
+        unknown = {dtypes.default, *dtypes.others.values()} - DTYPES.keys()
+    except (ValueError, TypeError, AttributeError) as error:
         raise OSError(0, f"cannot read {path} ({error}); name a dtype") from None
+    if unknown:
+        raise OSError(0, f"cannot read {path} (it has {min(map(str, unknown))}, not {', '.join(DTYPES)}); name a dtype")
+    return dtypes
 
 
 def _copy_texts(source: Path, folder: Path) -> None:

@@ -57,6 +57,8 @@ _MEANING: Mapping[str, tuple[Any, ...]] = {
     # What the others begin with is taken off the weights beside the adapter.
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),
 }
+# PEFT's own, where the file says nothing.
+_DEFAULTS = {"r": 8, "lora_alpha": 8}
 # What says nothing of that; a setting that is none of all these must be off.
 _NEUTRAL = {
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout"),
@@ -185,9 +187,16 @@ def save_peft_adapter(
     raise_together(error)
 
 
+def _targets(model: nn.Module) -> dict[str, list[str]]:
+    """By PEFT's setting, the paths of what has an adapter."""
+    modules = [plain_name(path) for path, module in model.named_modules() if isinstance(module, LoRALinear)]
+    layers = [plain_name(path) for path, layer in moe_layers(model).items() if layer.experts.adapters() is not None]
+    parameters = [f"{path}.experts.{name}" for path in layers for name in ("gate_up_proj", "down_proj")]
+    return {"target_modules": modules, "target_parameters": parameters}
+
+
 def _peft_config(model: nn.Module, config: LoRAConfig, base: str) -> dict[str, Any]:
-    modules = {path for path, module in model.named_modules() if isinstance(module, LoRALinear)}
-    experts = {f"{path}.experts" for path, layer in moe_layers(model).items() if layer.experts.adapters() is not None}
+    targets = _targets(model)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -202,17 +211,14 @@ def _peft_config(model: nn.Module, config: LoRAConfig, base: str) -> dict[str, A
         "use_dora": False,
         "use_rslora": False,
         "modules_to_save": None,
-        "target_modules": sorted({_end(path) for path in modules}),
-        "target_parameters": sorted(
-            {f"{_end(path)}.{name}" for path in experts for name in ("gate_up_proj", "down_proj")}
-        )
-        or None,
+        "target_modules": sorted({_end(path, 2) for path in targets["target_modules"]}),
+        "target_parameters": sorted({_end(path, 3) for path in targets["target_parameters"]}) or None,
     }
 
 
-def _end(path: str) -> str:
-    """The last two names of a module's path: enough to tell it from all that is no target."""
-    return ".".join(plain_name(path).split(".")[-2:])
+def _end(path: str, names: int) -> str:
+    """The last `names` of a path: enough to tell it from all that is no target."""
+    return ".".join(path.split(".")[-names:])
 
 
 @dataclass(frozen=True)
@@ -263,21 +269,22 @@ class PeftAdapter:
         """
         meaning = {**_MEANING, "r": (config.rank,), "lora_alpha": (config.alpha,)}
         problems = [
-            f"{_CONFIG_FILE} has {key} {self.config.get(key)!r}, not {values[0]!r}"
+            f"{_CONFIG_FILE} has {key} {self.config.get(key, _DEFAULTS.get(key))!r}, not {values[0]!r}"
             for key, values in meaning.items()
-            if self.config.get(key, values[0]) not in values
+            if self.config.get(key, _DEFAULTS.get(key, values[0])) not in values
         ]
         problems += [
             f"{_CONFIG_FILE} has {key} {value!r}, which is not known"
             for key, value in self.config.items()
             if key not in meaning and key not in _NEUTRAL and value is not None and value is not False
         ]
-        targets = self.config.get("target_modules")
-        if isinstance(targets, list):
-            ends = tuple(f".{target}" for target in targets)
-            adapted = (path for path, module in model.named_modules() if isinstance(module, LoRALinear))
-            missed = [path for path in adapted if not f".{plain_name(path)}".endswith(ends)]
-            problems += [f"{_CONFIG_FILE} has target_modules {targets}, without {_end(path)}" for path in missed[:1]]
+        for key, adapted in _targets(model).items():
+            targets = self.config.get(key)
+            if isinstance(targets, str):  # A pattern.
+                continue
+            ends = tuple(f".{target}" for target in targets) if isinstance(targets, list) else ()
+            missed = [path for path in adapted if not f".{path}".endswith(ends)]
+            problems += [f"{_CONFIG_FILE} has {key} {targets}, without {path}" for path in missed[:1]]
         wanted = {stored.name: stored.shape for stored in _stored(model, family)}
         if wanted.keys().isdisjoint(self.shapes):
             problems.append(f"none of its {len(self.shapes)} tensors is one of the model's {len(wanted)}")

@@ -109,9 +109,50 @@ def spread(folder: str, num_experts: int, dim: int) -> dict[str, Any]:
         values = {key: value for key, value in values.items() if "experts.1.up_proj" not in key}
     with pytest.raises(CheckpointError, match=r"up_proj\.weight is missing|rank 0 lacks .*up_proj\.weight, a DTensor"):
         from_hf(values, keys, num_experts, mesh)
+    # Empty slots are where the others are.
+    assert all(
+        value.device.type == "meta" for value in from_hf(_without_values(tensors), keys, num_experts, mesh).values()
+    )
     own = (value for key, value in state.items() if key.endswith("layers.0.mlp.experts.down_projs"))
     rows = [list(value.to_local().shape) for value in own if isinstance(value, DTensor)]
     return {"differing": differing, "rows": rows, "range": expert_range(num_experts, mesh)}
+
+
+def _without_values(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value.to("meta") for key, value in tensors.items()}
+
+
+def from_unlike(folder: str, unlike: str) -> str:
+    """What `from_hf` says on this rank where the last one's tensors, which are DTensors elsewhere, are none such."""
+    tensors, rank, size = read_tensors(Path(folder)), dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("ep",))
+    values: dict[str, Any] = {key: distribute_tensor(value, mesh, [Shard(0)]) for key, value in tensors.items()}
+    others: dict[str, dict[str, Any]] = {
+        "no tensors": {},
+        "no experts": {"model.norm.weight": tensors["model.norm.weight"]},
+        "whole ones": tensors,
+        "another dtype": {key: value.bfloat16() for key, value in values.items()},
+        "not a tensor": values | {"model.norm.weight": None},
+    }
+    with pytest.raises((CheckpointError, AttributeError)) as caught:
+        from_hf(others[unlike] if rank == size - 1 else values, FAMILIES["qwen3"].hf_keys, 5, mesh)
+    return str(caught.value)
+
+
+UNLIKE = {
+    "no tensors": "holds no expert",
+    "no experts": "holds no expert",
+    "whole ones": r"rank 1 lacks .*, a DTensor over the ranks \[0, 1\]",
+    "another dtype": r"is torch\.float32 .* on rank 0, torch\.bfloat16 .* on rank 1",
+    "not a tensor": "'NoneType' object has no attribute",
+}
+
+
+@pytest.mark.parametrize("unlike", UNLIKE)
+def test_all_ranks_raise_where_one_has_other_tensors(ranks: RankPool, tmp_path: Path, unlike: str) -> None:
+    write_family(tmp_path, "qwen3")
+    for message in ranks.run(2, from_unlike, str(tmp_path), unlike):
+        assert re.search(UNLIKE[unlike], message), message
 
 
 def _spread(value: torch.Tensor, mesh: DeviceMesh) -> DTensor:
@@ -184,6 +225,12 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         (packed, packed_keys, 6, r"gate_up_proj has shape \[5, 32, 32\], not of 6 experts"),
         (packed, packed_keys, 3, r"not of 3 experts"),
         ({key: value for key, value in packed.items() if key != bias}, packed_keys, 5, rf": {bias} is missing$"),
+        (
+            packed | {bias: torch.ones(5, 31)},
+            packed_keys,
+            5,
+            r"\[16, 32\] and down_bias \[31\], which do not go together",
+        ),
     ]
     for state_dict, of_family, num_experts, message in cases:
         for check in (validate_experts, from_hf):

@@ -237,7 +237,8 @@ def adapter(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _rewrite(folder: Path, tensors: dict[str, torch.Tensor], **settings: Any) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
     config = json.loads((folder / "adapter_config.json").read_text()) | settings
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    kept = {key: value for key, value in config.items() if value is not ...}
+    (folder / "adapter_config.json").write_text(json.dumps(kept))
 
 
 FAULTS = {
@@ -254,7 +255,12 @@ FAULTS = {
     "some layers": (dict, {"layers_to_transform": [0]}, "layers_to_transform"),
     "a beginning taken off the weights": (dict, {"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', not True"),
     "a setting of a later release": (dict, {"kasa_config": {}}, "kasa_config {}, which is not known"),
-    "other modules": (dict, {"target_modules": ["nothing"]}, "target_modules .*, without self_attn.q_proj"),
+    "other modules": (dict, {"target_modules": ["nothing"]}, r"target_modules .*, without model\S+self_attn.q_proj"),
+    "no modules": (dict, {"target_modules": None}, "target_modules None, without "),
+    "no experts": (dict, {"target_parameters": None}, r"target_parameters None, without \S+experts.gate_up_proj"),
+    "some experts": (dict, {"target_parameters": ["experts.gate_up_proj"]}, r"without \S+experts.down_proj"),
+    "a rank that goes without saying": (dict, {"r": ...}, "has r 8, not 4"),
+    "a scale that goes without saying": (dict, {"lora_alpha": ...}, "has lora_alpha 8, not 6.0"),
     "after some tokens": (dict, {"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
 }
 
