@@ -137,7 +137,7 @@ class _MXFP4(Stored):
         groups = (first // _MXFP4_GROUP, -(-last // _MXFP4_GROUP))
         blocks = files.read(self.blocks, [experts, columns, groups, (0, _MXFP4_GROUP // 2)])
         exponents = files.read(self.scales, [experts, columns, groups]).int() - 127
-        table = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
+        table = torch.tensor([*_E2M1, *(-value for value in _E2M1)], device=blocks.device)
         halves = torch.stack([table[(blocks & 15).int()], table[(blocks >> 4).int()]], dim=-1).flatten(-2)
         values = torch.ldexp(halves, exponents[..., None]).flatten(-2)
         return values.narrow(-1, first - groups[0] * _MXFP4_GROUP, last - first).mT

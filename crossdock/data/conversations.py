@@ -16,6 +16,7 @@ ASSISTANT: Final = "assistant"
 # Fields that are read where `messages_field` is missing.
 _SHARED: Final = "conversations"
 _PAIR: Final = ("prompt", "completion")
+_BESIDE: Final = ("system", "tools")
 _ROLES: Final = {
     "human": "user",
     "user": "user",
@@ -49,7 +50,8 @@ class ConversationFields:
     """A document is the conversation in the field, or column, `messages_field`.
 
     Where that is missing, `conversations` (`from` and `value`, as in ShareGPT), or `prompt` and `completion`. A field
-    `tools` goes to the template. `needs_answer` refuses a conversation in which the assistant says nothing.
+    `system` beside them is the first message, a field `tools` goes to the template. `needs_answer` refuses a
+    conversation in which the assistant says nothing.
     """
 
     messages_field: str
@@ -60,8 +62,8 @@ class ConversationFields:
         return ["chat", self.messages_field]
 
     def columns(self, held: Sequence[str], place: str) -> list[str]:
-        chosen = [name for name in (self.messages_field, _SHARED, *_PAIR, "tools") if name in held]
-        if not chosen or chosen == ["tools"]:
+        chosen = [name for name in (self.messages_field, _SHARED, *_PAIR, *_BESIDE) if name in held]
+        if not set(chosen) - set(_BESIDE):
             raise self._missing(place, ", ".join(held))
         return list(dict.fromkeys(chosen))
 
@@ -73,7 +75,7 @@ class ConversationFields:
         return self.of_object(_without_nones(values), place)
 
     def of_object(self, values: Mapping[str, Any], place: str) -> Conversation:
-        messages = self._messages(values, place)
+        messages = _system(values.get("system"), place) + self._messages(values, place)
         if self.needs_answer and not any(message["role"] == ASSISTANT for message in messages):
             raise DataError(f"{place}: has no message of the assistant to train on")
         conversation = Conversation(messages, _tools(values.get("tools"), place), place)
@@ -99,6 +101,14 @@ class ConversationFields:
     def _missing(self, place: str, held: str) -> DataError:
         wanted = f"{self.messages_field!r}, nor {_SHARED!r}, nor both {_PAIR[0]!r} and {_PAIR[1]!r}"
         return DataError(f"{place}: has no field {wanted}, but {held}; data.messages_field names the one to read")
+
+
+def _system(value: Any, place: str) -> list[dict[str, Any]]:
+    if value is None or value == "":
+        return []
+    if not isinstance(value, str):
+        raise DataError(f"{place}: the field 'system' is {shown(value)}, must be a string")
+    return [{"role": "system", "content": value}]
 
 
 def _checked(value: Any, where: str) -> list[dict[str, Any]]:

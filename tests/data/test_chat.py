@@ -244,6 +244,17 @@ def test_all_forms_and_files_give_the_same_tokens(folder: Path, tmp_path: Path) 
     assert rows_of(prepare(folder, other, messages_field="dialog")) == expected
 
 
+def test_a_system_text_beside_the_messages_comes_first(folder: Path, tmp_path: Path) -> None:
+    talk = turns("Why?", "Because.")
+    path = tmp_path / "system.jsonl"
+    path.write_text(json.dumps({"system": "Be brief.", "messages": talk}))
+    parquet.write_table(pa.Table.from_pylist([{"system": "Be brief.", "messages": talk}]), tmp_path / "system.parquet")
+    expected = [encoded(folder, [{"role": "system", "content": "Be brief."}, *talk])]
+    assert expected != [encoded(folder, talk)]
+    for source in (path, tmp_path / "system.parquet"):
+        assert rows_of(prepare(folder, source)) == expected
+
+
 GOOD = json.dumps({"messages": turns("a", "b")})
 
 
@@ -269,6 +280,7 @@ GOOD = json.dumps({"messages": turns("a", "b")})
         ),
         ('{"text": "a"}', "but 'text'; data.messages_field names the one to read"),
         ('{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": ""}]}', "half a surr"),
+        ('{"prompt": "a", "completion": "b", "system": 3}', "'system' is 3, must be a string"),
         ('{"prompt": "a", "completion": "b", "tools": 3}', "'tools' is 3, must be a list of objects"),
         ('{"prompt": "a", "completion": "b", "tools": "["}', "'tools' is not JSON"),
         ('{"messages": [', "cut off"),
