@@ -205,6 +205,15 @@ def test_what_cannot_be_stages_is_refused_before_the_start(
         validate(config, 4)
 
 
+def test_the_nearest_number_of_stages_is_one_that_divides_the_ranks(tmp_path: Path) -> None:
+    assets = write_assets(tmp_path / "assets", num_hidden_layers=3)
+    config = load_config(
+        None, ["--model.hf-assets-path", str(assets), *SHORT, "--parallelism.pipeline-parallel-degree", "4"]
+    )
+    with pytest.raises(ConfigError, match="3 blocks cannot be 4 pipeline stages; the nearest that fits is 2$"):
+        validate(config, 4)
+
+
 def test_tied_embeddings_are_refused(tmp_path: Path) -> None:
     assets = write_assets(tmp_path / "assets", tie_word_embeddings=True)
     with pytest.raises(ConfigError, match=r"tie_word_embeddings.*it must be 1"):
