@@ -123,7 +123,7 @@ def _check_pipeline(config: Config, dims: ParallelDims, model: PreTrainedConfig)
         cut_blocks(build_model(FAMILIES[config.model.name], model, config.moe, torch.float32), num_stages)
     except ValueError as error:
         blocks = model.get_text_config().num_hidden_layers
-        fitting = [degree for degree in range(1, dims.pp + 1) if degree * per_rank <= blocks]
+        fitting = [n for n in range(1, dims.pp + 1) if n * per_rank <= blocks and dims.world_size % n == 0]
         near = f"; the nearest that fits is {max(fitting, default=1)}" if blocks < num_stages else "; it must be 1"
         raise ConfigError(_PP, dims.pp, f"{error}{near}") from None
     micro_batch = training.local_batch_size * dims.dp_replicate * dims.dp_shard

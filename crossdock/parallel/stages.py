@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from crossdock.experts import UnpackedExperts
 from crossdock.moe import MOE_LAYER_PLACES, moe_layer_places, moe_layers
 from crossdock.parallel.blocks import block_lists
 from crossdock.parallel.mesh import Meshes, PipelineSchedule
@@ -127,6 +128,13 @@ def apply_pp(
     if size == 1:
         return model
     parts = _Parts.of(model)
+    if schedule in ("zero_bubble", "zbv") and any(isinstance(module, UnpackedExperts) for module in model.modules()):
+        # torch's second part of the backward pass fails where a parameter is used twice, and these have a zero gradient
+        # beside their own, for ranks without tokens.
+        raise ValueError(
+            f"the schedule {schedule} takes the backward pass in two, which experts that are modules do not; use 1f1b, "
+            "interleaved_1f1b or gpipe"
+        )
     per_rank = stages_per_rank(schedule, wanted_stages_per_rank)
     blocks = cut_blocks(model, size * per_rank)
     there, back = list(range(size)), list(range(size))[::-1]

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3MoeConfig
 
 from crossdock.config import ConfigError, load_config, validate
+from crossdock.experts import UnpackedExperts
 from crossdock.models import FAMILIES, batch_loss, build_model, materialise
+from crossdock.moe import moe_layers
 from crossdock.moe_config import MoEConfig
 from crossdock.parallel import (
     Boundary,
@@ -205,6 +208,15 @@ def test_what_cannot_be_stages_is_refused_before_the_start(
         validate(config, 4)
 
 
+def test_the_nearest_number_of_stages_is_one_that_divides_the_ranks(tmp_path: Path) -> None:
+    assets = write_assets(tmp_path / "assets", num_hidden_layers=3)
+    config = load_config(
+        None, ["--model.hf-assets-path", str(assets), *SHORT, "--parallelism.pipeline-parallel-degree", "4"]
+    )
+    with pytest.raises(ConfigError, match=r"3 blocks cannot be 4 pipeline stages; the nearest that fits is 2$"):
+        validate(config, 4)
+
+
 def test_tied_embeddings_are_refused(tmp_path: Path) -> None:
     assets = write_assets(tmp_path / "assets", tie_word_embeddings=True)
     with pytest.raises(ConfigError, match=r"tie_word_embeddings.*it must be 1"):
@@ -223,3 +235,17 @@ def whole_call() -> str:
 
 def test_a_part_of_a_model_does_not_run_as_the_whole(ranks: RankPool) -> None:
     assert "as stages of a pipeline" in ranks.run(2, whole_call)[0]
+
+
+def split_modules() -> None:
+    meshes = ParallelDims(2, pp=2).build_mesh("cpu")
+    for schedule in ("zero_bubble", "zbv"):
+        model = build(4)
+        for layer in moe_layers(model).values():
+            layer.experts = UnpackedExperts([nn.Linear(HIDDEN, HIDDEN) for _ in range(8)])
+        with pytest.raises(ValueError, match=f"{schedule} takes the backward pass in two.*use 1f1b"):
+            parallelize(model, meshes, ParallelismConfig(pipeline_parallel_schedule=schedule))
+
+
+def test_experts_that_are_modules_refuse_a_backward_pass_in_two(ranks: RankPool) -> None:
+    ranks.run(2, split_modules)
