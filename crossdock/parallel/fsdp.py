@@ -33,7 +33,7 @@ def apply_fsdp(
 ) -> nn.Module:
     """Shard `model` in place: each parameter in exactly one FSDP group, gradients summed over its ranks, never divided.
 
-    Replicas of dense parameters are reduced by FSDP (HSDP); those of experts by `Gradients`, once per step.
+    Replicas of dense parameters are reduced by FSDP (HSDP); those of experts by a `GradientManager`, once per step.
 
     Args:
         model: with expert parallelism applied, where it is wanted.

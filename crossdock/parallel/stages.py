@@ -297,10 +297,14 @@ def cut_blocks(model: nn.Module, num_stages: int) -> list[range]:
 
 def _products(module: nn.Module) -> int:
     layers = moe_layers(module).values()
-    experts = {parameter for layer in layers for parameter in layer.experts.slot_parameters().values()}
-    dense = sum(p.numel() for p in module.parameters() if p.ndim > 1 and p not in experts)
-    per_slot = (sum(p[0].numel() for p in each.experts.slot_parameters().values() if p.ndim > 2) for each in layers)
-    return dense + sum(size * layer.top_k for size, layer in zip(per_slot, layers, strict=True))
+    experts = {parameter for layer in layers for parameter in layer.experts.parameters()}
+    total = sum(p.numel() for p in module.parameters() if p.ndim > 1 and p not in experts)
+    for layer in layers:
+        # Ours lie together, each a matrix of a parameter.
+        dims = 3 if layer.experts.slot_parameters() else 2
+        every = sum(p.numel() for p in layer.experts.parameters() if p.ndim == dims)
+        total += every * layer.top_k // layer.num_experts
+    return total
 
 
 def _balanced(costs: Sequence[int], num_stages: int) -> list[range]:
