@@ -1,6 +1,6 @@
 """A training step on two CPU processes: ours, transformers' own expert parallelism, and that with our plug-in.
 
-    python -m benchmarks.train_step [--rounds 9] [--shapes 1 2] [--dtypes float32 bfloat16] [--write]
+    python -m benchmarks.train_step [--rounds 9] [--steps 2] [--shapes 1 2] [--dtypes float32 bfloat16] [--write]
     python -m benchmarks.train_step --layouts [...]
 
 Each variant has two gloo processes of one thread of its own. They take turns, so that one variant runs at a time and
@@ -41,7 +41,7 @@ from crossdock.train.launch import memory_settings
 
 WORLD_SIZE = 2
 BATCH, SEQ_LEN, VOCAB = 4, 512, 8192
-WARM_UP_STEPS, STEPS_PER_ROUND = 2, 2
+WARM_UP_STEPS = 2
 GOALS = {1: {"float32": 1.15, "bfloat16": 1.35}, 2: {"float32": 1.25, "bfloat16": 1.5}}
 SHAPES: dict[int, dict[str, int]] = {
     1: {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 256},
@@ -52,12 +52,12 @@ BY_HAND = "by hand"
 LAYOUTS: dict[str, dict[str, Any]] = {
     BASE: {"ep": 2},
     BY_HAND: {"ep": 2},
-    "fsdp 2": {},
-    "dp_replicate 2": {"dp_replicate": 2},
-    "tp 2": {"tp": 2, "ep": 2},
-    "cp 2": {"cp": 2, "ep": 2},
     "pp 2, 1f1b": {"pp": 2},
     "pp 2, zbv": {"pp": 2, "schedule": "zbv"},
+    "tp 2": {"tp": 2, "ep": 2},
+    "cp 2": {"cp": 2, "ep": 2},
+    "dp_replicate 2": {"dp_replicate": 2},
+    "fsdp 2": {},
 }
 TUNED = "crossdock train"
 VARIANTS = ("crossdock", TUNED, "transformers", "plug-in")
@@ -68,29 +68,29 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=2, help="of a round")
     parser.add_argument("--shapes", type=int, nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", choices=TOLERANCE, default=list(TOLERANCE))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--layouts", action="store_true", help="ours on all layouts")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/train_step_DATE.json")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/train_step..._DATE.json")
     arguments = parser.parse_args()
     rows = []
     for shape in arguments.shapes:
         for dtype in arguments.dtypes:
-            if arguments.layouts:
-                # In pairs: a team takes some 6 GB.
-                for layout in list(LAYOUTS)[1:]:
-                    rows += compare(shape, dtype, [BASE, layout], arguments.rounds, BASE, None)
-            else:
-                rows += compare(shape, dtype, arguments.variants, arguments.rounds, "transformers", GOALS[shape][dtype])
-            if arguments.write:
-                name = "train_step_layouts" if arguments.layouts else "train_step"
-                print(write_results(name, ["torch", "transformers", "accelerate", "crossdock"], rows))
+            # Layouts in pairs, since two processes take some 6 GB.
+            pairs = [[BASE, layout] for layout in list(LAYOUTS)[1:]]
+            peer, goal = (BASE, None) if arguments.layouts else ("transformers", GOALS[shape][dtype])
+            for variants in pairs if arguments.layouts else [arguments.variants]:
+                rows += compare(shape, dtype, variants, arguments.rounds, arguments.steps, peer, goal)
+                if arguments.write:
+                    name = "train_step_layouts" if arguments.layouts else "train_step"
+                    print(write_results(name, ["torch", "transformers", "accelerate", "crossdock"], rows))
     return 0 if all(row.get("losses_agree", True) for row in rows) else 1
 
 
 def compare(
-    shape: int, dtype: str, variants: list[str], rounds: int, peer: str, goal: float | None
+    shape: int, dtype: str, variants: list[str], rounds: int, steps: int, peer: str, goal: float | None
 ) -> list[dict[str, Any]]:
     """Run all variants in turn; prints and returns a row for each, beside `peer` where that is one of them."""
     case = f"shape {shape}: {SHAPES[shape]}, {dtype}"
@@ -105,9 +105,9 @@ def compare(
             }
             for number in range(rounds):
                 for variant in variants[number % len(variants) :] + variants[: number % len(variants)]:
-                    steps = teams[variant].steps(STEPS_PER_ROUND)
-                    seconds[variant].append(sum(taken for taken, _ in steps) / STEPS_PER_ROUND)
-                    losses[variant] += [loss for _, loss in steps]
+                    results = teams[variant].steps(steps)
+                    seconds[variant].append(sum(taken for taken, _ in results) / steps)
+                    losses[variant] += [loss for _, loss in results]
             memory = {variant: team.peak_memory() for variant, team in teams.items()}
         finally:
             for team in teams.values():
