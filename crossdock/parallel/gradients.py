@@ -78,22 +78,13 @@ class GradientManager:
         Args:
             reshards: gathered parameters are freed after each pass none the less, for memory.
         """
-        self._model.set_is_last_backward(False)  # type: ignore[operator]
-        if self._replicas is not None:
-            self._replicas.is_last = False
+        self._set_reducing(False, reshards=reshards)
         for module in self._modules:
             module.set_reshard_after_forward(reshards, recurse=False)
-            module.set_reshard_after_backward(reshards, recurse=False)
-            module.set_requires_gradient_sync(False, recurse=False)
 
     def reduce(self) -> None:
         """After the last of these backward passes: reduce all gradients, the last block's first. Collective."""
-        self._model.set_is_last_backward(True)  # type: ignore[operator]
-        if self._replicas is not None:
-            self._replicas.is_last = True
-        for module in self._modules:
-            module.set_reshard_after_backward(True, recurse=False)
-            module.set_requires_gradient_sync(True, recurse=False)
+        self._set_reducing(True, reshards=True)
         # As torch's own pipeline stages do for a stage that is one FSDP module: it has no public name.
         root: Any = fully_shard.state(self._model)  # type: ignore[attr-defined]
         for state in reversed(root._state_ctx.all_states):
@@ -102,6 +93,15 @@ class GradientManager:
                 if group is not None:
                     group.post_backward()
         root._root_post_backward_final_callback()
+
+    def _set_reducing(self, reduces: bool, *, reshards: bool) -> None:
+        """Whether a backward pass from here on reduces gradients, and frees what was gathered for it."""
+        self._model.set_is_last_backward(reduces)  # type: ignore[operator]
+        if self._replicas is not None:
+            self._replicas.is_last = reduces
+        for module in self._modules:
+            module.set_reshard_after_backward(reshards, recurse=False)
+            module.set_requires_gradient_sync(reduces, recurse=False)
 
     def clip(self, max_norm: float) -> Tensor:
         """After the last backward pass: wait for the reductions, then `clip_grad_norm_`. Collective."""

@@ -377,8 +377,7 @@ class Trainer:
         if training.global_batch_size != -1:
             return training.global_batch_size
         # A pipeline has a micro-batch for each of its ranks, or most would wait.
-        microbatches = self.dims.pp
-        return training.local_batch_size * self.reader.degree * microbatches
+        return training.local_batch_size * self.reader.degree * self.dims.pp
 
     def _tell(self, message: str) -> None:
         if self.rank == 0:
