@@ -279,8 +279,16 @@ def test_wandb_whose_service_dies_does_not_stop_the_run(tmp_path: Path, capsys: 
 
 def services_of_this_process() -> list[int]:
     children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    pids = [int(pid) for file in children for pid in file.read_text().split()]
-    return [pid for pid in pids if "wandb" in Path(f"/proc/{pid}/cmdline").read_text()]
+    pids = [int(pid) for file in children for pid in _text(file).split()]
+    return [pid for pid in pids if "wandb" in _text(Path(f"/proc/{pid}/cmdline"))]
+
+
+def _text(file: Path) -> str:
+    """Its text, or none: a thread or a process may have ended since it was listed."""
+    try:
+        return file.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def test_wandb_never_asks_for_a_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
