@@ -145,11 +145,11 @@ def _gather(view: Tensor, parts: Sequence[Part]) -> Iterator[Tensor]:
 def _gather_packed(layer: RoutedExperts, own: Mapping[int, Tensor], part: Part, parameter: Tensor) -> Iterator[Tensor]:
     """All experts of a layer, one after another, from the ranks that hold them."""
     buffer = torch.empty(parameter.shape[1:], dtype=parameter.dtype, device=layer.load.tokens.device)
-    for expert, slot in enumerate(layer.placement.expert_to_slot):
+    for expert, row in enumerate(layer.placement.expert_to_row):
         if expert in own:
             buffer.copy_(_whole(own[expert]))
         if layer.ep_group is not None:
-            dist.broadcast(buffer, group=layer.ep_group, group_src=slot // layer.placement.slots_per_rank)
+            dist.broadcast(buffer, group=layer.ep_group, group_src=row // layer.placement.rows_per_rank)
         yield part.taken_from(buffer)
 
 

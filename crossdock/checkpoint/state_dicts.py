@@ -149,7 +149,7 @@ def to_hf(state_dict: Mapping[str, Tensor], keys: HFKeys, num_experts: int) -> d
         elif keys.packed:
             placement = _placement(name, tensor, num_experts)
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            whole = whole[torch.tensor(placement.expert_to_slot, device=whole.device)]
+            whole = whole[torch.tensor(placement.expert_to_row, device=whole.device)]
             result |= {part.name: part.taken_from(whole) for part in keys.parts(name, 0, tensor.shape[1:])}
         else:
             own = _placement(name, tensor, num_experts).experts_on(_ep_of(tensor)[1])
@@ -327,9 +327,9 @@ def _row(values: Mapping[str, Tensor], parts: Sequence[Part]) -> Tensor:
 def _placement(name: str, tensor: Tensor, num_experts: int) -> ExpertPlacement:
     """Where the experts of a parameter are. Raises CheckpointError for another number of them."""
     placement = ExpertPlacement.contiguous(num_experts, _ep_of(tensor)[0])
-    if placement.num_slots != len(tensor):
+    if placement.num_rows != len(tensor):
         raise CheckpointError(
-            f"{name} has shape {list(tensor.shape)}: not {placement.num_slots} rows, as {num_experts} experts have"
+            f"{name} has shape {list(tensor.shape)}: not {placement.num_rows} rows, as {num_experts} experts have"
         )
     return placement
 

@@ -188,6 +188,6 @@ def count_parameters(model: PreTrainedModel) -> int:
     """Parameters of the whole model on any layout; slots without an expert do not count."""
     total = sum(parameter.numel() for parameter in model.parameters())
     for layer in moe_layers(model).values():
-        per_slot = sum(p.numel() for p in layer.experts.slot_parameters().values()) // layer.placement.num_slots
-        total -= per_slot * (layer.placement.num_slots - layer.num_experts)
+        per_slot = sum(p.numel() for p in layer.experts.slot_parameters().values()) // layer.placement.num_rows
+        total -= per_slot * (layer.placement.num_rows - layer.num_experts)
     return total

@@ -167,7 +167,7 @@ def save_peft_adapter(
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if rank == 0:
             if stored.layer is not None:
-                whole = stored.to_peft(whole[torch.tensor(stored.layer.placement.expert_to_slot)])
+                whole = stored.to_peft(whole[torch.tensor(stored.layer.placement.expert_to_row)])
             kept = whole.to("cpu", getattr(torch, dtype) if dtype else None)
             tensors[stored.name] = kept.clone(memory_format=torch.contiguous_format)
     error: Exception | None = None

@@ -72,7 +72,7 @@ def model_flops_per_token(model: PreTrainedModel, seq_len: int, *, causal: bool 
     if head is None or head.get_parameter("weight") is not embedding:
         operations -= _products([embedding])
     for layer in layers:
-        per_slot = _products(layer.experts.slot_parameters().values()) // layer.placement.num_slots
+        per_slot = _products(layer.experts.slot_parameters().values()) // layer.placement.num_rows
         operations += per_slot * layer.top_k
     config: Any = model.config.get_text_config()
     heads = config.num_attention_heads

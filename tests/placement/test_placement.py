@@ -46,10 +46,20 @@ def test_fewer_experts_than_ranks_leave_ranks_empty() -> None:
 
 
 def test_any_order_copies_and_empty_slots_are_allowed() -> None:
-    placement = Placement(3, 2, (2, EMPTY, 0, 1, 2, EMPTY))
-    assert placement.slots_per_rank == 3
-    assert placement.experts_on(1) == (1, 2, EMPTY)
-    assert placement.expert_to_slot == (2, 3, 0)
+    placement = Placement(3, 2, (2, 1, 0, EMPTY, 0, EMPTY, 2, EMPTY), copies_per_rank=2)
+    assert (placement.slots_per_rank, placement.rows_per_rank, placement.num_rows) == (4, 2, 4)
+    assert [placement.experts_on(rank) for rank in range(2)] == [(2, 1), (0, EMPTY)]
+    assert placement.slots_of(1) == (0, EMPTY, 2, EMPTY)
+    assert placement.row_to_expert == (2, 1, 0, EMPTY)
+    assert placement.expert_to_row == (2, 1, 0)
+    assert placement.expert_to_slot == (4, 1, 0)
+
+
+def test_more_slots_leave_rows_where_they_are() -> None:
+    placement = Placement(3, 2, (2, 1, 0, 0, EMPTY, 2), copies_per_rank=1).with_more_slots(2)
+    assert placement.slot_to_expert == (2, 1, 0, EMPTY, EMPTY, 0, EMPTY, 2, EMPTY, EMPTY)
+    assert placement.row_to_expert == (2, 1, 0, EMPTY)
+    assert Placement.contiguous(5, 2).with_more_slots(1) == Placement.contiguous(5, 2, copies_per_rank=1)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +71,7 @@ def test_any_order_copies_and_empty_slots_are_allowed() -> None:
         (4, 2, (0, 1, 2, 3, -2, EMPTY), r"0\.\.3.*\[-2\]"),
         (0, 2, (), r"num_experts \(0\)"),
         (4, 0, (0, 1, 2, 3), r"num_ranks \(0\)"),
+        (2, 2, (0, EMPTY, 0, 1), r"primary, once; not so: \[0\]"),
     ],
 )
 def test_an_impossible_map_is_refused(num_experts: int, num_ranks: int, slots: tuple[int, ...], reason: str) -> None:
@@ -72,6 +83,13 @@ def test_an_impossible_map_is_refused(num_experts: int, num_ranks: int, slots: t
 def test_contiguous_refuses_sizes_that_are_not_positive(num_experts: int, num_ranks: int) -> None:
     with pytest.raises(ValueError, match="must be positive"):
         Placement.contiguous(num_experts, num_ranks)
+
+
+def test_every_expert_has_one_primary() -> None:
+    with pytest.raises(ValueError, match=r"one of the first 1 slots of a rank, its primary, once; not so: \[0, 1\]"):
+        Placement(2, 2, (0, 1, 0, 1), copies_per_rank=1)
+    with pytest.raises(ValueError, match=r"copies_per_rank \(3\) must be 0 to 2"):
+        Placement(2, 2, (0, 1, 0, 1), copies_per_rank=3)
 
 
 def test_is_an_immutable_value() -> None:
