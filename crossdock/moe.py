@@ -119,11 +119,11 @@ class MoE(RoutedExperts):
         handed_down, self.padding_mask = self.padding_mask, None
         if padding_mask is None:
             padding_mask = handed_down
+        self.begin()
         try:
             tokens, mask, routing, slot_ids = self._route(x, padding_mask)
         except Exception:
-            # The others wait for this rank's counts of tokens.
-            self.dispatcher.refuse(self._expert_to_slot.device)
+            self.refuse()
             raise
         arriving = self.dispatch(tokens, slot_ids, routing.weights)
         shared = None if self.shared_experts is None else self.shared_experts(tokens)  # while tokens travel
@@ -267,6 +267,8 @@ def set_batch_totals(
 def finish_step(model: nn.Module, group: dist.ProcessGroup | None = None, *, update_bias: bool = True) -> StepLoad:
     """After an optimizer step: sum the step's counts over the ranks, move the expert biases, start counting anew.
 
+    Copies of experts (`crossdock.balance`) are made anew in the next forward pass.
+
     Args:
         model: its MoE layers all have the same number of experts.
         group: the data-parallel ranks, of all pipeline stages; `None` for this rank alone. Collective.
@@ -287,4 +289,5 @@ def finish_step(model: nn.Module, group: dist.ProcessGroup | None = None, *, upd
         if update_bias and layer.router is not None:
             update_expert_bias([layer.router], layer_counts[None], layer.config.expert_bias_rate)
         layer.load.reset()
+        layer.weights_changed()
     return load

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,12 +18,39 @@ from crossdock.dispatch import (
     LocalDispatcher,
     wrong_id,
 )
-from crossdock.experts import GroupedExperts, UnpackedExperts, autocast_dtype, load_factors
+from crossdock.experts import (
+    ExpertClock,
+    ForeignExperts,
+    GroupedExperts,
+    UnpackedExperts,
+    autocast_dtype,
+    load_factors,
+)
 from crossdock.moe_config import MoEConfig
 from crossdock.placement import EMPTY, Placement
 from crossdock.routing import LoadCounter, Router, count_experts, count_in_backward
 
-__all__ = ["RoutedExperts"]
+__all__ = ["Relief", "RoutedExperts"]
+
+
+class Relief(ForeignExperts, Protocol):
+    """What keeps the ranks of a layer evenly busy (`crossdock.balance`): experts that more ranks than one compute."""
+
+    def begin(self, experts: GroupedExperts) -> None:
+        """First of all in a forward pass, on all ranks of the group that holds the experts."""
+        ...
+
+    def slots_of(self, expert_ids: Tensor) -> Tensor:
+        """The slot of each route `[T, K]`, `-1` as it is, of `expert_ids [T, K]` that are valid. Collective."""
+        ...
+
+    def refuse(self) -> None:
+        """Take part in what others do in `slots_of`, where this rank raises before."""
+        ...
+
+    def weights_changed(self) -> None:
+        """The experts' parameters have new values, on all ranks."""
+        ...
 
 
 class RoutedExperts(nn.Module):
@@ -49,6 +76,8 @@ class RoutedExperts(nn.Module):
         is_first_replica: whether this rank is of the first of the groups that hold the same shards.
         sums_replicas: false where such groups differ in their gradients until something sums them (`GradientManager`).
         load: counts of tokens per logical expert.
+        clock: how long experts take in the forward passes of training.
+        relief: which copies of experts tokens go to, and who helps out; `None` for one slot per expert.
         padding_mask: `[..., S]`, of the next forward pass alone, where the model hands the layer only tokens. With
             activation checkpointing, set it inside of what is run again.
     """
@@ -73,6 +102,8 @@ class RoutedExperts(nn.Module):
         self.experts = experts
         self.load = LoadCounter(num_experts)
         self.padding_mask: Tensor | None = None
+        self.relief: Relief | None = None
+        self.clock = ExpertClock()
         self.register_buffer("_expert_to_slot", torch.arange(num_experts), persistent=False)
         dispatcher = LocalDispatcher(num_experts, debug_checks=config.debug_checks)
         self.place(Placement.contiguous(num_experts, 1), dispatcher, None)
@@ -85,13 +116,17 @@ class RoutedExperts(nn.Module):
         plan: DispatchPlan = LOCAL_PLAN,
     ) -> None:
         """Set where experts live and how tokens get there. The caller has laid out the experts' parameters to match."""
-        self.placement = placement
         self.dispatcher, self.dispatch_plan = dispatcher, plan
         self.ep_group = ep_group
         self.ep_rank = dist.get_rank(ep_group) if ep_group is not None else 0
         self.ep_world_size = placement.num_ranks
         self.is_first_replica = ep_group is None or 0 in dist.get_process_group_ranks(ep_group)
         self.sums_replicas = True
+        self.replace(placement, None)
+
+    def replace(self, placement: Placement, relief: Relief | None) -> None:
+        """Put another placement in force, of as many slots as the dispatcher knows, between steps and on all ranks."""
+        self.placement, self.relief = placement, relief
         self._write_placement()
 
     def _write_placement(self) -> None:
@@ -105,8 +140,25 @@ class RoutedExperts(nn.Module):
         self._write_placement()
         self.load.reset()
         self.load.reset_evaluation()
+        self.weights_changed()
         if self.router is not None and self.router.expert_bias is not None:
             self.router.expert_bias.zero_()
+
+    def weights_changed(self) -> None:
+        """Say that the experts' parameters have new values, on all ranks that hold them: copies are made anew."""
+        if self.relief is not None:
+            self.relief.weights_changed()
+
+    def begin(self) -> None:
+        """First of all in a forward pass, before anything that may raise."""
+        if self.relief is not None:
+            self.relief.begin(self.experts)
+
+    def refuse(self) -> None:
+        """Where a forward pass raises before `dispatch`: tell the other ranks, which wait for this one."""
+        if self.relief is not None:
+            self.relief.refuse()
+        self.dispatcher.refuse(self._expert_to_slot.device)
 
     def example(self) -> nn.Parameter:
         """A parameter with the dtype and device of the experts, or of the router where this rank has none."""
@@ -114,7 +166,7 @@ class RoutedExperts(nn.Module):
 
     @property
     def local_expert_ids(self) -> tuple[int, ...]:
-        """The logical expert of each of this rank's slots, `-1` for an empty slot."""
+        """The logical expert of each of this rank's rows of parameters, `-1` for an empty one."""
         return self.placement.experts_on(self.ep_rank)
 
     @torch.compiler.disable
@@ -130,6 +182,7 @@ class RoutedExperts(nn.Module):
             `[T, H]` in the dtype of `tokens`.
         """
         mask, self.padding_mask = self.padding_mask, None
+        self.begin()
         try:
             mask = self._check_routes(tokens, expert_ids, weights, mask)
             expert_ids = expert_ids.masked_fill(expert_ids >= self.num_experts, -1)
@@ -138,8 +191,7 @@ class RoutedExperts(nn.Module):
             weights = weights.to(torch.promote_types(tokens.dtype, torch.float32)).masked_fill(expert_ids < 0, 0)
             slot_ids = self.slots_of(expert_ids)
         except Exception:
-            # The others wait for this rank's counts of tokens.
-            self.dispatcher.refuse(self._expert_to_slot.device)
+            self.refuse()
             raise
         output = self.compute(self.dispatch(tokens, slot_ids, weights)).to(tokens.dtype)
         if self.training and torch.is_grad_enabled():
@@ -167,10 +219,11 @@ class RoutedExperts(nn.Module):
         if self.config.debug_checks:
             self._check_experts(expert_ids)
         try:
-            return torch.where(expert_ids < 0, expert_ids, self._expert_to_slot[expert_ids])
+            slot_ids = torch.where(expert_ids < 0, expert_ids, self._expert_to_slot[expert_ids])
         except IndexError:  # on a CPU
             self._check_experts(expert_ids)
             raise
+        return slot_ids if self.relief is None else self.relief.slots_of(expert_ids)
 
     def _check_experts(self, expert_ids: Tensor) -> None:
         if (wrong := wrong_id(expert_ids, self.num_experts)) is not None:
@@ -200,10 +253,18 @@ class RoutedExperts(nn.Module):
             weights = (
                 chunk.weights * factors[chunk.slot_ids] if factors is not None and scale == "output" else chunk.weights
             )
-            y = self.experts(chunk.tokens, chunk.slot_ids, weights, factors if scale == "gradient" else None)
+            y = self._compute_chunk(chunk, weights, factors if scale == "gradient" else None)
             returning.append(self.dispatcher.combine(y, chunk.handle))
         outputs = [pending.wait() for pending in returning]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _compute_chunk(self, chunk: Dispatched, weights: Tensor, factors: Tensor | None) -> Tensor:
+        relief = () if self.relief is None else (self.relief,)
+        if not self.training or not torch.is_grad_enabled():
+            return self.experts(chunk.tokens, chunk.slot_ids, weights, factors, *relief)
+        self.load.record_computed(chunk.slot_ids)
+        with self.clock.running(chunk.tokens.device):
+            return self.experts(chunk.tokens, chunk.slot_ids, weights, factors, *relief)
 
     def _load_factors(self, arrived: list[Dispatched]) -> Tensor:
         """What `gradient_scale` multiplies by, of each slot `[P/R]`."""

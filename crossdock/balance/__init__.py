@@ -1,17 +1,30 @@
-"""Who computes each route of a step: copies of experts, and relief of overloaded ranks. Plans, no weights."""
+"""Ranks kept evenly busy: experts placed by their loads, copies of them, and relief of overloaded ranks in a step."""
 
 from crossdock.balance.assign import Assignment, assign, assignment
+from crossdock.balance.balancer import Balancer
+from crossdock.balance.checks import BalanceError, check_sizes
 from crossdock.balance.choice import CopyRule, CopyTable, choose, copy_table
+from crossdock.balance.config import BalanceConfig, BalanceStrategy
 from crossdock.balance.costs import Rates, SpillCosts
+from crossdock.balance.migrate import Migration, MigrationError, migrate
+from crossdock.balance.monitor import BalanceMonitor, RankLoad
 from crossdock.balance.pieces import Pieces, even_pieces
 from crossdock.balance.pouring import level
 from crossdock.balance.spilling import SpillLimits, SpillPlan, borrowed_slots_needed, spill
 
 __all__ = [
     "Assignment",
+    "BalanceConfig",
+    "BalanceError",
+    "BalanceMonitor",
+    "BalanceStrategy",
+    "Balancer",
     "CopyRule",
     "CopyTable",
+    "Migration",
+    "MigrationError",
     "Pieces",
+    "RankLoad",
     "Rates",
     "SpillCosts",
     "SpillLimits",
@@ -19,9 +32,11 @@ __all__ = [
     "assign",
     "assignment",
     "borrowed_slots_needed",
+    "check_sizes",
     "choose",
     "copy_table",
     "even_pieces",
     "level",
+    "migrate",
     "spill",
 ]

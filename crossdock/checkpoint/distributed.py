@@ -216,6 +216,7 @@ class Checkpointer:
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), planner=planner)
         except CheckpointException as error:
             raise CheckpointError(f"cannot load checkpoint {folder}: {_reason(error)}") from None
+        self._rows.weights_changed()
         for device, own in random_states.items():
             if device == "cpu":
                 torch.set_rng_state(own)

@@ -69,6 +69,11 @@ class ExpertRows:
         """Whether `split` gives a parameter row by row."""
         return parameter in self._layers
 
+    def weights_changed(self) -> None:
+        """Tell the layers that their parameters have new values."""
+        for layer in self._layers.values():
+            layer.weights_changed()
+
     def split(self, name: str, parameter: nn.Parameter, tensor: Tensor) -> dict[str, Tensor]:
         """`tensor` under the names it has in a checkpoint.
 

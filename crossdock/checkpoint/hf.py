@@ -207,6 +207,8 @@ class HFCheckpoint:
             error = CheckpointError(f"cannot read the weights in {self.folder}: {caught}")
         raise_together(error)
         _clear_empty_slots(model)
+        for layer in moe_layers(model).values():
+            layer.weights_changed()
 
 
 def views_of(model: nn.Module, keys: HFKeys) -> Iterator[tuple[str, int | None, Tensor]]:

@@ -26,6 +26,7 @@ __all__ = [
     "Splits",
     "Tally",
     "attach_exchange",
+    "await_gradient",
     "exchange",
     "exchange_counts",
     "gather_rows",
@@ -118,11 +119,22 @@ def attach_exchange(
 ) -> Tensor:
     """Give `received`, which is `rows` after an exchange by other means, the gradient that `exchange` would have.
 
-    For values that travelled packed with others: `rows [sum(splits.send), K]`, `received [sum(splits.recv), K]`.
-    `tally` is told of the gradient alone.
+    For values that travelled packed with others, or before: `rows [sum(splits.send), ...]`, `received
+    [sum(splits.recv), ...]`. `tally` is told of the gradient alone.
     """
+    return await_gradient(rows, splits, group_name, tally)(received)
+
+
+def await_gradient(
+    rows: Tensor, splits: Splits, group_name: str, tally: Tally | None = None
+) -> Callable[[Tensor], Tensor]:
+    """`attach_exchange` in two steps: what is computed between them has its backward pass while gradients travel."""
     placeholder = _AwaitGradient.apply(rows, UNTOUCHED)
-    return _Finish.apply(placeholder, received, splits, group_name, UNTOUCHED, rows.shape[-1], rows.dtype, tally)  # type: ignore[return-value]
+
+    def attach(received: Tensor) -> Tensor:
+        return _Finish.apply(placeholder, received, splits, group_name, UNTOUCHED, rows.shape[-1], rows.dtype, tally)  # type: ignore[return-value]
+
+    return attach
 
 
 def _start(rows: Tensor, splits: Splits, group_name: str, tally: Tally | None) -> Tensor:

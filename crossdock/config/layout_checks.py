@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedConfig
 
+from crossdock.balance import BalanceError, check_sizes
 from crossdock.config.requirements import require
 from crossdock.config.settings import Config, ConfigError
 from crossdock.dispatch import find_nodes
@@ -75,6 +76,10 @@ def _check_experts(config: Config, dims: ParallelDims, model: PreTrainedConfig, 
             )
             require(config, "moe.dispatcher", nodes.size is not None, valid)
     require(config, ep, dims.ep <= most, f"at most {most}, the model's experts")
+    try:
+        check_sizes(config.balance, config.moe, most, dims.ep)
+    except BalanceError as error:
+        raise ConfigError(f"balance.{error.field}", error.value, error.valid) from None
     working = expert_parallel_degrees(sizes, dims.replica_size)
     valid = f"one of {', '.join(map(str, working))}" if working else "there is none for this number of ranks"
     why = f"{dims.replica_size} ranks / expert_parallel_degree must divide the experts' sizes {sizes[1]} and {sizes[2]}"

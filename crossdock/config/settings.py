@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from crossdock.balance import BalanceConfig
 from crossdock.checkpoint import CheckpointConfig, find_checkpoint
 from crossdock.data import DataConfig
 from crossdock.lora import LoRAConfig
@@ -158,6 +159,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)

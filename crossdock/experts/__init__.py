@@ -2,9 +2,10 @@
 
 from crossdock.experts.autocast import autocast_dtype
 from crossdock.experts.choice import AUTO, EXPERTS_BACKENDS, choose_backend
+from crossdock.experts.clock import ExpertClock
 from crossdock.experts.cpu import cpu
 from crossdock.experts.eager import eager
-from crossdock.experts.experts import ExpertAdapters, ExpertParams, ExpertsBackend
+from crossdock.experts.experts import ComputeRows, ExpertAdapters, ExpertParams, ExpertsBackend, ForeignExperts
 from crossdock.experts.formula import (
     ACTIVATIONS,
     GPT_OSS,
@@ -32,10 +33,13 @@ __all__ = [
     "QUICK_GELU_ALPHA",
     "SWIGLU",
     "ActivationName",
+    "ComputeRows",
     "ExpertAdapters",
+    "ExpertClock",
     "ExpertParams",
     "ExpertsBackend",
     "ExpertsFormula",
+    "ForeignExperts",
     "GroupedExperts",
     "SharedExperts",
     "UnpackedExperts",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from crossdock.experts.formula import ExpertsFormula
 
-__all__ = ["ExpertAdapters", "ExpertParams", "ExpertsBackend"]
+__all__ = ["ComputeRows", "ExpertAdapters", "ExpertParams", "ExpertsBackend", "ForeignExperts"]
 
 
 class ExpertParams(NamedTuple):
@@ -61,5 +62,25 @@ class ExpertsBackend(Protocol):
         Returns:
             `[U, H]` in the dtype of `tokens`, summed in fp32 and rounded once. With `U = 0` all inputs stay in the
             graph: an idle expert's gradient is zero, never `None`.
+        """
+        ...
+
+
+ComputeRows = Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+"""Of tokens `[U, H]`, ids of rows `[U, K]`, weights `[U, K]` and parameters by name, with these rows: `y [U, H]`."""
+
+
+class ForeignExperts(Protocol):
+    """Experts of other ranks that this one computes as well, in slots that follow the rows of its own parameters."""
+
+    def prepare(self, rows: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor, Tensor, ComputeRows], Tensor] | None:
+        """Before this rank's own experts are computed, on all ranks of the group that holds the experts.
+
+        Args:
+            rows: this rank's parameters by name, a row for each of its primaries, in the graph.
+
+        Returns:
+            What computes the foreign ones: of tokens `[U, H]`, ids of foreign slots from 0 `[U, K]`, weights `[U, K]`
+            and a function that computes with given rows; on all ranks, whatever the ids. `None` where there are none.
         """
         ...

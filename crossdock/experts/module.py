@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from crossdock.experts.autocast import autocast_dtype
 from crossdock.experts.choice import AUTO, EXPERTS_BACKENDS, choose_backend
-from crossdock.experts.experts import ExpertAdapters, ExpertParams
+from crossdock.experts.experts import ExpertAdapters, ExpertParams, ForeignExperts
 from crossdock.experts.formula import SWIGLU, ExpertsFormula
 from crossdock.experts.lora import lora_experts
 from crossdock.experts.scaling import scale_gradient
@@ -97,32 +99,46 @@ class GroupedExperts(nn.Module):
         return dict(self.named_parameters())
 
     def forward(
-        self, tokens: Tensor, slot_ids: Tensor, weights: Tensor, gradient_factors: Tensor | None = None
+        self,
+        tokens: Tensor,
+        slot_ids: Tensor,
+        weights: Tensor,
+        gradient_factors: Tensor | None = None,
+        foreign: ForeignExperts | None = None,
     ) -> Tensor:
         """`tokens [U, H]`, `slot_ids [U, K]` (this rank's own slots), `weights [U, K]` -> `[U, H]`.
 
-        `gradient_factors [P/R]` multiply the gradients of each slot's parameters.
+        Args:
+            gradient_factors: `[P/R]`, multiply the gradients of each slot's parameters.
+            foreign: computes the slots that follow the rows of the parameters.
         """
-        params = ExpertParams(
-            _local(self.gate_and_up_projs),
-            _local(self.down_projs),
-            None if self.gate_and_up_bias is None else _local(self.gate_and_up_bias),
-            None if self.down_bias is None else _local(self.down_bias),
-        )
-        adapters = self.adapters()
-        if adapters is not None:
-            adapters = ExpertAdapters(*map(_local, adapters))
+        rows: Mapping[str, Tensor] = self.local_rows()
         if gradient_factors is not None:
-            scaled = (None if tensor is None else scale_gradient(tensor, gradient_factors) for tensor in params)
-            params = ExpertParams(*scaled)  # type: ignore[arg-type]
-            if adapters is not None:
-                adapters = ExpertAdapters(*(scale_gradient(tensor, gradient_factors) for tensor in adapters))
+            rows = {name: scale_gradient(row, gradient_factors) for name, row in rows.items()}
         # Autocast does not know every backend's products.
+        tokens = tokens.to(autocast_dtype(tokens))
+        if foreign is None:
+            return self.compute(tokens, slot_ids, weights, rows)
+        num_rows = len(rows["down_projs"])
+        compute_foreign = foreign.prepare(rows)
+        if compute_foreign is None:
+            return self.compute(tokens, slot_ids, weights, rows)
+        y = self.compute(tokens, slot_ids.masked_fill(slot_ids >= num_rows, -1), weights, rows)
+        return y + compute_foreign(tokens, (slot_ids - num_rows).clamp_min(-1), weights, self.compute)
+
+    def local_rows(self) -> dict[str, Tensor]:
+        """This rank's rows of each parameter, by name, in the graph."""
+        return {name: _local(parameter) for name, parameter in self.named_parameters()}
+
+    def compute(self, tokens: Tensor, slot_ids: Tensor, weights: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """`y [U, H]` of experts whose parameters are `rows`: as this module's, by name, in any number."""
+        params = ExpertParams(*(rows.get(name) for name in ExpertParams._fields))  # type: ignore[arg-type]
         dtype = autocast_dtype(params.down_projs)
-        tokens, params = tokens.to(autocast_dtype(tokens)), params.to(dtype)
-        if adapters is not None and self.lora_scale is not None:
+        params = params.to(dtype)
+        if self.lora_scale is not None:
+            adapters = ExpertAdapters(*(rows[name] for name in ExpertAdapters._fields)).to(dtype)
             eager, static = self.backend == "eager", self.static_shapes
-            given = tokens, slot_ids, weights, params, adapters.to(dtype), self.lora_scale, self.formula
+            given = tokens, slot_ids, weights, params, adapters, self.lora_scale, self.formula
             return lora_experts(*given, eager=eager, static=static)
         backend = choose_backend(self.backend, tokens, params, static=self.static_shapes)
         return backend(tokens, slot_ids, weights, params, self.formula)

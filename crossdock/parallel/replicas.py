@@ -36,11 +36,16 @@ class ReplicaTraffic(NamedTuple):
 
 
 class _Gradient(NamedTuple):
-    """A parameter, and the logical expert of each of its rows; of one expert, a single one for all rows."""
+    """A parameter of a layer, with a row for each of its experts, or of one `expert` alone."""
 
     parameter: nn.Parameter
-    experts: tuple[int, ...]
-    by_row: bool
+    layer: RoutedExperts
+    expert: int | None = None
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """The logical expert of each row, as of now; of one expert, a single one for all rows."""
+        return self.layer.local_expert_ids if self.expert is None else (self.expert,)
 
 
 class _Sum(NamedTuple):
@@ -153,7 +158,7 @@ class ExpertReplicas:
         if not rows:
             return
         index = None
-        if len(rows) < len(gradient.experts) and gradient.by_row:
+        if len(rows) < len(gradient.experts) and gradient.expert is None:
             index = torch.tensor(rows, device=local.device)
         values = local if index is None else local.index_select(0, index)
         began, ended = time.perf_counter(), list[float]()
@@ -173,13 +178,9 @@ def _gradients_of(layer: RoutedExperts) -> list[_Gradient]:
     experts = layer.experts
     if isinstance(experts, UnpackedExperts):
         return [
-            _Gradient(parameter, (int(expert),), False)
+            _Gradient(parameter, layer, int(expert))
             for expert, module in experts.items()
             for parameter in module.parameters()
             if parameter.requires_grad
         ]
-    return [
-        _Gradient(parameter, layer.local_expert_ids, True)
-        for parameter in experts.slot_parameters().values()
-        if parameter.requires_grad
-    ]
+    return [_Gradient(parameter, layer) for parameter in experts.slot_parameters().values() if parameter.requires_grad]

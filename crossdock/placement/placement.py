@@ -77,6 +77,13 @@ class Placement:
             slots += [*self.slots_of(rank), *[EMPTY] * number]
         return Placement(self.num_experts, self.num_ranks, tuple(slots), self.copies_per_rank + number)
 
+    def without_last_slots(self, number: int) -> Placement:
+        """The same without the last `number` slots of every rank, which are empty."""
+        slots: list[int] = []
+        for rank in range(self.num_ranks):
+            slots += self.slots_of(rank)[: self.slots_per_rank - number]
+        return Placement(self.num_experts, self.num_ranks, tuple(slots), self.copies_per_rank - number)
+
     @property
     def num_slots(self) -> int:
         return len(self.slot_to_expert)

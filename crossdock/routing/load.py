@@ -50,25 +50,27 @@ class LoadCounter(nn.Module):
 
     A forward pass in training mode, under grad mode, is training, and is counted in its backward pass
     (`losses.attach_losses`); all others are evaluation, counted there and then, into a counter of its own that the
-    expert bias never sees. Recompute counts neither again.
+    expert bias never sees. Recompute counts neither again. What this rank computes, of any rank's tokens, is counted in
+    the forward pass of training.
     """
 
     tokens_per_expert: Tensor
     tokens: Tensor
     dropped: Tensor
+    computed: Tensor
     evaluation_tokens_per_expert: Tensor
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
         for name in ("tokens_per_expert", "evaluation_tokens_per_expert"):
             self.register_buffer(name, torch.zeros(num_experts, dtype=torch.int64), persistent=False)
-        for name in ("tokens", "dropped"):
+        for name in ("tokens", "dropped", "computed"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64), persistent=False)
         self.losses: dict[str, Tensor] = {}
 
     def reset(self) -> None:
         """Forget what training counted."""
-        for counts in (self.tokens_per_expert, self.tokens, self.dropped):
+        for counts in (self.tokens_per_expert, self.tokens, self.dropped, self.computed):
             counts.zero_()
         self.losses = {}
 
@@ -84,6 +86,12 @@ class LoadCounter(nn.Module):
         self.dropped += observed.dropped
         for name, loss in losses.items():
             self.losses[name] = self.losses[name] + loss if name in self.losses else loss
+
+    @torch.no_grad()
+    def record_computed(self, slot_ids: Tensor) -> None:
+        """Add the routes of `slot_ids`, `-1` for none, that this rank computes in a forward pass of training."""
+        if not is_recompute():
+            self.computed += (slot_ids >= 0).sum()
 
     @torch.no_grad()
     def record_evaluation(self, routes: Tensor) -> None:

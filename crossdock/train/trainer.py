@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from crossdock.balance import Balancer
 from crossdock.checkpoint import (
     CHECKPOINT_FOLDER,
     Checkpointer,
@@ -117,6 +118,9 @@ class Trainer:
         dtype = torch.bfloat16 if config.training.dtype == "bfloat16" else None
         self.optimizer = build_optimizer(self.model, config.optimizer, dtype)
         materialise_optimizer_state(self.optimizer)
+        self.balancer = Balancer(
+            self.model, config.balance, optimizer=self.optimizer, stage=self._stage_group(), dtype=dtype
+        )
         torch.manual_seed(config.training.seed + self.rank)
         self.checkpointer = Checkpointer(
             self.folder / CHECKPOINT_FOLDER,
@@ -219,8 +223,7 @@ class Trainer:
         """
         config = self.config.training
         sequences = self.batches.global_batch_size
-        stage = self.meshes.stage if self.pipeline is not None else dist.group.WORLD
-        set_batch_totals(self.model, sequences, tokens, stage, self.meshes.sequence)
+        set_batch_totals(self.model, sequences, tokens, self._stage_group(), self.meshes.sequence)
         sent_before = self._traffic()
         loss = self._backward([self._own_section(batch).inputs(self.device) for batch in batches], max(targets, 1))
         norm = self.gradients.clip(config.max_norm).item()
@@ -235,6 +238,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
+        computed = self.balancer.computed()
         # The expert bias is a part of what LoRA leaves as it is.
         load = finish_step(self.model, dist.group.WORLD, update_bias=finite and not self.config.lora.rank)
         for message in self._collapse.update(load.routes.cpu()) if self.rank == 0 else ():
@@ -242,6 +246,9 @@ class Trainer:
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.skipped_steps += not finite
         self.optimizer.zero_grad()
+        balanced, messages = self.balancer.after_step(load, computed)
+        for message in messages:
+            self._tell(f"step {self.step}: {message}")
         return {
             "step": self.step,
             **{name: value if math.isfinite(value) else None for name, value in sums.items()},
@@ -249,6 +256,7 @@ class Trainer:
             "lr": rate,
             **memory,
             **load_metrics(load),
+            **balanced,
             **sent,
             "tokens": tokens,
             "skipped_steps": self.skipped_steps,
@@ -265,6 +273,10 @@ class Trainer:
             share.backward()
             loss += share.detach()
         return loss
+
+    def _stage_group(self) -> dist.ProcessGroup | None:
+        """All ranks of this pipeline stage."""
+        return self.meshes.stage if self.pipeline is not None else dist.group.WORLD
 
     def _build_pipeline(self) -> Pipeline:
         training, parallelism = self.config.training, self.config.parallelism
@@ -333,6 +345,7 @@ class Trainer:
             "step": self.step,
             "samples": self.samples,
             "skipped_steps": self.skipped_steps,
+            "balance": self.balancer.state(),
         }
         if self.checkpointer.save(self.step, counters, blocking=last) is None:
             logger.warning(f"step {self.step}: no checkpoint, since the one before is still being written")
@@ -350,6 +363,8 @@ class Trainer:
         self.skipped_steps = counters["skipped_steps"]
         self._resumed_step = self.step
         self._tell(f"resumed {self.folder} at step {self.step}")
+        if message := self.balancer.restore(counters.get("balance", {})):
+            self._tell(message)
 
     def _export(self) -> None:
         """Leave the model in Hugging Face's format, or the adapter in PEFT's. The run is whole without it, so that a

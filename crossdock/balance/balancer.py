@@ -1,0 +1,275 @@
+"""Keeps the ranks that hold a model's experts evenly busy while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from crossdock.balance.checks import borrowed_slots, check_balance, copies_per_rank
+from crossdock.balance.config import BalanceConfig
+from crossdock.balance.costs import Rates, SpillCosts
+from crossdock.balance.deciding import Deciding
+from crossdock.balance.migrate import Migration, migrate
+from crossdock.balance.monitor import BalanceMonitor
+from crossdock.balance.placing import Proposal, propose
+from crossdock.balance.rates import measure_rates
+from crossdock.balance.relief import LayerRelief, ReliefRules
+from crossdock.balance.spilling import SpillLimits
+from crossdock.dispatch import build_dispatcher, find_nodes
+from crossdock.moe import moe_layer_places, moe_layers
+from crossdock.parallel import local_part
+from crossdock.placement import PLANNERS, Placement, PlanningSituation
+from crossdock.routed_experts import RoutedExperts
+from crossdock.routing import StepLoad
+
+__all__ = ["Balancer"]
+
+# A backward pass computes two products for each of the forward pass.
+_PASSES = 3
+# Values of AdamW for each of a parameter, which move with it.
+_MOMENTS = 2
+
+
+class Balancer:
+    """Places, copies and relieves the experts of all MoE layers of a model, as `[balance]` says (docs/balance.md).
+
+    Make one when the model is on its layout, before its first forward pass. Then, after each optimizer step,
+
+        computed = balancer.computed()
+        metrics, messages = balancer.after_step(finish_step(model, group), computed)
+
+    The methods are collective among the ranks of the default group.
+
+    Args:
+        model: with expert parallelism applied, and FSDP, where they are wanted.
+        config: alike on all ranks.
+        optimizer: its states move along with the experts.
+        stage: all ranks of this pipeline stage; all there are if `None`.
+        dtype: in which experts compute, for measurements; that of the parameters if `None`.
+
+    Attributes:
+        monitor: the loads.
+
+    Raises:
+        BalanceError: for a setting that does not go with the model or its layout.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: BalanceConfig,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        stage: dist.ProcessGroup | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.config, self.optimizer, self._stage = config, optimizer, stage
+        self._layers = list(moe_layers(model).values())
+        self._places = moe_layer_places(model)
+        self.num_ranks = max((layer.ep_world_size for layer in self._layers), default=1)
+        self.monitor = BalanceMonitor(self._places, self._layers, config.load_decay)
+        self._ranks_per_node = self._find_nodes()
+        self._deciding = Deciding(config, self.num_ranks // self._ranks_per_node)
+        self._copies_per_rank = self._num_borrowed = 0
+        self._rates: Rates | None = None
+        if not self.is_active:
+            return
+        check_balance(config, self._layers)
+        self._copies_per_rank = copies_per_rank(config, self.num_ranks)
+        if config.spills:
+            held = self._layers[0].placement.rows_per_rank + self._copies_per_rank
+            self._num_borrowed = borrowed_slots(config, held, self.num_ranks)
+        if (config.moves and config.move_if_it_pays) or (config.spills and config.spill_if_it_pays):
+            self._rates = self._measure(dtype)
+        for layer in self._layers:
+            assert layer.ep_group is not None
+            placement = Placement.contiguous(layer.num_experts, self.num_ranks, self._copies_per_rank)
+            slots, plan = placement.slots_per_rank + self._num_borrowed, layer.dispatch_plan
+            options = replace(layer.config.dispatch_options(), overlap_chunks=plan.overlap_chunks)
+            layer.dispatcher = build_dispatcher(plan.dispatcher, layer.ep_group, slots, options)
+            self._put(layer, placement)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether anything is balanced; loads are only watched otherwise."""
+        return self.config.strategy != "none" and self.num_ranks > 1 and bool(self._layers)
+
+    def computed(self) -> list[Tensor]:
+        """Routes that each of this rank's layers has computed in the step, to be taken before `finish_step`."""
+        return [layer.load.computed.clone() for layer in self._layers]
+
+    def after_step(self, load: StepLoad, computed: Sequence[Tensor]) -> tuple[dict[str, Any], list[str]]:
+        """Take in a step, and move experts where that is due.
+
+        Args:
+            load: of `finish_step`.
+            computed: as the method of that name had it.
+
+        Returns:
+            Metrics, and messages for people: what was decided, and why.
+
+        Raises:
+            MigrationError: where experts could not be moved, and the model is not whole any more.
+        """
+        seen = self.monitor.update(load, computed)
+        metrics: dict[str, Any] = seen.metrics(self._ranks_per_node)
+        if not self.is_active:
+            return metrics, []
+        spilled = self._deciding.spills
+        messages = self._deciding.update(metrics["rank_max_mean_before"], metrics["rank_max_mean"])
+        if self._deciding.spills != spilled:
+            for layer in self._layers:
+                self._put(layer, layer.placement.without_last_slots(self._num_borrowed))
+        if self._num_borrowed:
+            reliefs = [layer.relief for layer in self._layers]
+            taken = [relief.take_borrowed() for relief in reliefs if isinstance(relief, LayerRelief)]
+            metrics["borrowed_experts"] = sum(taken)
+        if self._deciding.is_due():
+            more, message = self.rebalance()
+            metrics |= more
+            messages.append(message)
+        return metrics, messages
+
+    def rebalance(self, *, always: bool = False) -> tuple[dict[str, Any], str]:
+        """Plan by the average loads; move experts, if that pays or `always`. Returns metrics and a message.
+
+        Raises:
+            MigrationError: see `after_step`.
+            ValueError: before the first step.
+        """
+        self._deciding.looked()
+        if self.monitor.average is None:
+            raise ValueError("there are no loads yet to place experts by; take a step first")
+        loads = self.monitor.average[list(self._places.own)]
+        device = self._layers[0].load.tokens.device
+        proposal = propose(
+            PLANNERS[self.config.planner],
+            loads,
+            self._situation(),
+            [layer.placement for layer in self._layers],
+            self._stage,
+            device,
+        )
+        before, after = proposal.before.mean().item(), proposal.after.mean().item()
+        moved = int(proposal.moved.sum())
+        saved, spent = self._worth(proposal, loads)
+        metrics = {"predicted_rank_max_mean": after, "moved_experts": 0, "moved_bytes": 0, "move_seconds": 0.0}
+        what = f"balance: max/mean over ranks {before:.3f}, {after:.3f} with {moved} experts moved"
+        if not always and self._rates is not None and moved and saved <= spent:
+            metrics["predicted_rank_max_mean"] = before
+            return metrics, f"{what}; they stay, since it would save {saved:.3g} s and take {spent:.3g} s"
+        migration = self._move(proposal)
+        metrics |= {
+            "moved_experts": migration.experts,
+            "moved_bytes": migration.bytes,
+            "move_seconds": migration.seconds,
+        }
+        return metrics, f"{what}: {migration.bytes / 2**20:.1f} MiB in {migration.seconds:.2f} s"
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the average loads. Plain numbers."""
+        average = self.monitor.average
+        return {} if average is None else {"average_routes": average.tolist()}
+
+    def restore(self, state: dict[str, Any]) -> str | None:
+        """Go on with the loads of a checkpoint: experts are placed by them. Returns a message."""
+        if "average_routes" not in state:
+            return None
+        self.monitor.average = torch.tensor(state["average_routes"], dtype=torch.float64)
+        if not self.is_active or not self._deciding.moves:
+            return None
+        return self.rebalance(always=True)[1]
+
+    def _move(self, proposal: Proposal) -> Migration:
+        """Bytes and experts of all ranks of the stage."""
+        changed = {
+            layer: placement
+            for layer, placement in zip(self._layers, proposal.placements, strict=True)
+            if layer.placement.without_last_slots(self._num_borrowed) != placement
+        }
+        migration = migrate(changed, self.optimizer)
+        for layer, placement in changed.items():
+            self._put(layer, placement)
+        device = self._layers[0].load.tokens.device
+        sent = torch.tensor(migration.bytes, dtype=torch.int64, device=device)
+        dist.all_reduce(sent, group=self._stage)
+        return migration._replace(bytes=int(sent))
+
+    def _put(self, layer: RoutedExperts, placement: Placement) -> None:
+        """A placement of held slots in force, with the relief that goes with it."""
+        assert layer.ep_group is not None
+        whole = placement.with_more_slots(self._num_borrowed)
+        spills = self._deciding.spills
+        copies = set(placement.slot_to_expert) and any(
+            expert >= 0
+            for rank in range(self.num_ranks)
+            for expert in placement.slots_of(rank)[placement.rows_per_rank :]
+        )
+        rules = ReliefRules(self.config.copy_choice, self._ranks_per_node)
+        if spills:
+            rules = rules._replace(limits=self._limits(), costs=self._costs(layer))
+        relief = LayerRelief(whole, self._num_borrowed, layer.ep_group, rules) if copies or spills else None
+        layer.replace(whole, relief)
+
+    def _limits(self) -> SpillLimits:
+        config = self.config
+        return SpillLimits(self._num_borrowed, config.spill_slack, config.min_spilled_routes, config.memory_bound)
+
+    def _costs(self, layer: RoutedExperts) -> SpillCosts | None:
+        if self._rates is None or not self.config.spill_if_it_pays:
+            return None
+        return SpillCosts(self._expert_bytes(layer), self._flops_per_route(layer), self._rates)
+
+    def _expert_bytes(self, layer: RoutedExperts) -> int:
+        """Of an expert's parameters, whole."""
+        parameters = layer.experts.slot_parameters().values()
+        return sum(parameter[0].numel() * parameter.element_size() for parameter in parameters)
+
+    def _flops_per_route(self, layer: RoutedExperts) -> int:
+        """Of a forward pass."""
+        matrices = (layer.experts.gate_and_up_projs, layer.experts.down_projs)
+        return sum(2 * matrix[0].numel() for matrix in matrices)
+
+    def _worth(self, proposal: Proposal, loads: Tensor) -> tuple[float, float]:
+        """Seconds that a proposal would save until placements are looked at again, and that moving would take."""
+        if self._rates is None:
+            return 0.0, 0.0
+        layer = self._layers[0]
+        groups = max(1, dist.get_world_size(self._stage) // self.num_ranks)
+        routes = ((proposal.before - proposal.after) * loads.mean(dim=1)).sum().item()
+        routes *= loads.shape[1] / self.num_ranks / groups
+        steps = self.config.rebalance_interval or 100
+        saved = steps * _PASSES * routes * self._flops_per_route(layer) / self._rates.flops_per_second
+        rows = [local_part(parameter.detach()) for parameter in layer.experts.slot_parameters().values()]
+        row_bytes = sum(each[0].nbytes for each in rows) * (1 + _MOMENTS)
+        spent = proposal.moved.sum().item() / self.num_ranks * row_bytes / self._rates.bytes_per_second
+        return saved, spent
+
+    def _situation(self) -> PlanningSituation:
+        return PlanningSituation(
+            self.num_ranks,
+            self._layers[0].placement.slots_per_rank - self._num_borrowed,
+            num_nodes=self.num_ranks // self._ranks_per_node,
+            copy_choice=self.config.copy_choice,
+            move_cost=self.config.move_cost,
+        )
+
+    def _find_nodes(self) -> int:
+        """Ranks of a node, of those that hold the experts; all of them where nodes differ."""
+        layer = next(iter(self._layers), None)
+        if layer is None or layer.ep_group is None:
+            return self.num_ranks
+        ranks = dist.get_process_group_ranks(layer.ep_group)
+        return find_nodes(ranks, layer.config.ranks_per_node).size or self.num_ranks
+
+    def _measure(self, dtype: torch.dtype | None) -> Rates:
+        layer = self._layers[0]
+        assert layer.ep_group is not None
+        intermediate_size, hidden_size = layer.experts.down_projs.shape[1:]
+        device = layer.load.tokens.device
+        return measure_rates(layer.ep_group, device, dtype or layer.example().dtype, hidden_size, intermediate_size)

@@ -1,0 +1,74 @@
+"""When placements are looked at again, and what `strategy = auto` does."""
+
+from __future__ import annotations
+
+from crossdock.balance.config import BalanceConfig
+
+__all__ = ["Deciding"]
+
+# Steps that `auto` watches before it decides; and what it takes for even, in max/mean over ranks.
+_WATCHED_STEPS = 10
+_EVEN = 1.1
+
+
+class Deciding:
+    """The policy of `[balance]`; the same on all ranks, which all see the same loads.
+
+    Args:
+        config: of the run.
+        num_nodes: that the ranks which hold the experts lie on.
+
+    Attributes:
+        moves: experts move and have copies.
+        spills: ranks help others out within a step.
+    """
+
+    def __init__(self, config: BalanceConfig, num_nodes: int) -> None:
+        self.config, self.num_nodes = config, num_nodes
+        decides = config.strategy == "auto"
+        self.moves, self.spills = config.moves and not decides, config.spills and not decides
+        self._steps = self._above = 0
+        self._watched: list[tuple[float, float]] = []
+        self._placed = False
+
+    def update(self, before: float, after: float) -> list[str]:
+        """Take in a step's max/mean over ranks, before and after relief; says what `auto` has decided by it."""
+        self._steps += 1
+        threshold = self.config.rebalance_threshold
+        self._above = self._above + 1 if threshold and after > threshold else 0
+        if self.config.strategy != "auto":
+            return []
+        self._watched = [*self._watched, (before, after)][-_WATCHED_STEPS:]
+        return self._decide() if len(self._watched) == _WATCHED_STEPS else []
+
+    def is_due(self) -> bool:
+        """Whether placements are to be looked at after this step."""
+        if not self.moves:
+            return False
+        interval = self.config.rebalance_interval
+        return (interval > 0 and self._steps >= interval) or self._above >= self.config.rebalance_patience
+
+    def looked(self) -> None:
+        """Placements have been looked at."""
+        self._steps = self._above = 0
+        self._watched.clear()
+        self._placed = True
+
+    def _decide(self) -> list[str]:
+        before, after = (sum(values) / _WATCHED_STEPS for values in zip(*self._watched, strict=True))
+        if not self.moves:
+            if before < _EVEN:
+                return []
+            self.moves, self._steps = True, self.config.rebalance_interval or self._steps
+            self._above = self.config.rebalance_patience
+            return [f"balance auto: experts are placed by their loads, since max/mean over ranks is {before:.2f}"]
+        if not self._placed or self.spills or after < _EVEN:
+            return []
+        self._watched.clear()
+        if self.num_nodes > 1:
+            return []
+        self.spills = True
+        return [
+            f"balance auto: ranks help each other out within steps, since max/mean is {after:.2f} with experts placed "
+            "by their loads, and all are on one node"
+        ]

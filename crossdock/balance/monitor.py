@@ -1,0 +1,115 @@
+"""What the ranks that hold the experts compute: per layer and rank, over time, and what unevenness costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from crossdock.moe import MoELayerPlaces
+from crossdock.placement import EMPTY, Placement
+from crossdock.routed_experts import RoutedExperts
+from crossdock.routing import StepLoad
+
+__all__ = ["BalanceMonitor", "RankLoad"]
+
+# A backward pass computes two products for each of the forward pass.
+_PASSES = 3
+
+
+class RankLoad(NamedTuple):
+    """Of one step, the same on all ranks.
+
+    Attributes:
+        computed: `[L, R]` float64, routes that each rank computed, summed over the groups that hold the same experts.
+        unrelieved: likewise, had every expert its first place and no copy.
+        seconds: that the step lasted longer than if every rank had computed the mean, by the time that experts take.
+    """
+
+    computed: Tensor
+    unrelieved: Tensor
+    seconds: float
+
+    def metrics(self, ranks_per_node: int) -> dict[str, float]:
+        """For `metrics.jsonl`; max/mean over ranks of the mean layer, which the step's time follows, and the worst."""
+        before, after = max_over_mean(self.unrelieved), max_over_mean(self.computed)
+        values = {
+            "rank_max_mean_before": before.mean().item(),
+            "rank_max_mean": after.mean().item(),
+            "worst_rank_max_mean": after.max().item(),
+            "imbalance_seconds": self.seconds,
+        }
+        num_ranks = self.computed.shape[1]
+        if ranks_per_node and ranks_per_node < num_ranks and num_ranks % ranks_per_node == 0:
+            of_nodes = self.computed.unflatten(1, (-1, ranks_per_node)).sum(-1)
+            values["node_max_mean"] = max_over_mean(of_nodes).mean().item()
+        return values
+
+
+def max_over_mean(loads: Tensor) -> Tensor:
+    """`[L]` of loads `[L, R]`; 1 where there is none."""
+    mean = loads.mean(dim=1)
+    return torch.where(mean > 0, loads.amax(dim=1) / mean.clamp_min(1e-12), 1.0)
+
+
+class BalanceMonitor:
+    """Takes in the counts of every step.
+
+    Args:
+        places: of the model's layers.
+        layers: those of this rank.
+        decay: of the moving average, per step.
+
+    Attributes:
+        average: `[L, E]` float64, the moving average of each layer's routes per step; `None` before the first step.
+    """
+
+    def __init__(self, places: MoELayerPlaces, layers: Sequence[RoutedExperts], decay: float) -> None:
+        self.places, self.layers, self.decay = places, layers, decay
+        self.average: Tensor | None = None
+        self.num_ranks = max((layer.ep_world_size for layer in layers), default=1)
+
+    def update(self, load: StepLoad, computed: Sequence[int | Tensor]) -> RankLoad:
+        """Take in a step, on all ranks of the default group.
+
+        Args:
+            load: of the whole global batch.
+            computed: what each of this rank's layers has counted (`LoadCounter.computed`), before it was reset.
+        """
+        routes = load.routes.cpu().double()
+        if self.average is None:
+            self.average = routes
+        else:
+            self.average = self.decay * self.average + (1 - self.decay) * routes
+        device = load.routes.device
+        own = torch.zeros(len(self.places.names), self.num_ranks + 1, dtype=torch.float64)
+        for index, layer, count in zip(self.places.own, self.layers, computed, strict=True):
+            own[index, layer.ep_rank] = float(count)
+            own[index, -1] = layer.clock.take()
+        replicas = 1
+        if dist.is_initialized():
+            everywhere = own.to(device)
+            dist.all_reduce(everywhere)
+            own = everywhere.cpu()
+        of_ranks, seconds = own[:, :-1], own[:, -1]
+        surplus = of_ranks.amax(dim=1) - of_ranks.mean(dim=1)
+        total = of_ranks.sum(dim=1).clamp_min(1)
+        groups = self._groups()
+        price = float((surplus / groups * seconds / total).sum()) * _PASSES / replicas
+        return RankLoad(of_ranks, self._unrelieved(routes), price)
+
+    def _groups(self) -> int:
+        """How many groups of ranks hold the same experts of a layer, each for tokens of its own."""
+        if not dist.is_initialized():
+            return 1
+        return max(1, dist.get_world_size() // self.num_ranks)
+
+    def _unrelieved(self, routes: Tensor) -> Tensor:
+        num_experts = routes.shape[1]
+        first = Placement.contiguous(num_experts, self.num_ranks)
+        rows = torch.tensor(first.row_to_expert)
+        loads = torch.where(rows == EMPTY, 0, routes[:, rows])
+        return loads.view(len(routes), self.num_ranks, -1).sum(dim=-1)
