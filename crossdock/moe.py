@@ -288,6 +288,8 @@ def finish_step(model: nn.Module, group: dist.ProcessGroup | None = None, *, upd
         layer_counts = load.routes[index]
         if update_bias and layer.router is not None:
             update_expert_bias([layer.router], layer_counts[None], layer.config.expert_bias_rate)
+        if layer.router is not None:
+            layer.router.steps += 1
         layer.load.reset()
         layer.weights_changed()
     return load

@@ -25,7 +25,7 @@ _NUMBERS = MappingProxyType(
         "0 or more": (
             lambda value: value >= 0,
             "overlap_chunks ranks_per_node deepep_max_tokens_per_rank sequence_aux_loss_coeff batch_aux_loss_coeff "
-            "global_aux_loss_coeff z_loss_coeff expert_bias_rate capacity_factor",
+            "global_aux_loss_coeff z_loss_coeff expert_bias_rate capacity_factor debug_force_zipf_drift",
         ),
         "at least 0 and below 1": (lambda value: 0 <= value < 1, "input_jitter"),
         "0, or an even number above": (lambda value: value >= 0 and value % 2 == 0, "deepep_num_sms"),
@@ -35,7 +35,8 @@ _NUMBERS = MappingProxyType(
 
 _ROUTER_SETTINGS = (
     "sequence_aux_loss_coeff batch_aux_loss_coeff global_aux_loss_coeff z_loss_coeff expert_bias expert_bias_rate "
-    "capacity_factor drop_policy input_jitter router_dtype debug_force_zipf debug_force_zipf_seed"
+    "capacity_factor drop_policy input_jitter router_dtype debug_force_zipf debug_force_zipf_seed "
+    "debug_force_zipf_drift"
 )
 
 
@@ -116,6 +117,8 @@ class MoEConfig:
     """Draw experts by a Zipf law of this exponent (0: uniform), whatever the router says; -1: off. For experiments."""
     debug_force_zipf_seed: int = -1
     """Shuffles which experts are popular; -1: the lower the index, the more popular."""
+    debug_force_zipf_drift: int = 0
+    """After so many steps other experts are popular; 0: never."""
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the field, its value and the valid ones."""
@@ -159,6 +162,8 @@ class MoEConfig:
         self._require("wire_directions", not both or self.wire_dtype != "same", "needs a wire_dtype other than same")
         seeded = self.debug_force_zipf_seed >= 0
         self._require("debug_force_zipf_seed", not seeded or self.debug_force_zipf >= 0, "needs debug_force_zipf")
+        drifts = self.debug_force_zipf_drift > 0
+        self._require("debug_force_zipf_drift", not drifts or self.debug_force_zipf >= 0, "needs debug_force_zipf")
         if self.static_shapes:
             for name, valid_names in (
                 ("dispatcher", (AUTO_DISPATCHER, "local", *STATIC_DISPATCHERS)),
@@ -221,4 +226,5 @@ class MoEConfig:
             router_dtype=family.router_dtype if self.router_dtype == "float32" else self.router_dtype,
             force_zipf=family.force_zipf if self.debug_force_zipf < 0 else self.debug_force_zipf,
             force_zipf_seed=family.force_zipf_seed if self.debug_force_zipf_seed < 0 else self.debug_force_zipf_seed,
+            force_zipf_drift=self.debug_force_zipf_drift or family.force_zipf_drift,
         )

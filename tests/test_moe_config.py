@@ -61,6 +61,7 @@ TOGETHER: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "what to drop of none": ({"drop_policy": "position"}, "needs a capacity_factor", {"capacity_factor": 1.5}),
     "a step of no bias": ({"expert_bias_rate": 0.01}, "needs expert_bias = true", {"expert_bias": True}),
     "a seed of no draw": ({"debug_force_zipf_seed": 3}, "needs debug_force_zipf", {"debug_force_zipf": 0.0}),
+    "a drift of no draw": ({"debug_force_zipf_drift": 3}, "needs debug_force_zipf", {"debug_force_zipf": 0.0}),
     "a wire to nowhere": (
         {"wire_dtype": "fp8", "dispatcher": "local"},
         "needs a dispatcher other than local",

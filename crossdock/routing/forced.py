@@ -7,6 +7,9 @@ from torch import Tensor
 
 __all__ = ["deal_out", "draw_zipf"]
 
+# Between the seeds of two periods.
+_PERIODS_APART = 1_000_003
+
 
 def deal_out(
     num_tokens: int, num_experts: int, top_k: int, padding_mask: Tensor | None, device: torch.device
@@ -20,7 +23,13 @@ def deal_out(
 
 
 def draw_zipf(
-    num_tokens: int, num_experts: int, top_k: int, exponent: float, shuffle_seed: int | None, device: torch.device
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    exponent: float,
+    shuffle_seed: int | None,
+    device: torch.device,
+    period: int = 0,
 ) -> Tensor:
     """`K` distinct experts for each token, drawn one after another with `p_e` in proportion to `1 / r_e^exponent`.
 
@@ -33,13 +42,14 @@ def draw_zipf(
         exponent: 0 is uniform.
         shuffle_seed: of the order of popularity `r`; `None` makes expert 0 the most popular, expert `E - 1` the least.
         device: of the result.
+        period: in each other one other experts are popular: shuffled anew, or the order moved on by as many experts.
 
     Returns:
         `[T, K]` int64 ids.
     """
     # On the CPU, whose generator gives the same numbers on every machine.
-    generator = torch.Generator().manual_seed(0 if shuffle_seed is None else shuffle_seed)
-    rank = torch.arange(1, num_experts + 1, dtype=torch.float64)
+    generator = torch.Generator().manual_seed((0 if shuffle_seed is None else shuffle_seed) + _PERIODS_APART * period)
+    rank = torch.arange(1, num_experts + 1, dtype=torch.float64).roll(period)
     if shuffle_seed is not None:
         rank = rank[torch.randperm(num_experts, generator=generator)]
     gumbel = -torch.empty(num_tokens, num_experts, dtype=torch.float64).exponential_(generator=generator).log()

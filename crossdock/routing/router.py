@@ -49,6 +49,7 @@ class RouterConfig:
         force_load_balance: ignore the scores' order and deal experts out in turn; for measurements.
         force_zipf: ignore the scores' order and draw experts by Zipf's law of this exponent; for experiments.
         force_zipf_seed: shuffles which experts are popular; `None`: the lower the index, the more popular.
+        force_zipf_drift: after so many steps other experts are popular; 0: never.
 
     Raises:
         ValueError: for a combination that decides nothing; the message names the field.
@@ -72,6 +73,7 @@ class RouterConfig:
     drop_policy: DropPolicy = "probs"
     force_zipf: float | None = None
     force_zipf_seed: int | None = None
+    force_zipf_drift: int = 0
 
     def __post_init__(self) -> None:
         experts, top_k = self.num_experts, self.top_k
@@ -136,6 +138,9 @@ class Router(nn.Module):
     Args:
         hidden_size: `H`.
         config: sizes and scoring.
+
+    Attributes:
+        steps: that the optimizer has taken (`finish_step`), which `force_zipf_drift` goes by.
     """
 
     expert_bias: Tensor | None
@@ -143,6 +148,7 @@ class Router(nn.Module):
     def __init__(self, hidden_size: int, config: RouterConfig) -> None:
         super().__init__()
         self.config = config
+        self.steps = 0
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(config.num_experts)) if config.bias else None
         bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.expert_bias else None
@@ -222,7 +228,9 @@ class Router(nn.Module):
         if config.force_load_balance:
             return deal_out(num_tokens, num_experts, config.top_k, padding_mask, device)
         if config.force_zipf is not None:
-            return draw_zipf(num_tokens, num_experts, config.top_k, config.force_zipf, config.force_zipf_seed, device)
+            sizes = num_tokens, num_experts, config.top_k
+            period = self.steps // config.force_zipf_drift if config.force_zipf_drift else 0
+            return draw_zipf(*sizes, config.force_zipf, config.force_zipf_seed, device, period)
         if self.expert_bias is not None:
             scores = scores + self.expert_bias
         if config.topk_group < config.n_group:

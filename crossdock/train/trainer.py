@@ -363,6 +363,9 @@ class Trainer:
         self.skipped_steps = counters["skipped_steps"]
         self._resumed_step = self.step
         self._tell(f"resumed {self.folder} at step {self.step}")
+        for layer in self.layers:
+            if layer.router is not None:
+                layer.router.steps = self.step
         if message := self.balancer.restore(counters.get("balance", {})):
             self._tell(message)
 

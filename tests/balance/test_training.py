@@ -10,7 +10,8 @@ import pytest
 from tests.parallel.whole_runs import compare, run_on
 from tests.ranks import RankPool
 
-SKEWED = ("--moe.debug-force-zipf", "1.2", "--training.steps", "20")
+# The popular experts are others after every six steps.
+SKEWED = ("--moe.debug-force-zipf", "1.2", "--moe.debug-force-zipf-drift", "6", "--training.steps", "20")
 OFTEN = ("--balance.rebalance-interval", "4", "--balance.no-move-if-it-pays", "--balance.move-cost", "0")
 SPILLING = ("--balance.no-spill-if-it-pays", "--balance.min-spilled-routes", "0")
 
@@ -41,5 +42,4 @@ def test_losses_are_those_without(
     before, after = (
         sum(line[f"rank_max_mean{name}"] for line in result["metrics"][-8:]) / 8 for name in ("_before", "")
     )
-    print("BAL", balance[0], before, after, moved, borrowed)
-    assert after < 0.75 * before
+    assert after < 0.9 * before

@@ -291,6 +291,18 @@ def test_forced_zipf_draws_by_the_law_whatever_the_input(seed: int | None) -> No
     assert (shares.sort(descending=True).values - law).abs().max() < 0.015
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+def test_forced_zipf_drifts_with_the_steps(seed: int | None) -> None:
+    router = _router(RouterConfig(12, 2, force_zipf=1.5, force_zipf_seed=seed, force_zipf_drift=2))
+    popular = []
+    for _ in range(6):
+        popular.append(router(torch.randn(2000, H)).expert_ids.flatten().mode().values.item())
+        router.steps += 1
+    assert popular[::2] == popular[1::2]
+    assert len(set(popular)) > 1
+    assert seed is not None or popular[::2] == [0, 1, 2]
+
+
 def test_jitter_moves_the_decision_in_training_alone() -> None:
     router = _router(RouterConfig(E, K, input_jitter=0.3))
     plain = _router(RouterConfig(E, K))
