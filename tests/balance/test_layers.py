@@ -1,0 +1,128 @@
+"""Outputs and gradients of layers whose experts are placed, copied and borrowed, against one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from crossdock.balance import BalanceConfig, Balancer
+from crossdock.moe import moe_layers
+from crossdock.moe_config import MoEConfig
+from crossdock.parallel import ActivationCheckpointConfig, GradientManager, ParallelDims, parallelize
+from tests.parallel.test_gradients import SEQUENCES, Classifier, batch, build, loss_of, reference, relative
+from tests.ranks import RankPool
+
+# Whatever it costs, and however few routes there are.
+EAGER = {"move_if_it_pays": False, "move_cost": 0.0, "rebalance_interval": 0}
+HELPFUL = {"spill_if_it_pays": False, "min_spilled_routes": 0}
+
+
+def balanced(
+    layout: dict[str, int], num_experts: int, balance: dict[str, Any], moe: dict[str, Any], mode: Any, parts: int
+) -> dict[str, Any]:
+    """A step of two layers whose experts have moved, by loads that fall with an expert's number."""
+    world_size = dist.get_world_size()
+    model = build(num_experts, torch.float32, MoEConfig(**moe))
+    meshes = ParallelDims(world_size, **layout).build_mesh("cpu")
+    parallelize(model, meshes, activation_checkpoint=ActivationCheckpointConfig(mode))
+    manager = GradientManager(model, meshes)
+    balancer = Balancer(model, BalanceConfig(**balance))
+    if balance["strategy"] != "spill":
+        loads = 1 / torch.arange(1, num_experts + 1).double() ** 1.5
+        balancer.monitor.average = torch.stack([loads, loads.roll(3)])
+        balancer.rebalance(always=True)
+    x, labels = batch()
+    targets = int((labels != -100).sum())
+    rows = SEQUENCES // world_size
+    own = slice(dist.get_rank() * rows, (dist.get_rank() + 1) * rows)
+    x, labels = x[own].float().requires_grad_(), labels[own]
+    outputs = []
+    for index, (part, part_labels) in enumerate(zip(x.chunk(parts), labels.chunk(parts), strict=True)):
+        manager.before_backward(is_last=index == parts - 1)
+        outputs.append(model(part))
+        loss_of(outputs[-1], part_labels, targets).backward()
+    norm = manager.clip(1e9)
+    assert x.grad is not None
+    layers = moe_layers(model).values()
+    placements = [layer.placement for layer in layers]
+    return {
+        "gradients": logical_gradients(model),
+        "norm": norm.item(),
+        "output": torch.cat(outputs).detach().double().numpy(),
+        "input_gradient": x.grad.double().numpy(),
+        "moved": sum(each.row_to_expert != tuple(sorted(each.row_to_expert)) for each in placements),
+        "copies": sum(sum(expert >= 0 for expert in each.slot_to_expert) - num_experts for each in placements),
+        "borrowed": sum(layer.relief.take_borrowed() for layer in layers if layer.relief is not None),
+    }
+
+
+def logical_gradients(model: Classifier) -> dict[str, np.ndarray]:
+    """Whole gradients by name, experts in logical order."""
+    layers = {id(p): layer for layer in moe_layers(model).values() for p in layer.experts.parameters()}
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        if id(parameter) in layers:
+            gradient = gradient[torch.tensor(layers[id(parameter)].placement.expert_to_row)]
+        gradients[name.replace("_checkpoint_wrapped_module.", "")] = gradient.double().numpy()
+    return gradients
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_experts", "balance", "moe", "mode", "parts"),
+    [
+        pytest.param({"ep": 4}, 8, {"strategy": "eplb"}, {}, "none", 2, id="copies"),
+        pytest.param({"ep": 2}, 8, {"strategy": "eplb"}, {}, "selective", 2, id="copies-ep-shard-selective"),
+        pytest.param({"ep": 4}, 9, {"strategy": "eplb"}, {}, "full", 2, id="copies-nine-experts-full"),
+        pytest.param({"ep": 4}, 8, {"strategy": "eplb", "num_redundant_experts": 0}, {}, "none", 1, id="moved-alone"),
+        pytest.param({"ep": 4}, 8, {"strategy": "spill"}, {}, "selective", 1, id="spill-selective"),
+        pytest.param(
+            {"ep": 4}, 9, {"strategy": "eplb+spill", "memory_bound": True}, {"overlap_chunks": 2}, "full", 2, id="both"
+        ),
+        pytest.param(
+            {"ep": 2, "dp_replicate": 2}, 8, {"strategy": "eplb+spill"}, {}, "selective", 2, id="both-replicas"
+        ),
+        pytest.param(
+            {"ep": 4},
+            8,
+            {"strategy": "eplb", "num_redundant_experts": 8, "copy_choice": "nearest"},
+            {"dispatcher": "hierarchical", "ranks_per_node": 2},
+            "none",
+            1,
+            id="nearest-on-two-nodes",
+        ),
+        pytest.param(
+            {"ep": 4}, 8, {"strategy": "eplb", "copy_choice": "least_load"}, {}, "selective", 2, id="least-load"
+        ),
+        pytest.param({"ep": 4}, 8, {"strategy": "eplb"}, {"static_shapes": True}, "none", 2, id="static-shapes"),
+    ],
+)
+def test_gradients_equal_one_process(
+    ranks: RankPool,
+    layout: dict[str, int],
+    num_experts: int,
+    balance: dict[str, Any],
+    moe: dict[str, Any],
+    mode: str,
+    parts: int,
+) -> None:
+    strategy = balance["strategy"]
+    balance = balance | (EAGER if "eplb" in strategy else {}) | (HELPFUL if "spill" in strategy else {})
+    moe = {"experts": "grouped_mm"} | moe
+    results = ranks.run(4, balanced, layout, num_experts, balance, moe, mode, parts)
+    assert results[0]["moved"] == (2 if "eplb" in strategy else 0)
+    assert bool(results[0]["copies"]) == ("eplb" in strategy and balance.get("num_redundant_experts") != 0)
+    assert bool(results[0]["borrowed"]) == ("spill" in strategy)
+    expected = reference(num_experts)
+    for name in ("output", "input_gradient"):
+        assert relative(np.concatenate([result[name] for result in results]), expected[name]) < 1e-6
+    for name, gradient in expected["gradients"].items():
+        assert relative(results[0]["gradients"][name], gradient) < 1e-6, name
+    assert {result["norm"] for result in results} == {results[0]["norm"]}, "ranks disagree on the gradient norm"
+    assert results[0]["norm"] == pytest.approx(expected["norm"], rel=1e-6)
