@@ -5,6 +5,7 @@ from crossdock.balance.choice import CopyRule, CopyTable, choose, copy_table
 from crossdock.balance.costs import Rates, SpillCosts
 from crossdock.balance.pieces import Pieces, even_pieces
 from crossdock.balance.pouring import level
+from crossdock.balance.rates import measure_rates
 from crossdock.balance.spilling import SpillLimits, SpillPlan, borrowed_slots_needed, spill
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "copy_table",
     "even_pieces",
     "level",
+    "measure_rates",
     "spill",
 ]
