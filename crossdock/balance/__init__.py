@@ -10,6 +10,7 @@ from crossdock.balance.migrate import Migration, MigrationError, migrate
 from crossdock.balance.monitor import BalanceMonitor, RankLoad
 from crossdock.balance.pieces import Pieces, even_pieces
 from crossdock.balance.pouring import level
+from crossdock.balance.rates import measure_rates
 from crossdock.balance.spilling import SpillLimits, SpillPlan, borrowed_slots_needed, spill
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "copy_table",
     "even_pieces",
     "level",
+    "measure_rates",
     "migrate",
     "spill",
 ]
