@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from crossdock.placement.placement import EMPTY
+from crossdock.placement.situation import PlanningSituation
 
-__all__ = ["EPLB", "eplb"]
+__all__ = ["EPLB", "eplb", "pack", "published"]
 
 
 class EPLB(NamedTuple):
@@ -61,7 +62,7 @@ def eplb(weight: Tensor, num_slots: int, num_groups: int, num_nodes: int, num_ra
     slots_per_rank = -(-num_slots // num_ranks)
     group_size, per_node = num_experts // num_groups, num_experts // num_nodes
     # Groups on nodes; experts are in the order of nodes from here on.
-    node, place = _pack(weight.unflatten(1, (num_groups, group_size)).sum(-1), num_nodes)
+    node, place = pack(weight.unflatten(1, (num_groups, group_size)).sum(-1), num_nodes)
     first = (node * (num_groups // num_nodes) + place) * group_size
     position = (first[..., None] + torch.arange(group_size)).flatten(1)
     expert_at = _inverse(position)
@@ -74,7 +75,7 @@ def eplb(weight: Tensor, num_slots: int, num_groups: int, num_nodes: int, num_ra
         torch.nn.functional.pad(each, (0, num_empty), value=value)
         for each, value in ((share, 0.0), (slot_expert, EMPTY), (number, 0))
     )
-    rank, place = _pack(share, num_ranks // num_nodes)
+    rank, place = pack(share, num_ranks // num_nodes)
     order = _inverse(rank * slots_per_rank + place)
     in_order = slot_expert.gather(1, order).view(num_layers, num_nodes, -1)
     empty = (in_order == EMPTY).flatten(1)
@@ -90,7 +91,7 @@ def eplb(weight: Tensor, num_slots: int, num_groups: int, num_nodes: int, num_ra
     return EPLB(physical_to_logical, logical_to_physical[:, :-1].unflatten(1, (num_experts, most)), copies)
 
 
-def _pack(weight: Tensor, num_packs: int) -> tuple[Tensor, Tensor]:
+def pack(weight: Tensor, num_packs: int) -> tuple[Tensor, Tensor]:
     """Pack and place in it of each of `n` items `[X, n]`: the heaviest first, each to the lightest pack with room."""
     num_rows, num_items = weight.shape
     size = num_items // num_packs
@@ -107,6 +108,15 @@ def _pack(weight: Tensor, num_packs: int) -> tuple[Tensor, Tensor]:
         loads.scatter_add_(1, lightest, weight.gather(1, item))
         filled.scatter_add_(1, lightest, torch.ones_like(lightest))
     return pack, place
+
+
+def published(loads: Tensor, situation: PlanningSituation) -> Tensor:
+    """The method's plan for the living ranks, `[L, R', S]`, hierarchical where these are as many on each node."""
+    num_living = len(situation.living)
+    alike = situation.node_of_living.bincount(minlength=situation.num_nodes).unique().numel() == 1
+    groups, nodes = (situation.num_groups, situation.num_nodes) if alike else (1, 1)
+    slots = eplb(loads, num_living * situation.slots_per_rank, groups, nodes, num_living).physical_to_logical
+    return slots.unflatten(1, (num_living, situation.slots_per_rank))
 
 
 def _replicate(weight: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:

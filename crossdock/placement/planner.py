@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from crossdock.placement.eplb import eplb
+from crossdock.placement.eplb import published
 from crossdock.placement.exchange import plan_by_exchange
 from crossdock.placement.placement import EMPTY
 from crossdock.placement.situation import PlanningSituation
@@ -34,18 +34,13 @@ class Planner(Protocol):
 
 
 def plan_as_published(loads: Tensor, situation: PlanningSituation, current: Tensor | None = None) -> Tensor:
-    """DeepSeek's method (`eplb`), on the living ranks; hierarchical where groups and living ranks divide over the nodes.
+    """DeepSeek's method (`eplb`), on the living ranks: hierarchical where groups and these divide over nodes.
 
     It looks at loads alone: not at `current`, the cost of moves or the rule of copies.
     """
     loads = situation.check(loads, current)
-    node_of, num_living = situation.node_of_living, len(situation.living)
-    alike = node_of.bincount(minlength=situation.num_nodes).unique().numel() == 1
-    groups, nodes = (situation.num_groups, situation.num_nodes) if alike else (1, 1)
-    num_slots = num_living * situation.slots_per_rank
-    published = eplb(loads, num_slots, groups, nodes, num_living).physical_to_logical
     plan = torch.full((len(loads), situation.num_ranks, situation.slots_per_rank), EMPTY)
-    plan[:, torch.tensor(situation.living)] = published.view(len(loads), num_living, situation.slots_per_rank)
+    plan[:, torch.tensor(situation.living)] = published(loads, situation)
     return plan
 
 

@@ -38,8 +38,8 @@ def plan_with_primaries(
     num_living = len(situation.living)
     rows_per_rank = -(-num_experts // num_living)
     num_pads = num_living * rows_per_rank - num_experts
-    if num_pads:
-        situation = dataclasses.replace(situation, num_groups=1)
+    groups = 1 if num_pads else situation.num_groups
+    situation = dataclasses.replace(situation, num_groups=groups, primary_rows=rows_per_rank)
     padded = torch.cat([loads, loads.new_zeros(num_layers, num_pads)], dim=1)
     plan = planner(padded, situation, None if current is None else _with_pads(current, num_experts, num_pads))
     plan = plan.masked_fill(plan >= num_experts, EMPTY)

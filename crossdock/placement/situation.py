@@ -29,7 +29,10 @@ class PlanningSituation:
         num_groups: of experts, in order, of equal size, to which routing is limited; 1 where it is not.
         ranks_out: ranks that are gone; their slots stay empty, and no tokens come from them.
         copy_choice: the rule by which tokens choose copies.
-        move_cost: what it costs to move the experts of all slots of a layer, in units of max/mean.
+        move_cost: what it costs to move the experts of all slots of a layer, in units of max/mean; of all its
+            primaries, where there are `primary_rows`.
+        primary_rows: the first slots of each rank, all of which together hold each expert once (`plan_with_primaries`,
+            which sets it); 0 where all slots are alike.
 
     Raises:
         ValueError: names the field, its value and what would be valid.
@@ -42,6 +45,7 @@ class PlanningSituation:
     ranks_out: tuple[int, ...] = ()
     copy_choice: CopyChoice = "even"
     move_cost: float = 0.0
+    primary_rows: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_ranks", "slots_per_rank", "num_nodes", "num_groups"):
@@ -56,6 +60,8 @@ class PlanningSituation:
         if self.copy_choice not in get_args(CopyChoice):
             choices = ", ".join(get_args(CopyChoice))
             raise ValueError(f"copy_choice = {self.copy_choice!r}: must be one of {choices}")
+        if not 0 <= self.primary_rows <= self.slots_per_rank:
+            raise ValueError(f"primary_rows = {self.primary_rows}: must be 0 to slots_per_rank = {self.slots_per_rank}")
         if not 0 <= self.move_cost < float("inf"):
             raise ValueError(f"move_cost = {self.move_cost}: must be a finite number of at least 0")
 
@@ -92,6 +98,11 @@ class PlanningSituation:
             raise ValueError(
                 f"slots_per_rank = {self.slots_per_rank}: {num_experts} experts on {len(self.living)} ranks need "
                 f"at least {needed}"
+            )
+        if self.primary_rows and self.primary_rows * len(self.living) != num_experts:
+            raise ValueError(
+                f"primary_rows = {self.primary_rows}: {len(self.living)} ranks of them must hold the {num_experts} "
+                "experts exactly; plan_with_primaries adds experts without load where they do not"
             )
         shape = (len(loads), self.num_ranks, self.slots_per_rank)
         if current is not None:
