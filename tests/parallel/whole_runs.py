@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def run_on(
     *overrides: str,
     num_layers: int = 2,
     run_folder: Path | None = None,
+    function: Callable[..., Any] = run_trainer,
 ) -> dict[str, Any]:
     """Ten steps of a family's tiny model, with accumulation; the export beside the results of all ranks."""
     readers = world_size // (layout.get("pp", 1) * layout.get("cp", 1) * layout.get("tp", 1))
@@ -54,7 +56,7 @@ def run_on(
     ]
     assets = _assets(folder, model, num_layers)
     run_folder = run_folder or folder / f"run-{len(list(folder.iterdir()))}"
-    results = ranks.run(world_size, run_trainer, str(assets), str(run_folder), str(folder / "cache"), settings)
+    results = ranks.run(world_size, function, str(assets), str(run_folder), str(folder / "cache"), settings)
     weights: dict[str, np.ndarray] = {}
     for file in (run_folder / "hf").glob("*.safetensors"):
         weights |= load_file(file)
