@@ -85,8 +85,8 @@ def assign(expert_ids: Tensor, table: Assignment) -> Tensor:
     Raises:
         IndexError: on a CPU, where an id is `E` or more.
     """
+    staying = table.staying[expert_ids]  # refuses ids that there are none of
     index = running_index(expert_ids, len(table.first))
-    staying = table.staying[expert_ids]
     place = table.first[expert_ids] + index - staying
     piece = torch.searchsorted(table.ends, place, right=True).clamp_max(len(table.ends) - 1)
     slots = torch.where(index < staying, table.at_home[expert_ids], table.slots[piece])

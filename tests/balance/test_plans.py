@@ -182,7 +182,7 @@ def test_costs_decide_unless_memory_is_bound() -> None:
     assert spill(counts, slots, start, SpillLimits(2, memory_bound=True), dear).missed == 0
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=80)
 @given(
     case=cases(most=30, distinct=False),
     rule=st.sampled_from(list(STARTS)),
@@ -209,7 +209,7 @@ def test_all_ranks_routes_together_fill_the_pieces(
     assert filled.tolist() == pieces.amounts.flatten().tolist()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=50)
 @given(case=cases(most=30), max_borrowed=st.integers(0, 3))
 def test_as_many_routes_as_possible_stay_where_their_tokens_are(case: Case, max_borrowed: int) -> None:
     limits = SpillLimits(max_borrowed, 0.0, min_rows=1)
