@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crossdock.balance.choice import running_index
+from crossdock.balance.choice import sort_by_expert
 from crossdock.balance.pieces import Pieces
 
 __all__ = ["Assignment", "assign", "assignment"]
@@ -21,9 +21,10 @@ class Assignment(NamedTuple):
     then rank. A route goes to the piece that lies beside it.
 
     Attributes:
-        at_home: `[E]`, the global slot of this rank that has the expert, if one has.
-        staying: `[E]`, routes of this rank that stay.
-        first: `[E]`, the place in the row of this rank's first route that does not stay.
+        at_home: `[E + 1]`, the global slot of this rank that has the expert `e`, if one has, at `e + 1`; at 0, for no
+            route, -1.
+        staying: `[E + 1]`, routes of this rank that stay; what is no route always does.
+        first: `[E + 1]`, the place in the row of this rank's first route that does not stay.
         ends: `[N]`, ascending: where in the row each piece ends.
         slots: `[N]`, the global slot of each piece.
     """
@@ -58,21 +59,23 @@ def assignment(counts: Tensor, pieces: Pieces, rank: int) -> Assignment:
     num_ranks, slots_per_rank = experts.shape
     num_experts = counts.shape[1]
     local = torch.arange(slots_per_rank).expand_as(experts)
-    # The first slot of each expert on each rank; one column more for slots without an expert.
-    column = torch.where(experts < 0, num_experts, experts)
+    rows = experts + 1
+    # The first slot of each expert on each rank.
     home = local.new_full((num_ranks, num_experts + 1), slots_per_rank)
-    home.scatter_reduce_(1, column, local, "amin")
-    with_none = torch.nn.functional.pad(counts, (0, 1))
-    stays = torch.where(home.gather(1, column) == local, torch.minimum(with_none.gather(1, column), amounts), 0)
-    staying = torch.zeros_like(with_none).scatter_add_(1, column, stays)
-    travelling = with_none - staying
+    home.scatter_reduce_(1, rows, local, "amin")
+    counts = torch.nn.functional.pad(counts, (1, 0))
+    stays = torch.where(home.gather(1, rows) == local, torch.minimum(counts.gather(1, rows), amounts), 0)
+    staying = torch.zeros_like(counts).scatter_add_(1, rows, stays)
+    travelling = counts - staying
     total = travelling.sum(dim=0)
     first = total.cumsum(0) - total + travelling[:rank].sum(dim=0)
-    by_expert = column.flatten().argsort(stable=True)
+    by_expert = rows.flatten().argsort(stable=True)
     ends = (amounts - stays).flatten()[by_expert].cumsum(0)
     at_home = rank * slots_per_rank + home[rank].clamp_max(slots_per_rank - 1)
+    staying = staying[rank]
+    at_home[0], staying[0] = -1, torch.iinfo(torch.int64).max
     # A piece's place among all is its global slot.
-    return Assignment(at_home[:-1], staying[rank, :-1], first[:-1], ends, by_expert)
+    return Assignment(at_home, staying, first, ends, by_expert)
 
 
 def assign(expert_ids: Tensor, table: Assignment) -> Tensor:
@@ -85,9 +88,8 @@ def assign(expert_ids: Tensor, table: Assignment) -> Tensor:
     Raises:
         IndexError: on a CPU, where an id is `E` or more.
     """
-    index = running_index(expert_ids, len(table.first))
-    staying = table.staying[expert_ids]
-    place = table.first[expert_ids] + index - staying
-    piece = torch.searchsorted(table.ends, place, right=True).clamp_max(len(table.ends) - 1)
-    slots = torch.where(index < staying, table.at_home[expert_ids], table.slots[piece])
-    return torch.where(expert_ids < 0, expert_ids, slots)
+    routes = sort_by_expert(expert_ids, len(table.first) - 1)
+    at_home, staying, first = (of_expert.index_select(0, routes.rows) for of_expert in table[:3])
+    left = routes.turn - staying
+    piece = torch.searchsorted(table.ends, first + left, right=True).clamp_max_(len(table.ends) - 1)
+    return routes.unsort(torch.where(left < 0, at_home, table.slots.index_select(0, piece)))

@@ -11,19 +11,18 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from crossdock.kernels import counting_sort
-
-__all__ = ["CopyRule", "CopyTable", "choose", "copy_table", "running_index"]
+__all__ = ["CopyRule", "CopyTable", "SortedRoutes", "choose", "copy_table", "sort_by_expert"]
 
 CopyRule = Literal["even", "nearest"]
 
 
 class CopyTable(NamedTuple):
-    """Where one rank sends its routes. Of `E` experts with `M` candidates at most.
+    """Where one rank sends its routes. Of `E` experts with `M` candidates at most; row 0 is of no route.
 
     Attributes:
-        candidates: `[E, M]` int64, global slot ids; past an expert's number the row repeats its first.
-        number: `[E]` int64, how many candidates an expert has; 1 or more.
+        candidates: `[E + 1, M]` int64, global slot ids of expert `e` in row `e + 1`; past its number the row repeats
+            the first. Row 0 is -1.
+        number: `[E + 1]` int64, how many candidates; 1 or more.
     """
 
     candidates: Tensor
@@ -68,7 +67,7 @@ def copy_table(
         copies = [_nearest(held_by, rank, ranks_per_node) for held_by in copies]
     most = max(map(len, copies))
     candidates = [[slot for _, slot in held_by] + [held_by[0][1]] * (most - len(held_by)) for held_by in copies]
-    return CopyTable(torch.tensor(candidates), torch.tensor([len(held_by) for held_by in copies]))
+    return CopyTable(torch.tensor([[-1] * most, *candidates]), torch.tensor([1, *map(len, copies)]))
 
 
 def _nearest(copies: list[tuple[int, int]], rank: int, ranks_per_node: int) -> list[tuple[int, int]]:
@@ -89,17 +88,40 @@ def choose(expert_ids: Tensor, table: CopyTable, offset: int) -> Tensor:
     Raises:
         IndexError: on a CPU, where an id is `E` or more.
     """
-    number = table.number[expert_ids]
-    if table.candidates.shape[1] == 1:
-        turn = torch.zeros_like(expert_ids)
-    else:
-        turn = (running_index(expert_ids, len(table.number)) + offset) % number
-    return torch.where(expert_ids < 0, expert_ids, table.candidates[expert_ids, turn])
+    num_rows, most = table.candidates.shape
+    routes = sort_by_expert(expert_ids, num_rows - 1)
+    candidate = (routes.turn + offset) % table.number.index_select(0, routes.rows)
+    return routes.unsort(table.candidates.flatten().index_select(0, routes.rows * most + candidate))
 
 
-def running_index(expert_ids: Tensor, num_experts: int) -> Tensor:
-    """How many routes of the same expert come before each, in token order: `[T, K]` int64; of no route: anything."""
-    order = counting_sort(expert_ids, num_experts)
-    first = order.counts.cumsum(0) - order.counts
-    # Of `-1`, the last expert's: its result is not looked at.
-    return order.row_of_route - first[expert_ids]
+class SortedRoutes(NamedTuple):
+    """The `M = T K` routes of a rank by expert, those of one in token order; all int64.
+
+    Attributes:
+        rows: `[M]`, `e + 1` for expert `e`, first the 0 of what is no route: tables have a row for it.
+        turn: `[M]`, how many routes of the same expert come before.
+        order: `[M]`, where each was in `expert_ids`.
+        shape: of `expert_ids`.
+    """
+
+    rows: Tensor
+    turn: Tensor
+    order: Tensor
+    shape: torch.Size
+
+    def unsort(self, values: Tensor) -> Tensor:
+        """`values [M]` of these routes, where they were: `[T, K]`."""
+        return torch.empty_like(values).scatter_(0, self.order, values).view(self.shape)
+
+
+def sort_by_expert(expert_ids: Tensor, num_experts: int) -> SortedRoutes:
+    """Sort routes, without a host sync. An id of `E` or more gets a row that no table of `E + 1` rows has."""
+    rows = (expert_ids.clamp(-1, num_experts) + 1).flatten()
+    if num_experts + 1 < torch.iinfo(torch.int16).max:
+        rows = rows.to(torch.int16)  # narrow keys sort faster
+    in_order, order = rows.sort(stable=True)
+    all_rows = torch.arange(num_experts + 2, device=order.device, dtype=in_order.dtype)
+    first = torch.searchsorted(in_order, all_rows)
+    rows = in_order.long()
+    turn = torch.arange(len(order), device=order.device) - first.index_select(0, rows)
+    return SortedRoutes(rows, turn, order, expert_ids.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -11,19 +12,20 @@ from crossdock.balance.pieces import Pieces, even_pieces, holders_of
 
 __all__ = ["level"]
 
-# Loads settle like heat along chains of ranks that share experts: what is left after so many rounds is cut off.
-_ROUNDS = 30
+# Of pouring. A few settle most of it; along chains of ranks that share experts two by two it is slow.
+_ROUNDS = 8
 
 
 def level(counts: Tensor, slots: Tensor) -> Pieces:
-    """Split each expert's routes over its slots so that the busiest rank has few: near the least possible.
+    """Split each expert's routes over its slots so that the busiest rank has the fewest routes that any split gives it.
 
-    From the even split on, one expert after another is taken off its ranks and poured back like water into vessels:
-    up to one level where it reaches. Each such step makes the sum of the ranks' squared loads smaller, or leaves
-    it, as it is. That sum is convex and each expert's split is bounded by itself alone, so in real numbers the steps
-    converge to its least value; and splits that reach it have the least possible maximum too (the loads that splits
-    can reach are the bases of a polymatroid: Fujishige 1980). Routes are whole, so a chain of ranks that share
-    experts two by two may stay uneven by one route per link, and rounds are limited.
+    From the even split on, one expert after another is taken off its ranks and poured back like water into vessels, a
+    few rounds long. Then routes are passed on from the busiest rank along paths: from rank to rank that share an
+    expert of which the former computes routes, to one that has at least two routes less. Each of these steps makes
+    the sum of the ranks' squared loads smaller, so they end; and where no path is left, the maximum `m` is the least
+    possible: from the busiest rank, paths reach only ranks with `m - 1` routes or more. All copies of an expert that
+    any of these ranks computes are among them, so whatever the split, these routes stay there; and as they are more
+    than `m - 1` per rank, one rank has `m`.
 
     Args:
         counts: `[R, E]` int64, routes of this step by source rank and logical expert, on the CPU.
@@ -37,30 +39,85 @@ def level(counts: Tensor, slots: Tensor) -> Pieces:
     """
     even = even_pieces(counts, slots)
     totals: list[int] = counts.sum(dim=0).tolist()
-    amounts: list[list[int]] = even.amounts.tolist()
-    loads: list[int] = even.per_rank.tolist()
-    holders = holders_of(slots.tolist(), len(totals))
-    several = [expert for expert, held in enumerate(holders) if len(held) > 1 and totals[expert]]
-    several.sort(key=lambda expert: -totals[expert])
-    least = -(-sum(totals) // len(loads))
-    for _ in range(_ROUNDS):
-        if max(loads) <= least:
-            break
-        moved = 0
-        for expert in several:
-            held = holders[expert]
-            own = [amounts[rank][local] for rank, local in held]
-            for (rank, _), amount in zip(held, own, strict=True):
-                loads[rank] -= amount
-            others = [loads[rank] for rank, _ in held]
-            poured = _pour(totals[expert], others)
-            for (rank, local), amount, before in zip(held, poured, own, strict=True):
-                amounts[rank][local] = amount
-                loads[rank] += amount
-                moved += abs(amount - before)
-        if not moved:
-            break
-    return Pieces(slots, torch.tensor(amounts))
+    levelling = _Levelling(slots.tolist(), even.amounts.tolist(), even.per_rank.tolist(), len(totals))
+    levelling.pour(totals)
+    while levelling.pass_on():
+        pass
+    return Pieces(slots, torch.tensor(levelling.amounts))
+
+
+class _Levelling:
+    """A split in the making.
+
+    Args:
+        experts, amounts: per rank, of each slot.
+        loads: per rank.
+        num_experts: `E`.
+    """
+
+    def __init__(self, experts: list[list[int]], amounts: list[list[int]], loads: list[int], num_experts: int) -> None:
+        self.experts, self.amounts, self.loads = experts, amounts, loads
+        self.holders = holders_of(experts, num_experts)
+        self.least = -(-sum(loads) // len(loads))
+
+    def pour(self, totals: list[int]) -> None:
+        several = [expert for expert, held in enumerate(self.holders) if len(held) > 1 and totals[expert]]
+        several.sort(key=lambda expert: -totals[expert])
+        amounts, loads = self.amounts, self.loads
+        busiest = max(loads)
+        for _ in range(_ROUNDS):
+            if busiest <= self.least:
+                return
+            for expert in several:
+                held = self.holders[expert]
+                for rank, local in held:
+                    loads[rank] -= amounts[rank][local]
+                poured = _pour(totals[expert], [loads[rank] for rank, _ in held])
+                for (rank, local), amount in zip(held, poured, strict=True):
+                    amounts[rank][local] = amount
+                    loads[rank] += amount
+            if max(loads) == busiest:
+                return
+            busiest = max(loads)
+
+    def pass_on(self) -> bool:
+        """Pass routes from the busiest rank along the shortest path; was there one?"""
+        busiest = max(self.loads)
+        start = self.loads.index(busiest)
+        if busiest <= self.least:
+            return False
+        # How each rank is reached: from a slot of another, to a slot of its own.
+        came: dict[int, tuple[int, int, int]] = {start: (start, 0, 0)}
+        waiting = deque([start])
+        seen: set[int] = set()
+        while waiting:
+            rank = waiting.popleft()
+            for local, (expert, amount) in enumerate(zip(self.experts[rank], self.amounts[rank], strict=True)):
+                if not amount or expert in seen:
+                    continue
+                seen.add(expert)
+                for other, slot in self.holders[expert]:
+                    if other in came:
+                        continue
+                    came[other] = (rank, local, slot)
+                    if self.loads[other] <= busiest - 2:
+                        self._move(came, start, other, (busiest - self.loads[other]) // 2)
+                        return True
+                    waiting.append(other)
+        return False
+
+    def _move(self, came: dict[int, tuple[int, int, int]], start: int, end: int, amount: int) -> None:
+        path, rank = [], end
+        while rank != start:
+            before, local, slot = came[rank]
+            path.append((before, local, rank, slot))
+            amount = min(amount, self.amounts[before][local])
+            rank = before
+        for before, local, rank, slot in path:
+            self.amounts[before][local] -= amount
+            self.amounts[rank][slot] += amount
+        self.loads[start] -= amount
+        self.loads[end] += amount
 
 
 def _pour(amount: int, levels: Sequence[int]) -> list[int]:

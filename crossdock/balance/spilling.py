@@ -128,12 +128,12 @@ def spill(
     relief.use_copies()
     free = relief.copy()
     relief.borrow(limits.min_rows)
-    if limits.memory_bound:
+    if limits.memory_bound and max(relief.loads) > bound:
         relief.borrow(1)
-        if max(relief.loads) > bound:
-            chained = free.copy()
-            chained.chain()
-            relief = min(chained, relief, key=lambda plan: max(plan.loads))
+    if limits.memory_bound and max(relief.loads) > bound:
+        chained = free.copy()
+        chained.chain()
+        relief = min(chained, relief, key=lambda plan: max(plan.loads))
     saved = spent = 0.0
     if costs is not None:
         saved = costs.seconds_saved(max(free.loads) - max(relief.loads))

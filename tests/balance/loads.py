@@ -62,3 +62,23 @@ def drawn_counts(share: Tensor, routes: int, num_ranks: int, generator: torch.Ge
     """`[R, E]` int64: so many routes in all, drawn one by one, each rank as many."""
     drawn = torch.multinomial(share.expand(num_ranks, -1), routes // num_ranks, replacement=True, generator=generator)
     return torch.zeros(num_ranks, len(share), dtype=torch.int64).scatter_add_(1, drawn, torch.ones_like(drawn))
+
+
+def planned_on(popular: Tensor, num_ranks: int, slots_per_rank: int) -> Tensor:
+    """Slots `[R, S]` by the published method in its global form, on loads `[E]`: copies for the loads per copy that are
+    largest, then the heaviest copy first to the lightest rank that has a slot left."""
+    copies = [1] * len(popular)
+    loads = popular.tolist()
+    for _ in range(num_ranks * slots_per_rank - len(copies)):
+        copies[max(range(len(copies)), key=lambda expert: loads[expert] / copies[expert])] += 1
+    items = [expert for expert, number in enumerate(copies) for _ in range(number)]
+    items.sort(key=lambda expert: -loads[expert] / copies[expert])
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    carried = [0.0] * num_ranks
+    for expert in items:
+        lightest = min(
+            (rank for rank in range(num_ranks) if len(ranks[rank]) < slots_per_rank), key=carried.__getitem__
+        )
+        ranks[lightest].append(expert)
+        carried[lightest] += loads[expert] / copies[expert]
+    return torch.tensor(ranks)

@@ -182,7 +182,7 @@ def test_costs_decide_unless_memory_is_bound() -> None:
     assert spill(counts, slots, start, SpillLimits(2, memory_bound=True), dear).missed == 0
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=80)
 @given(
     case=cases(most=30, distinct=False),
     rule=st.sampled_from(list(STARTS)),
@@ -209,7 +209,7 @@ def test_all_ranks_routes_together_fill_the_pieces(
     assert filled.tolist() == pieces.amounts.flatten().tolist()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=50)
 @given(case=cases(most=30), max_borrowed=st.integers(0, 3))
 def test_as_many_routes_as_possible_stay_where_their_tokens_are(case: Case, max_borrowed: int) -> None:
     limits = SpillLimits(max_borrowed, 0.0, min_rows=1)
@@ -220,6 +220,25 @@ def test_as_many_routes_as_possible_stay_where_their_tokens_are(case: Case, max_
         stayed = (slots >= 0) & (slots // slots_per_rank == rank)
         own = zip(pieces.experts[rank].tolist(), pieces.amounts[rank].tolist(), strict=True)
         assert int(stayed.sum()) == sum(min(int(counts[expert]), amount) for expert, amount in own if expert >= 0)
+
+
+def test_an_expert_that_does_not_exist_raises_on_a_cpu() -> None:
+    counts, slots = torch.ones(2, 3).long(), torch.tensor([[0, 1], [2, -1]])
+    table = assignment(counts, even_pieces(counts, slots), 0)
+    with pytest.raises(IndexError):
+        assign(torch.tensor([[0, 1], [3, -1]]), table)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    counts, slots = torch.ones(2, 3).long(), torch.tensor([[0, 1], [2, -1]])
+    for split in STARTS.values():
+        with pytest.raises(ValueError, match=r"without one: \[2\]"):
+            split(counts, slots[:1])
+    with pytest.raises(ValueError, match=r"of 6 routes.*\[2, 2\].*12 routes"):
+        spill(2 * counts, slots, even_pieces(counts, slots), SpillLimits(1))
+    for max_borrowed, eps, min_rows in ((-1, 0.0, 0), (1, -0.1, 0), (1, math.inf, 0), (1, math.nan, 0), (1, 0.0, -1)):
+        with pytest.raises(ValueError, match="must be 0 or more"):
+            SpillLimits(max_borrowed, eps, min_rows)
 
 
 def _tokens(counts: Tensor, top_k: int, seed: int) -> Tensor:
