@@ -70,7 +70,7 @@ class _Search:
 
     def __init__(self, loads: Tensor, situation: PlanningSituation) -> None:
         num_experts = loads.shape[1]
-        self.situation, self.rows = situation, situation.primary_rows
+        self.given, self.situation, self.rows = loads, situation, situation.primary_rows
         self.num_ranks, self.slots = len(situation.living), min(situation.slots_per_rank, num_experts)
         # In units of the mean load of a rank.
         mean = loads.sum(1, keepdim=True) / self.num_ranks
@@ -94,7 +94,7 @@ class _Search:
                 plan = self._best(self.all, plan, self._near(grouped))
         if self.rows:
             return plan
-        theirs = published(self.loads, self.situation)[..., : self.slots]
+        theirs = published(self.given, self.situation)[..., : self.slots]
         in_order = theirs.sort(dim=2).values
         once = (in_order[..., 1:] != in_order[..., :-1]).flatten(1).all(1)
         layers = (once & (self._value(self.all, theirs) < self._value(self.all, plan))).nonzero().flatten()
