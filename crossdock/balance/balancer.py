@@ -15,7 +15,7 @@ from crossdock.balance.config import BalanceConfig
 from crossdock.balance.costs import Rates, SpillCosts
 from crossdock.balance.deciding import Deciding
 from crossdock.balance.migrate import Migration, migrate
-from crossdock.balance.monitor import BalanceMonitor
+from crossdock.balance.monitor import BalanceMonitor, RankLoad
 from crossdock.balance.placing import Proposal, propose
 from crossdock.balance.rates import measure_rates
 from crossdock.balance.relief import LayerRelief, ReliefRules
@@ -54,6 +54,7 @@ class Balancer:
 
     Attributes:
         monitor: the loads.
+        seen: those of the ranks in the last step; `None` before it, and where one rank holds all experts.
 
     Raises:
         BalanceError: for a setting that does not go with the model or its layout.
@@ -77,6 +78,7 @@ class Balancer:
         self._deciding = Deciding(config, self.num_ranks // self._ranks_per_node)
         self._copies_per_rank = self._num_borrowed = 0
         self._rates: Rates | None = None
+        self.seen: RankLoad | None = None
         if not self.is_active:
             return
         check_balance(config, self._layers)
@@ -116,7 +118,9 @@ class Balancer:
         Raises:
             MigrationError: where experts could not be moved, and the model is not whole any more.
         """
-        seen = self.monitor.update(load, computed)
+        if self.num_ranks == 1:
+            return {}, []
+        seen = self.seen = self.monitor.update(load, computed)
         metrics: dict[str, Any] = seen.metrics(self._ranks_per_node)
         if not self.is_active:
             return metrics, []

@@ -158,10 +158,14 @@ class ProgressDisplay:
             flops = f"{metrics['tflops']:.1f} TFLOP/s{mfu}  "
         validated = "validation_loss" in metrics
         validation = f"validation {_number(metrics['validation_loss'], '.4f')}  " if validated else ""
+        ranks = ""
+        if "rank_max_mean" in metrics:
+            before, after = metrics["rank_max_mean_before"], metrics["rank_max_mean"]
+            ranks = f", of ranks {before:.2f}" + (f" > {after:.2f}" if abs(before - after) > 5e-3 else "")
         line = (
             f"loss {_number(metrics['loss'], '.4f')}  {validation}"
             f"{metrics['tokens_per_second_per_gpu']:,.0f} tok/s/rank  {flops}"
-            f"{metrics['memory_gib']:.2f} GiB  max/mean load {metrics['max_mean_load']:.2f}"
+            f"{metrics['memory_gib']:.2f} GiB  max/mean load {metrics['max_mean_load']:.2f}{ranks}"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=line)

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from crossdock.config import Config
-from crossdock.tools.report import LOAD_FILE, LoadLog, write_report
+from crossdock.tools.report import LOAD_FILE, RANK_LOAD_FILE, LoadLog, write_report
 from crossdock.train.metrics import MetricsLog, ProgressDisplay, say
 from crossdock.train.together import TrainingStopped
 from crossdock.train.trackers import Trackers
@@ -18,13 +18,14 @@ __all__ = ["RunRecord", "lock_folder"]
 
 
 class RunRecord:
-    """`metrics.jsonl`, `expert_load.bin`, trackers and display; the caller holds the run folder (`lock_folder`).
+    """`metrics.jsonl`, loads, trackers and display; the caller holds the run folder (`lock_folder`).
 
     Args:
         config: of the run.
         folder: the run folder.
         step: the last one that is done.
         num_layers, num_experts: of the model's MoE layers.
+        num_ranks: that hold the experts of a layer together; loads of ranks are recorded where there are several.
         on_gpu: shows what is known of GPUs alone.
 
     Raises:
@@ -32,24 +33,42 @@ class RunRecord:
     """
 
     def __init__(
-        self, config: Config, folder: Path, step: int, num_layers: int, num_experts: int, *, on_gpu: bool
+        self,
+        config: Config,
+        folder: Path,
+        step: int,
+        num_layers: int,
+        num_experts: int,
+        *,
+        num_ranks: int,
+        on_gpu: bool,
     ) -> None:
         self.folder = folder
         self.load_interval = config.metrics.load_interval
         # Before the log, which drops lines that a tracker may have seen.
         self._trackers = Trackers(config, folder, step)
         self._log = MetricsLog(folder / "metrics.jsonl", step)
-        self._loads = LoadLog(folder / LOAD_FILE, num_layers, num_experts, step) if self.load_interval else None
+        sizes = {LOAD_FILE: num_experts, RANK_LOAD_FILE: num_ranks if num_ranks > 1 else 0}
+        self._loads = {
+            name: LoadLog(folder / name, num_layers, size, step)
+            for name, size in sizes.items()
+            if size and self.load_interval
+        }
         self._display = ProgressDisplay(config.training.steps, step, config.metrics.log_freq, on_gpu=on_gpu)
 
-    def write(self, metrics: dict[str, Any], counts: Tensor) -> str | None:
-        """Record a step: its metrics and its routes `[L, E]`. Returns what is wrong where files cannot be written."""
+    def write(self, metrics: dict[str, Any], routes: Tensor, of_ranks: Tensor | None) -> str | None:
+        """Record a step: its metrics, its routes per expert `[L, E]`, and those that each rank computed `[L, R]`.
+
+        Returns what is wrong where files cannot be written.
+        """
         self._display.update(metrics)
         self._trackers.log(metrics)
         try:
             self._log.write(metrics)
-            if self._loads is not None and metrics["step"] % self.load_interval == 0:
-                self._loads.write(metrics["step"], counts)
+            if self._loads and metrics["step"] % self.load_interval == 0:
+                self._loads[LOAD_FILE].write(metrics["step"], routes)
+                if of_ranks is not None:
+                    self._loads[RANK_LOAD_FILE].write(metrics["step"], of_ranks)
         except OSError as error:
             return f"cannot write below {self.folder}: {error}"
         return None
@@ -63,8 +82,8 @@ class RunRecord:
         self._display.close()
         self._trackers.close()
         self._log.close()
-        if self._loads is not None:
-            self._loads.close()
+        for loads in self._loads.values():
+            loads.close()
         try:
             say(f"report: {write_report(self.folder)}")
         except Exception as error:  # noqa: BLE001 (whatever is wrong with it, a report is not worth a run)

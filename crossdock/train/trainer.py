@@ -159,11 +159,11 @@ class Trainer:
                 targets, tokens, stop = self._batch_totals(batches)
                 if stop:
                     break
-                metrics, counts = self._train_step(batches, targets, tokens)
+                metrics, routes = self._train_step(batches, targets, tokens)
                 metrics |= self.whole.speed.metrics(tokens / (time.perf_counter() - started) / self.world_size)
                 if self._is_due(config.validation.interval):
                     metrics["validation_loss"] = self._validation_loss()
-                if record is not None and (problem := record.write(metrics, counts)):
+                if record is not None and (problem := record.write(metrics, routes, self._computed())):
                     record.say(f"stopping: {problem}")
                     self.stop.requested = True
                 self._stop_after_bad_steps()
@@ -188,7 +188,12 @@ class Trainer:
             return None
         layers, experts = len(self.places.names), self.places.num_experts
         on_gpu = self.device.type == "cuda"
-        return RunRecord(self.config, self.folder, self.step, layers, experts, on_gpu=on_gpu)
+        ranks = self.balancer.num_ranks
+        return RunRecord(self.config, self.folder, self.step, layers, experts, num_ranks=ranks, on_gpu=on_gpu)
+
+    def _computed(self) -> torch.Tensor | None:
+        """Routes that each of the ranks that hold the experts computed in the last step, `[L, R]`."""
+        return None if self.balancer.seen is None else self.balancer.seen.computed.long()
 
     def _is_due(self, interval: int) -> bool:
         return interval > 0 and (self.step % interval == 0 or self.step >= self.config.training.steps)

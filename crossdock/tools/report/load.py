@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-__all__ = ["LOAD_FILE", "LoadFileError", "LoadLog", "read_load"]
+__all__ = ["LOAD_FILE", "RANK_LOAD_FILE", "LoadFileError", "LoadLog", "read_load"]
 
 logger = logging.getLogger(__name__)
 
-# In a run folder, beside metrics.jsonl.
+# In a run folder, beside metrics.jsonl: of every expert, and, in the same form, of every expert-parallel rank.
 LOAD_FILE = "expert_load.bin"
+RANK_LOAD_FILE = "rank_load.bin"
 _MAGIC = int.from_bytes(b"XDLD", "little")
 _VERSION = 1
 _HEADER_WORDS = 4
