@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from crossdock.balance.spilling import SpillLimits
 from crossdock.dispatch import build_dispatcher, find_nodes
 from crossdock.moe import moe_layer_places, moe_layers
 from crossdock.parallel import local_part
-from crossdock.placement import PLANNERS, Placement, PlanningSituation
+from crossdock.placement import EMPTY, PLANNERS, Placement, PlanningSituation
 from crossdock.routed_experts import RoutedExperts
 from crossdock.routing import StepLoad
 
@@ -72,8 +73,11 @@ class Balancer:
         self.config, self.optimizer, self._stage = config, optimizer, stage
         self._layers = list(moe_layers(model).values())
         self._places = moe_layer_places(model)
-        self.num_ranks = max((layer.ep_world_size for layer in self._layers), default=1)
-        self.monitor = BalanceMonitor(self._places, self._layers, config.load_decay)
+        self._device = next(chain(model.buffers(), model.parameters())).device
+        # A pipeline stage without MoE layers takes part in what concerns all.
+        self.num_ranks = _largest(max((layer.ep_world_size for layer in self._layers), default=1), self._device)
+        groups = dist.get_world_size(stage) // self.num_ranks if dist.is_initialized() else 1
+        self.monitor = BalanceMonitor(self._places, self._layers, self.num_ranks, max(groups, 1), config.load_decay)
         self._ranks_per_node = self._find_nodes()
         self._deciding = Deciding(config, self.num_ranks // self._ranks_per_node)
         self._copies_per_rank = self._num_borrowed = 0
@@ -122,22 +126,27 @@ class Balancer:
             return {}, []
         seen = self.seen = self.monitor.update(load, computed)
         metrics: dict[str, Any] = seen.metrics(self._ranks_per_node)
-        if not self.is_active:
+        if self.config.strategy == "none":
             return metrics, []
         spilled = self._deciding.spills
         messages = self._deciding.update(metrics["rank_max_mean_before"], metrics["rank_max_mean"])
         if self._deciding.spills != spilled:
             for layer in self._layers:
                 self._put(layer, layer.placement.without_last_slots(self._num_borrowed))
-        if self._num_borrowed:
-            reliefs = [layer.relief for layer in self._layers]
-            taken = [relief.take_borrowed() for relief in reliefs if isinstance(relief, LayerRelief)]
-            metrics["borrowed_experts"] = sum(taken)
+        if self.config.spills:
+            metrics["borrowed_experts"] = self._take_borrowed()
         if self._deciding.is_due():
             more, message = self.rebalance()
             metrics |= more
             messages.append(message)
         return metrics, messages
+
+    def _take_borrowed(self) -> int:
+        """Experts that ranks have borrowed in the step, over all layers and groups."""
+        reliefs = [layer.relief for layer in self._layers]
+        taken = sum(relief.take_borrowed() for relief in reliefs if isinstance(relief, LayerRelief))
+        # All ranks of a group know of all that is borrowed in it.
+        return round(_sums([taken / self.num_ranks], self._device)[0])
 
     def rebalance(self, *, always: bool = False) -> tuple[dict[str, Any], str]:
         """Plan by the average loads; move experts, if that pays or `always`. Returns metrics and a message.
@@ -149,31 +158,36 @@ class Balancer:
         self._deciding.looked()
         if self.monitor.average is None:
             raise ValueError("there are no loads yet to place experts by; take a step first")
-        loads = self.monitor.average[list(self._places.own)]
-        device = self._layers[0].load.tokens.device
-        proposal = propose(
-            PLANNERS[self.config.planner],
-            loads,
-            self._situation(),
-            [layer.placement for layer in self._layers],
-            self._stage,
-            device,
-        )
-        before, after = proposal.before.mean().item(), proposal.after.mean().item()
-        moved = int(proposal.moved.sum())
-        saved, spent = self._worth(proposal, loads)
-        metrics = {"predicted_rank_max_mean": after, "moved_experts": 0, "moved_bytes": 0, "move_seconds": 0.0}
-        what = f"balance: max/mean over ranks {before:.3f}, {after:.3f} with {moved} experts moved"
-        if not always and self._rates is not None and moved and saved <= spent:
-            metrics["predicted_rank_max_mean"] = before
-            return metrics, f"{what}; they stay, since it would save {saved:.3g} s and take {spent:.3g} s"
-        migration = self._move(proposal)
-        metrics |= {
-            "moved_experts": migration.experts,
-            "moved_bytes": migration.bytes,
-            "move_seconds": migration.seconds,
+        before = after = saved = spent = 0.0
+        moved, migration = 0, Migration()
+        if self.is_active:
+            loads = self.monitor.average[list(self._places.own)]
+            present = [layer.placement for layer in self._layers]
+            planner = PLANNERS[self.config.planner]
+            proposal = propose(planner, loads, self._situation(), present, self._stage, self._device)
+            moved = int(proposal.moved.sum())
+            saved, spent = self._worth(proposal, loads)
+            before, after = proposal.before.sum().item(), proposal.after.sum().item()
+            if always or self._rates is None or not moved or saved > spent:
+                migration = self._move(proposal)
+            else:
+                after = before
+        # Of each stage and group of ranks; layers count once, as all of its ranks have these numbers.
+        share = 1 / dist.get_world_size(self._stage)
+        own = (before, after, moved, migration.experts, migration.seconds, saved, spent)
+        *sums, sent = _sums([*(share * value for value in own), migration.bytes], self._device)
+        before, after, moved, experts, seconds, saved, spent = sums
+        before, after = before / len(self._places.names), after / len(self._places.names)
+        metrics = {
+            "predicted_rank_max_mean": after,
+            "moved_experts": round(experts),
+            "moved_bytes": round(sent),
+            "move_seconds": seconds,
         }
-        return metrics, f"{what}: {migration.bytes / 2**20:.1f} MiB in {migration.seconds:.2f} s"
+        what = f"balance: max/mean over ranks {before:.3f}, {after:.3f} with {round(experts)} experts moved"
+        if round(moved) > round(experts):
+            return metrics, f"{what}; {round(moved - experts)} stay: {saved:.2g} s to win, {spent:.2g} s to move them"
+        return metrics, f"{what} ({sent / 2**20:.1f} MiB, {seconds:.2f} s)" if round(experts) else what
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the average loads. Plain numbers."""
@@ -185,12 +199,11 @@ class Balancer:
         if "average_routes" not in state:
             return None
         self.monitor.average = torch.tensor(state["average_routes"], dtype=torch.float64)
-        if not self.is_active or not self._deciding.moves:
+        if self.config.strategy == "none" or self.num_ranks == 1 or not self._deciding.moves:
             return None
         return self.rebalance(always=True)[1]
 
     def _move(self, proposal: Proposal) -> Migration:
-        """Bytes and experts of all ranks of the stage."""
         changed = {
             layer: placement
             for layer, placement in zip(self._layers, proposal.placements, strict=True)
@@ -199,21 +212,14 @@ class Balancer:
         migration = migrate(changed, self.optimizer)
         for layer, placement in changed.items():
             self._put(layer, placement)
-        device = self._layers[0].load.tokens.device
-        sent = torch.tensor(migration.bytes, dtype=torch.int64, device=device)
-        dist.all_reduce(sent, group=self._stage)
-        return migration._replace(bytes=int(sent))
+        return migration
 
     def _put(self, layer: RoutedExperts, placement: Placement) -> None:
         """A placement of held slots in force, with the relief that goes with it."""
         assert layer.ep_group is not None
         whole = placement.with_more_slots(self._num_borrowed)
         spills = self._deciding.spills
-        copies = set(placement.slot_to_expert) and any(
-            expert >= 0
-            for rank in range(self.num_ranks)
-            for expert in placement.slots_of(rank)[placement.rows_per_rank :]
-        )
+        copies = sum(expert != EMPTY for expert in placement.slot_to_expert) > layer.num_experts
         rules = ReliefRules(self.config.copy_choice, self._ranks_per_node)
         if spills:
             rules = rules._replace(limits=self._limits(), costs=self._costs(layer))
@@ -275,5 +281,30 @@ class Balancer:
         layer = self._layers[0]
         assert layer.ep_group is not None
         intermediate_size, hidden_size = layer.experts.down_projs.shape[1:]
-        device = layer.load.tokens.device
-        return measure_rates(layer.ep_group, device, dtype or layer.example().dtype, hidden_size, intermediate_size)
+        dtype = dtype or layer.example().dtype
+        rates = measure_rates(layer.ep_group, self._device, dtype, hidden_size, intermediate_size)
+        # Other groups hold the same experts, and must decide alike.
+        slowest = torch.tensor(
+            [1 / rates.bytes_per_second, 1 / rates.flops_per_second, rates.seconds_per_exchange],
+            dtype=torch.float64,
+            device=self._device,
+        )
+        dist.all_reduce(slowest, dist.ReduceOp.MAX, group=self._stage)
+        per_byte, per_flop, per_exchange = slowest.tolist()
+        return Rates(1 / per_byte, 1 / per_flop, per_exchange)
+
+
+def _sums(values: Sequence[float], device: torch.device) -> list[float]:
+    """Over all ranks of the default group."""
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def _largest(value: int, device: torch.device) -> int:
+    """Of all ranks of the default group."""
+    if not dist.is_initialized():
+        return value
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)

@@ -61,16 +61,20 @@ class BalanceMonitor:
     Args:
         places: of the model's layers.
         layers: those of this rank.
+        num_ranks: `R`, that hold the experts of a layer together.
+        num_groups: of such ranks, each for tokens of its own.
         decay: of the moving average, per step.
 
     Attributes:
         average: `[L, E]` float64, the moving average of each layer's routes per step; `None` before the first step.
     """
 
-    def __init__(self, places: MoELayerPlaces, layers: Sequence[RoutedExperts], decay: float) -> None:
+    def __init__(
+        self, places: MoELayerPlaces, layers: Sequence[RoutedExperts], num_ranks: int, num_groups: int, decay: float
+    ) -> None:
         self.places, self.layers, self.decay = places, layers, decay
+        self.num_ranks, self.num_groups = num_ranks, num_groups
         self.average: Tensor | None = None
-        self.num_ranks = max((layer.ep_world_size for layer in layers), default=1)
 
     def update(self, load: StepLoad, computed: Sequence[int | Tensor]) -> RankLoad:
         """Take in a step, on all ranks of the default group.
@@ -89,7 +93,6 @@ class BalanceMonitor:
         for index, layer, count in zip(self.places.own, self.layers, computed, strict=True):
             own[index, layer.ep_rank] = float(count)
             own[index, -1] = layer.clock.take()
-        replicas = 1
         if dist.is_initialized():
             everywhere = own.to(device)
             dist.all_reduce(everywhere)
@@ -97,15 +100,8 @@ class BalanceMonitor:
         of_ranks, seconds = own[:, :-1], own[:, -1]
         surplus = of_ranks.amax(dim=1) - of_ranks.mean(dim=1)
         total = of_ranks.sum(dim=1).clamp_min(1)
-        groups = self._groups()
-        price = float((surplus / groups * seconds / total).sum()) * _PASSES / replicas
+        price = float((surplus / self.num_groups * seconds / total).sum()) * _PASSES
         return RankLoad(of_ranks, self._unrelieved(routes), price)
-
-    def _groups(self) -> int:
-        """How many groups of ranks hold the same experts of a layer, each for tokens of its own."""
-        if not dist.is_initialized():
-            return 1
-        return max(1, dist.get_world_size() // self.num_ranks)
 
     def _unrelieved(self, routes: Tensor) -> Tensor:
         num_experts = routes.shape[1]
