@@ -19,6 +19,9 @@ from crossdock.balance.pieces import Pieces, holders_of
 
 __all__ = ["SpillLimits", "SpillPlan", "borrowed_slots_needed", "spill"]
 
+# Of the surplus above the bound, how much may stay, where removing all of it does not pay.
+_SHARES = (0.0, 0.5, 0.75)
+
 
 @dataclass(frozen=True)
 class SpillLimits:
@@ -61,8 +64,8 @@ class SpillPlan(NamedTuple):
         bound: `ceil((1 + eps) * mean)` routes.
         missed: by how many routes the busiest rank stays above the bound; 0 where it does not. With `memory_bound` and
             `borrowed_slots_needed` slots or more it is 0.
-        seconds_saved, seconds_spent: as `SpillCosts` predicts of what relief could do, whether it was found worth it
-            or not; 0 without costs.
+        seconds_saved, seconds_spent: as `SpillCosts` predicts of what is borrowed; where nothing pays, of what would
+            have brought all ranks to the bound. 0 without costs.
     """
 
     pieces: Pieces
@@ -111,7 +114,8 @@ def spill(
         slots: `[R, S]` int64, the logical expert of each slot that is held, `-1` for none.
         start: pieces over those slots: `even_pieces`, or `level`.
         limits: what the plan may do.
-        costs: borrow only what pays by them; `None`: as much as the limits ask for.
+        costs: borrow only what pays by them: where bringing all ranks to the bound does not, less is tried, then
+            nothing. `None`: as much as the limits ask for.
 
     Raises:
         ValueError: where the pieces are not of these counts and slots.
@@ -126,20 +130,7 @@ def spill(
     relief = _Relief.begin(slots, len(totals), start, limits.max_borrowed, bound)
     before = list(relief.loads)
     relief.use_copies()
-    free = relief.copy()
-    relief.borrow(limits.min_rows)
-    if limits.memory_bound and max(relief.loads) > bound:
-        relief.borrow(1)
-    if limits.memory_bound and max(relief.loads) > bound:
-        chained = free.copy()
-        chained.chain()
-        relief = min(chained, relief, key=lambda plan: max(plan.loads))
-    saved = spent = 0.0
-    if costs is not None:
-        saved = costs.seconds_saved(max(free.loads) - max(relief.loads))
-        spent = costs.seconds_spent(relief.busiest_lender_or_borrower())
-        if spent >= saved and not limits.memory_bound:
-            relief = free
+    relief, saved, spent = _borrow(relief, limits, costs)
     after = torch.tensor(relief.loads)
     return SpillPlan(
         relief.pieces(),
@@ -151,6 +142,40 @@ def spill(
         saved,
         spent,
     )
+
+
+def _borrow(free: _Relief, limits: SpillLimits, costs: SpillCosts | None) -> tuple[_Relief, float, float]:
+    """What is borrowed on top of a plan that borrows nothing; predicted seconds saved and spent."""
+    bound, busiest = free.bound, max(free.loads)
+    if busiest <= bound:
+        return free, 0.0, 0.0
+    if limits.memory_bound:
+        relief = free.copy()
+        relief.borrow(limits.min_rows)
+        if max(relief.loads) > bound:
+            relief.borrow(1)
+        if max(relief.loads) > bound:
+            chained = free.copy()
+            chained.chain()
+            relief = min(chained, relief, key=lambda plan: max(plan.loads))
+        return relief, *_seconds(free, relief, costs)
+    predicted: list[tuple[float, float]] = []
+    for share in _SHARES[: None if costs else 1]:
+        relief = free.copy()
+        relief.bound = bound + int(share * (busiest - bound))
+        relief.borrow(limits.min_rows)
+        saved, spent = _seconds(free, relief, costs)
+        if costs is None or saved > spent:
+            return relief, saved, spent
+        predicted.append((saved, spent))
+    return free, *predicted[0]
+
+
+def _seconds(free: _Relief, relief: _Relief, costs: SpillCosts | None) -> tuple[float, float]:
+    if costs is None:
+        return 0.0, 0.0
+    saved = costs.seconds_saved(max(free.loads) - max(relief.loads))
+    return saved, costs.seconds_spent(relief.busiest_lender_or_borrower())
 
 
 @dataclass
