@@ -27,7 +27,7 @@ from crossdock.checkpoint.hf_files import DTYPES, QUANTIZED_DTYPES, Header
 from crossdock.checkpoint.stored import Stored, stored_tensors
 from crossdock.comm import raise_together
 from crossdock.experts import ExpertParams, halves_apart
-from crossdock.parallel import Meshes, as_shard
+from crossdock.parallel import Meshes, as_shard, plain_name
 from crossdock.placement import EMPTY
 from crossdock.placement import Placement as ExpertPlacement
 
@@ -127,7 +127,12 @@ def from_hf(
 
 
 @torch.no_grad()
-def to_hf(state_dict: Mapping[str, Tensor], keys: HFKeys, num_experts: int) -> dict[str, Tensor]:
+def to_hf(
+    state_dict: Mapping[str, Tensor],
+    keys: HFKeys,
+    num_experts: int,
+    placements: Mapping[str, ExpertPlacement] | None = None,
+) -> dict[str, Tensor]:
     """Hugging Face's names for a model's state dict: one tensor per expert, or packed, as the family has it.
 
     Each rank has its own experts, sharded over `ep_shard` where they are; views where that can be. Where the family
@@ -137,22 +142,25 @@ def to_hf(state_dict: Mapping[str, Tensor], keys: HFKeys, num_experts: int) -> d
         state_dict: of a model of ours, on any layout.
         keys: of its family.
         num_experts: `E`.
+        placements: where `crossdock.balance` has moved experts, `{name: layer.placement for name, layer in
+            moe_layers(model).items()}`; without it, every rank has the experts that it began with.
 
     Raises:
         CheckpointError: for a number of experts that takes another number of rows.
     """
+    placements = {plain_name(name): placement for name, placement in (placements or {}).items()}
     result: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
         layer, _, parameter = name.rpartition(".")
         if parameter not in ExpertParams._fields or not layer.endswith("experts"):
             result[keys.parts(name, None, ())[0].name] = tensor
         elif keys.packed:
-            placement = _placement(name, tensor, num_experts)
+            placement = _placement(name, tensor, num_experts, placements)
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             whole = whole[torch.tensor(placement.expert_to_row, device=whole.device)]
             result |= {part.name: part.taken_from(whole) for part in keys.parts(name, 0, tensor.shape[1:])}
         else:
-            own = _placement(name, tensor, num_experts).experts_on(_ep_of(tensor)[1])
+            own = _placement(name, tensor, num_experts, placements).experts_on(_ep_of(tensor)[1])
             for expert, row in zip(own, expert_rows(tensor), strict=True):
                 if expert != EMPTY:
                     result |= {part.name: part.taken_from(row) for part in keys.parts(name, expert, row.shape)}
@@ -324,9 +332,12 @@ def _row(values: Mapping[str, Tensor], parts: Sequence[Part]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
 
-def _placement(name: str, tensor: Tensor, num_experts: int) -> ExpertPlacement:
+def _placement(
+    name: str, tensor: Tensor, num_experts: int, placements: Mapping[str, ExpertPlacement]
+) -> ExpertPlacement:
     """Where the experts of a parameter are. Raises CheckpointError for another number of them."""
-    placement = ExpertPlacement.contiguous(num_experts, _ep_of(tensor)[0])
+    layer = plain_name(name).rpartition(".experts.")[0]
+    placement = placements.get(layer) or ExpertPlacement.contiguous(num_experts, _ep_of(tensor)[0])
     if placement.num_rows != len(tensor):
         raise CheckpointError(
             f"{name} has shape {list(tensor.shape)}: not {placement.num_rows} rows, as {num_experts} experts have"
