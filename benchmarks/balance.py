@@ -95,9 +95,8 @@ class Run:
         loss.backward()
         self.gradients.clip(1.0)
         self.optimizer.step()
-        computed = self.balancer.computed()
         load = finish_step(self.model, dist.group.WORLD)
-        metrics, _ = self.balancer.after_step(load, computed)
+        metrics, _ = self.balancer.after_step(load)
         self.optimizer.zero_grad()
         return clock() - started, loss.item(), metrics
 
@@ -137,8 +136,8 @@ def work(
 
 
 def _only_watch(balancer: Balancer) -> Any:
-    def after_step(load: Any, computed: Any) -> tuple[dict[str, Any], list[str]]:
-        seen = balancer.monitor.update(load, computed)
+    def after_step(load: Any) -> tuple[dict[str, Any], list[str]]:
+        seen = balancer.monitor.update(load)
         return seen.metrics(balancer.num_ranks), []
 
     return after_step

@@ -11,6 +11,7 @@ from crossdock.balance.monitor import BalanceMonitor, RankLoad
 from crossdock.balance.pieces import Pieces, even_pieces
 from crossdock.balance.pouring import level
 from crossdock.balance.rates import measure_rates
+from crossdock.balance.relief import LayerRelief
 from crossdock.balance.spilling import SpillLimits, SpillPlan, borrowed_slots_needed, spill
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Balancer",
     "CopyRule",
     "CopyTable",
+    "LayerRelief",
     "Migration",
     "MigrationError",
     "Pieces",

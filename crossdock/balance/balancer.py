@@ -41,8 +41,7 @@ class Balancer:
 
     Make one when the model is on its layout, before its first forward pass. Then, after each optimizer step,
 
-        computed = balancer.computed()
-        metrics, messages = balancer.after_step(finish_step(model, group), computed)
+        metrics, messages = balancer.after_step(finish_step(model, group))
 
     The methods are collective among the ranks of the default group.
 
@@ -105,16 +104,8 @@ class Balancer:
         """Whether anything is balanced; loads are only watched otherwise."""
         return self.config.strategy != "none" and self.num_ranks > 1 and bool(self._layers)
 
-    def computed(self) -> list[Tensor]:
-        """Routes that each of this rank's layers has computed in the step, to be taken before `finish_step`."""
-        return [layer.load.computed.clone() for layer in self._layers]
-
-    def after_step(self, load: StepLoad, computed: Sequence[Tensor]) -> tuple[dict[str, Any], list[str]]:
-        """Take in a step, and move experts where that is due.
-
-        Args:
-            load: of `finish_step`.
-            computed: as the method of that name had it.
+    def after_step(self, load: StepLoad) -> tuple[dict[str, Any], list[str]]:
+        """Take in a step's `load`, and move experts where that is due.
 
         Returns:
             Metrics, and messages for people: what was decided, and why.
@@ -124,7 +115,7 @@ class Balancer:
         """
         if self.num_ranks == 1:
             return {}, []
-        seen = self.seen = self.monitor.update(load, computed)
+        seen = self.seen = self.monitor.update(load)
         metrics: dict[str, Any] = seen.metrics(self._ranks_per_node)
         if self.config.strategy == "none":
             return metrics, []

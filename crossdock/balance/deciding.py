@@ -27,48 +27,51 @@ class Deciding:
         self.config, self.num_nodes = config, num_nodes
         decides = config.strategy == "auto"
         self.moves, self.spills = config.moves and not decides, config.spills and not decides
+        self._decides = decides
         self._steps = self._above = 0
+        self._due = False
         self._watched: list[tuple[float, float]] = []
-        self._placed = False
 
     def update(self, before: float, after: float) -> list[str]:
         """Take in a step's max/mean over ranks, before and after relief; says what `auto` has decided by it."""
         self._steps += 1
         threshold = self.config.rebalance_threshold
         self._above = self._above + 1 if threshold and after > threshold else 0
-        if self.config.strategy != "auto":
+        if not self._decides:
             return []
-        self._watched = [*self._watched, (before, after)][-_WATCHED_STEPS:]
-        return self._decide() if len(self._watched) == _WATCHED_STEPS else []
+        self._watched.append((before, after))
+        if len(self._watched) < _WATCHED_STEPS:
+            return []
+        before, after = (sum(values) / _WATCHED_STEPS for values in zip(*self._watched, strict=True))
+        self._watched.clear()
+        return self._decide(before, after)
 
     def is_due(self) -> bool:
         """Whether placements are to be looked at after this step."""
         if not self.moves:
             return False
         interval = self.config.rebalance_interval
-        return (interval > 0 and self._steps >= interval) or self._above >= self.config.rebalance_patience
+        overdue = interval > 0 and self._steps >= interval
+        return self._due or overdue or self._above >= self.config.rebalance_patience
 
     def looked(self) -> None:
         """Placements have been looked at."""
         self._steps = self._above = 0
+        self._due = False
         self._watched.clear()
-        self._placed = True
 
-    def _decide(self) -> list[str]:
-        before, after = (sum(values) / _WATCHED_STEPS for values in zip(*self._watched, strict=True))
+    def _decide(self, before: float, after: float) -> list[str]:
+        """By the means of some steps."""
         if not self.moves:
             if before < _EVEN:
                 return []
-            self.moves, self._steps = True, self.config.rebalance_interval or self._steps
-            self._above = self.config.rebalance_patience
+            self.moves = self._due = True
             return [f"balance auto: experts are placed by their loads, since max/mean over ranks is {before:.2f}"]
-        if not self._placed or self.spills or after < _EVEN:
+        if after < _EVEN:
             return []
-        self._watched.clear()
+        self._decides = False
+        why = f"max/mean is {after:.2f} with experts placed by their loads"
         if self.num_nodes > 1:
-            return []
+            return [f"balance auto: {why}; ranks on {self.num_nodes} nodes do not borrow experts within steps"]
         self.spills = True
-        return [
-            f"balance auto: ranks help each other out within steps, since max/mean is {after:.2f} with experts placed "
-            "by their loads, and all are on one node"
-        ]
+        return [f"balance auto: ranks on one node help each other out within steps, since {why}"]

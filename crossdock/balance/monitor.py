@@ -76,13 +76,8 @@ class BalanceMonitor:
         self.num_ranks, self.num_groups = num_ranks, num_groups
         self.average: Tensor | None = None
 
-    def update(self, load: StepLoad, computed: Sequence[int | Tensor]) -> RankLoad:
-        """Take in a step, on all ranks of the default group.
-
-        Args:
-            load: of the whole global batch.
-            computed: what each of this rank's layers has counted (`LoadCounter.computed`), before it was reset.
-        """
+    def update(self, load: StepLoad) -> RankLoad:
+        """Take in a step. Collective among the ranks of the default group."""
         routes = load.routes.cpu().double()
         if self.average is None:
             self.average = routes
@@ -90,8 +85,9 @@ class BalanceMonitor:
             self.average = self.decay * self.average + (1 - self.decay) * routes
         device = load.routes.device
         own = torch.zeros(len(self.places.names), self.num_ranks + 1, dtype=torch.float64)
-        for index, layer, count in zip(self.places.own, self.layers, computed, strict=True):
-            own[index, layer.ep_rank] = float(count)
+        computed = load.computed.cpu()
+        for index, layer in zip(self.places.own, self.layers, strict=True):
+            own[index, layer.ep_rank] = computed[index]
             own[index, -1] = layer.clock.take()
         if dist.is_initialized():
             everywhere = own.to(device)

@@ -34,10 +34,14 @@ class Observed(NamedTuple):
 
 
 class StepLoad(NamedTuple):
-    """Of a step over the whole global batch: `routes [L, E]` per layer and logical expert, `dropped [L]`; int64."""
+    """Of a step over the whole global batch: `routes [L, E]` per layer and logical expert, `dropped [L]`; int64.
+
+    `computed [L]` is this rank's own: routes of any rank's tokens that it has computed.
+    """
 
     routes: Tensor
     dropped: Tensor
+    computed: Tensor
 
 
 def is_recompute() -> bool:
@@ -110,7 +114,8 @@ def reduce_load(counters: Sequence[LoadCounter], group: dist.ProcessGroup | None
     counts = torch.stack([torch.cat([counter.tokens_per_expert, counter.dropped[None]]) for counter in counters])
     if group is not None:
         dist.all_reduce(counts, group=group)
-    return StepLoad(counts[:, :-1], counts[:, -1])
+    computed = torch.stack([counter.computed for counter in counters])
+    return StepLoad(counts[:, :-1], counts[:, -1], computed)
 
 
 class LoadStatistics(NamedTuple):

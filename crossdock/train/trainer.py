@@ -243,7 +243,6 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
-        computed = self.balancer.computed()
         # The expert bias is a part of what LoRA leaves as it is.
         load = finish_step(self.model, dist.group.WORLD, update_bias=finite and not self.config.lora.rank)
         for message in self._collapse.update(load.routes.cpu()) if self.rank == 0 else ():
@@ -251,7 +250,7 @@ class Trainer:
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.skipped_steps += not finite
         self.optimizer.zero_grad()
-        balanced, messages = self.balancer.after_step(load, computed)
+        balanced, messages = self.balancer.after_step(load)
         for message in messages:
             self._tell(f"step {self.step}: {message}")
         return {

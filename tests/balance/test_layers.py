@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from crossdock.balance import BalanceConfig, Balancer
+from crossdock.balance import BalanceConfig, Balancer, LayerRelief
 from crossdock.moe import moe_layers
 from crossdock.moe_config import MoEConfig
 from crossdock.parallel import ActivationCheckpointConfig, GradientManager, ParallelDims, parallelize
@@ -57,7 +57,7 @@ def balanced(
         "input_gradient": x.grad.double().numpy(),
         "moved": sum(each.row_to_expert != tuple(sorted(each.row_to_expert)) for each in placements),
         "copies": sum(sum(expert >= 0 for expert in each.slot_to_expert) - num_experts for each in placements),
-        "borrowed": sum(layer.relief.take_borrowed() for layer in layers if layer.relief is not None),
+        "borrowed": sum(layer.relief.take_borrowed() for layer in layers if isinstance(layer.relief, LayerRelief)),
     }
 
 
