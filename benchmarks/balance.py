@@ -151,6 +151,8 @@ def compare(world_size: int, name: str, rounds: int, steps: int) -> list[dict[st
         arguments = (world_size, str(Path(folder, "store")), ROUTINGS[name], rounds, steps, results)
         team = mp.start_processes(work, arguments, world_size, join=False, start_method="spawn")
         assert team is not None
+        while results.empty():
+            team.join(timeout=1)  # Raises where a rank has failed.
         seconds, losses, uneven = results.get()
         while not team.join():
             pass

@@ -26,7 +26,7 @@ from crossdock.moe import moe_layer_places, moe_layers
 from crossdock.parallel import local_part
 from crossdock.placement import EMPTY, PLANNERS, Placement, PlanningSituation
 from crossdock.routed_experts import RoutedExperts
-from crossdock.routing import StepLoad
+from crossdock.routing import RouterConfig, StepLoad
 
 __all__ = ["Balancer"]
 
@@ -252,9 +252,13 @@ class Balancer:
         return saved, spent
 
     def _situation(self) -> PlanningSituation:
+        layer = self._layers[0]
+        router: RouterConfig | None = None if layer.router is None else layer.router.config
+        is_limited = router is not None and router.topk_group < router.n_group
         return PlanningSituation(
             self.num_ranks,
-            self._layers[0].placement.slots_per_rank - self._num_borrowed,
+            layer.placement.slots_per_rank - self._num_borrowed,
+            num_groups=router.n_group if router is not None and is_limited else 1,
             num_nodes=self.num_ranks // self._ranks_per_node,
             copy_choice=self.config.copy_choice,
             move_cost=self.config.move_cost,

@@ -8,6 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from crossdock.placement import PLANNERS, PlanningSituation
+
 
 class Case(NamedTuple):
     """`counts [R, E]` of a step, and the `slots [R, S]` that are held; an expert may have several, some are empty."""
@@ -65,20 +67,5 @@ def drawn_counts(share: Tensor, routes: int, num_ranks: int, generator: torch.Ge
 
 
 def planned_on(popular: Tensor, num_ranks: int, slots_per_rank: int) -> Tensor:
-    """Slots `[R, S]` by the published method in its global form, on loads `[E]`: copies for the loads per copy that are
-    largest, then the heaviest copy first to the lightest rank that has a slot left."""
-    copies = [1] * len(popular)
-    loads = popular.tolist()
-    for _ in range(num_ranks * slots_per_rank - len(copies)):
-        copies[max(range(len(copies)), key=lambda expert: loads[expert] / copies[expert])] += 1
-    items = [expert for expert, number in enumerate(copies) for _ in range(number)]
-    items.sort(key=lambda expert: -loads[expert] / copies[expert])
-    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
-    carried = [0.0] * num_ranks
-    for expert in items:
-        lightest = min(
-            (rank for rank in range(num_ranks) if len(ranks[rank]) < slots_per_rank), key=carried.__getitem__
-        )
-        ranks[lightest].append(expert)
-        carried[lightest] += loads[expert] / copies[expert]
-    return torch.tensor(ranks)
+    """Slots `[R, S]` by the published method, on loads `[E]`."""
+    return PLANNERS["deepseek"](popular[None], PlanningSituation(num_ranks, slots_per_rank))[0]

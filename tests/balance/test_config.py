@@ -52,9 +52,7 @@ def test_a_value_out_of_range_is_named(settings: dict[str, Any], message: str) -
         ),
     ],
 )
-def test_settings_that_do_not_go_together_are_named(
-    balance: dict[str, Any], moe: dict[str, Any], message: str
-) -> None:
+def test_settings_that_do_not_go_together_are_named(balance: dict[str, Any], moe: dict[str, Any], message: str) -> None:
     with pytest.raises(BalanceError, match=message):
         check_sizes(BalanceConfig(**balance), MoEConfig(**moe), 8, 4)
 
@@ -93,7 +91,8 @@ def test_experts_that_are_modules_are_refused(ranks: RankPool) -> None:
 def test_auto_acts_on_what_it_sees_and_says_so() -> None:
     even = Deciding(BalanceConfig("auto"), num_nodes=1)
     assert not any(even.update(1.05, 1.05) for _ in range(50))
-    assert not (even.moves or even.spills or even.is_due())
+    assert not even.is_due()
+    assert not even.spills
 
     skewed = Deciding(BalanceConfig("auto"), num_nodes=1)
     (message,) = [message for _ in range(10) for message in skewed.update(2.5, 2.5)]

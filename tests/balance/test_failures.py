@@ -51,7 +51,7 @@ def test_a_run_whose_rank_died_in_a_migration_goes_on_from_its_checkpoint(ranks:
     settings = (*SKEWED, "--training.steps", "12", "--checkpoint.interval", "3")
     balanced = ("--balance.strategy", "eplb", *OFTEN)
     folder = tmp_path / "run"
-    with pytest.raises(AssertionError, match="MigrationError.*start again from the last checkpoint"):
+    with pytest.raises(AssertionError, match=r"MigrationError.*start again from the last checkpoint"):
         run_on(
             ranks, tmp_path, "qwen3", 4, {"ep": 4}, *settings, *balanced, run_folder=folder,
             function=_die_in_the_second_migration,

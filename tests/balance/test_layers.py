@@ -99,6 +99,10 @@ def logical_gradients(model: Classifier) -> dict[str, np.ndarray]:
             {"ep": 4}, 8, {"strategy": "eplb", "copy_choice": "least_load"}, {}, "selective", 2, id="least-load"
         ),
         pytest.param({"ep": 4}, 8, {"strategy": "eplb"}, {"static_shapes": True}, "none", 2, id="static-shapes"),
+        # DeepSeek-V3's numbers: 36 slots on each rank.
+        pytest.param(
+            {"ep": 8}, 256, {"strategy": "eplb", "num_redundant_experts": 32}, {}, "none", 1, id="256-and-32-copies"
+        ),
     ],
 )
 def test_gradients_equal_one_process(
@@ -113,9 +117,10 @@ def test_gradients_equal_one_process(
     strategy = balance["strategy"]
     balance = balance | (EAGER if "eplb" in strategy else {}) | (HELPFUL if "spill" in strategy else {})
     moe = {"experts": "grouped_mm"} | moe
-    results = ranks.run(4, balanced, layout, num_experts, balance, moe, mode, parts)
+    results = ranks.run(max(layout["ep"], 4), balanced, layout, num_experts, balance, moe, mode, parts)
     assert bool(results[0]["moved"]) == ("eplb" in strategy)
     assert bool(results[0]["copies"]) == ("eplb" in strategy and balance.get("num_redundant_experts") != 0)
+    assert num_experts != 256 or results[0]["copies"] == 2 * 32
     assert bool(results[0]["borrowed"]) == ("spill" in strategy)
     expected = reference(num_experts)
     for name in ("output", "input_gradient"):

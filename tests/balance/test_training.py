@@ -75,6 +75,7 @@ def test_losses_are_those_without_in_float32(ranks: RankPool, tmp_path: Path) ->
     ("model", "world_size", "layout", "settings"),
     [
         pytest.param("qwen3", 4, {"pp": 2, "ep": 2}, ("--training.global-batch-size", "16"), id="pp"),
+        pytest.param("qwen3", 4, {"dp_replicate": 2, "ep": 2}, (), id="replicas"),
         pytest.param("gpt_oss", 2, {"ep": 2}, ("--activation-checkpoint.mode", "selective"), id="gpt-oss-biases"),
         pytest.param("qwen3", 4, {"ep": 2}, ("--optimizer.name", "muon"), id="muon-ep-shard"),
     ],
@@ -84,6 +85,8 @@ def test_other_layouts_models_and_optimizers(
 ) -> None:
     drifting = ("--moe.debug-force-zipf", "1.2", "--moe.debug-force-zipf-drift", "3", *settings)
     moving = ("--balance.rebalance-interval", "2", *OFTEN[2:], *SPILLING)
-    balanced = run_on(ranks, tmp_path, model, world_size, layout, *drifting, "--balance.strategy", "eplb+spill", *moving)
+    balanced = run_on(
+        ranks, tmp_path, model, world_size, layout, *drifting, "--balance.strategy", "eplb+spill", *moving
+    )
     compare(balanced, run_on(ranks, tmp_path, model, world_size, layout, *drifting))
     assert sum(line.get("moved_experts", 0) for line in balanced["metrics"]) > 0
