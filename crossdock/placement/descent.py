@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crossdock.placement.copy_rules import copies_of, nearest_loads
 
-__all__ = ["BALANCED", "MoveRules", "descend", "descent", "exchange_pairs", "kicked"]
+__all__ = ["BALANCED", "MoveRules", "descend", "descent", "exchange_pairs"]
 
 BALANCED = 1.001
 """The max/mean at which a layer counts as balanced: no search goes on below it."""
@@ -130,33 +130,6 @@ def exchange_pairs(loads: Tensor, plan: Tensor, rules: MoveRules, rounds: int) -
         first, second = heavy[layer, pair], light[layer, pair]
         for each in (plan, share):
             each[layer, first, one], each[layer, second, two] = each[layer, second, two], each[layer, first, one]
-
-
-def kicked(plan: Tensor, num_experts: int, rules: MoveRules, generator: torch.Generator) -> Tensor:
-    """The plan with one to three random changes, the same in all layers, each where it is allowed."""
-    _, num_ranks, slots_per_rank = plan.shape
-    plan, apart = plan.clone(), rules.kept_apart(slots_per_rank)
-
-    def draw(end: int) -> int:
-        return int(torch.randint(end, (), generator=generator))
-
-    for _ in range(1 + draw(3)):
-        first, second, one, two = draw(num_ranks), draw(num_ranks), draw(slots_per_rank), draw(slots_per_rank)
-        if draw(2):
-            here, there = plan[:, first, one], plan[:, second, two]
-            allowed = (plan[:, second] != here[:, None]).all(1) & (plan[:, first] != there[:, None]).all(1)
-            if apart is not None and apart[one, two]:
-                continue
-            plan[:, first, one], plan[:, second, two] = (
-                torch.where(allowed, there, here),
-                torch.where(allowed, here, there),
-            )
-        elif one >= rules.primary_rows:
-            expert = draw(num_experts)
-            spare = copies_of(plan, num_experts).gather(1, plan[:, first, one, None])[:, 0] > 1
-            allowed = spare & (plan[:, first] != expert).all(1)
-            plan[:, first, one] = plan[:, first, one].masked_fill(allowed, expert)
-    return plan
 
 
 def _exchange(plan: Tensor, share: Tensor, rules: MoveRules, wanted: Tensor) -> Tensor:

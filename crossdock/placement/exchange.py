@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crossdock.placement.descent import BALANCED, MoveRules, descend, descent, exchange_pairs, kicked
+from crossdock.placement.annealing import SMALL, annealed
+from crossdock.placement.descent import BALANCED, MoveRules, descend, descent, exchange_pairs
 from crossdock.placement.eplb import pack, published
 from crossdock.placement.matching import match_primaries
 from crossdock.placement.mend import mended
@@ -23,9 +24,6 @@ NODE_PRICE = 0.01
 
 _PAIR_ROUNDS = 16
 _MOVES = 200
-# Plans so small get random changes besides, of which the best are kept.
-_SMALL = 32
-_KICKS, _GENERATIONS = 48, 6
 _EQUAL = 1e-9
 
 
@@ -40,8 +38,8 @@ def plan_by_exchange(loads: Tensor, situation: PlanningSituation, current: Tenso
       are filled. With `primary_rows`, primaries alone: a copy's weights are sent in each step anyhow.
 
     Without `current`: copies for the heaviest experts, dealt to ranks in rounds, then exchanges (`descent`); the
-    published method's plan where that is better and has no two copies of an expert on a rank. Small plans get random
-    changes, too. With `current` the best of it, of all plans on the descent from it, and of the plan without it,
+    published method's plan where that is better and has no two copies of an expert on a rank. Small plans are
+    annealed. With `current` the best of it, of all plans on the descent from it, and of the plan without it,
     its ranks renamed so that most experts stay; again from there, until nothing changes. So planning again from the
     result gives the result.
     """
@@ -85,8 +83,14 @@ class _Search:
     def fresh(self) -> Tensor:
         """A plan `[L, R, S]` of loads alone."""
         plan = self._improved(self._with_primaries(fresh_start(self.loads, self.num_ranks, self.slots)))
-        if self.num_ranks * self.slots <= _SMALL:
-            plan = self._kicked(plan)
+        if self.num_ranks * self.slots <= SMALL:
+            # No plan is better than the mean, or than the heaviest expert with all copies that it can have.
+            most = min(self.num_ranks, self.num_ranks * self.slots - self.loads.shape[1] + 1)
+            bound = (self.loads.amax(1) / most).clamp_min(1.0)
+            peak = self.even.slot_loads(self.loads, plan).sum(2).amax(1)
+            layers = (peak > BALANCED * bound).nonzero().flatten()
+            if len(layers):
+                plan[layers] = annealed(self.loads[layers], plan[layers], self.even)
         if self.nodes.matter:
             plan = self._near(plan)
             grouped = self._grouped()
@@ -155,20 +159,6 @@ class _Search:
     def _with_primaries(self, plan: Tensor) -> Tensor:
         """With the primaries in the first slots, where the situation has any."""
         return torch.cat(match_primaries(plan, self.loads, self.rows), dim=2) if self.rows else plan
-
-    def _kicked(self, plan: Tensor) -> Tensor:
-        """The best after generations of random changes, the same ones for all layers, and descents from them."""
-        generator = torch.Generator().manual_seed(0)
-        num_experts = self.loads.shape[1]
-        for _ in range(_GENERATIONS):
-            layers = (self._value(self.all, plan) > BALANCED).nonzero().flatten()
-            starts = [kicked(plan[layers], num_experts, self.even, generator) for _ in range(_KICKS)]
-            many = layers.repeat(_KICKS)
-            ends = self._descended(many, torch.cat(starts), self.even)
-            which = self._value(many, ends).view(_KICKS, -1).argmin(0)
-            ends = ends.view(_KICKS, len(layers), *plan.shape[1:])[which, torch.arange(len(layers))]
-            plan[layers] = self._best(layers, plan[layers], ends)
-        return plan
 
     def _near(self, plan: Tensor) -> Tensor:
         """Its ranks in an order in which they send less between nodes, then levelled under the rule of copies."""
