@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crossdock.placement.copy_rules import copies_of
 from crossdock.placement.descent import MoveRules, descend
 from crossdock.placement.start import fresh_start
 
@@ -16,7 +17,7 @@ SMALL = 24
 _CHAINS = 64
 _STEPS = 400
 _STEPS_PER_DESCENT = 50
-_HOT, _COLD = 0.1, 0.005  # in units of the mean load
+_HOT, _COLD = 0.1, 0.01  # in units of the mean load
 _NORM = 12
 _NOISE = 3.0
 _DESCENT = 50
@@ -36,39 +37,41 @@ def annealed(loads: Tensor, plan: Tensor, rules: MoveRules) -> Tensor:
         rules: what stays; copies are chosen evenly.
     """
     num_layers, num_ranks, slots_per_rank = plan.shape
-    num_experts = loads.shape[1]
+    num_experts, num_slots = loads.shape[1], num_ranks * slots_per_rank
     generator = torch.Generator().manual_seed(0)
-    apart = rules.kept_apart(slots_per_rank)
-
-    def draw(end: int) -> Tensor:
-        return torch.randint(end, (_CHAINS,), generator=generator).repeat_interleave(num_layers)
-
-    def chance() -> Tensor:
-        return torch.rand(_CHAINS, generator=generator).repeat_interleave(num_layers)
-
     best, lowest = plan.clone(), _peak(loads, plan, rules)
-    state, many = torch.cat(_starts(loads, plan, rules, generator)), loads.repeat(_CHAINS, 1)
-    rough, row = many.float(), torch.arange(len(state))
-    energy = _energy(rough, state, rules)
+    # `[chains, L, slots]` from here on, and `[chains, L, experts]`.
+    state = torch.stack(_starts(loads, plan, rules, generator)).flatten(2)
+    copies = copies_of(state.flatten(0, 1), num_experts).view(_CHAINS, num_layers, num_experts)
+    rough, many = loads.float(), loads.repeat(_CHAINS, 1)
+    draws = [torch.randint(end, (_STEPS, _CHAINS), generator=generator) for end in (num_slots, num_slots, num_experts)]
+    exchanges, chances = (torch.rand(_STEPS, _CHAINS, generator=generator) for _ in range(2))
+    primary = torch.arange(slots_per_rank).repeat(num_ranks) < rules.primary_rows
+    neighbours = torch.arange(num_slots).view(num_ranks, -1).repeat_interleave(slots_per_rank, 0)
+    energy = _energy(rough, copies, state, num_ranks)
     for step in range(_STEPS):
         heat = _HOT * (_COLD / _HOT) ** (step / _STEPS)
-        first, one, second, two = draw(num_ranks), draw(slots_per_rank), draw(num_ranks), draw(slots_per_rank)
-        new, exchanges = draw(num_experts), chance() < 0.5
-        here, there = state[row, first, one], state[row, second, two]
-        fits = (state[row, second] != here[:, None]).all(1) & (state[row, first] != there[:, None]).all(1)
-        if apart is not None:
-            fits &= ~apart[one, two]
-        spare = ((state == here[:, None, None]).flatten(1).sum(1) > 1) & (one >= rules.primary_rows)
-        spare &= (state[row, first] != new[:, None]).all(1)
-        other = state.clone()
-        other[row, first, one] = torch.where(exchanges, torch.where(fits, there, here), torch.where(spare, new, here))
-        other[row, second, two] = torch.where(exchanges & fits, here, other[row, second, two])
-        changed = _energy(rough, other, rules)
-        accepted = ((energy - changed) / heat).exp() > chance()
-        state = torch.where(accepted[:, None, None], other, state)
+        one, two, new = (each[step][:, None, None].expand(-1, num_layers, 1) for each in draws)
+        exchange = (exchanges[step] < 0.5)[:, None, None]
+        here, there = state.gather(2, one), state.gather(2, two)
+        coming = torch.where(exchange, there, new)
+        with_one, with_two = (
+            state.gather(2, neighbours[each[step]][:, None].expand(-1, num_layers, -1)) for each in draws[:2]
+        )
+        kept_apart, taken = (primary[one] != primary[two]), primary[one] | (copies.gather(2, here) == 1)
+        barred = torch.where(exchange, kept_apart | (with_two == here).any(2, keepdim=True), taken)
+        barred |= (with_one == coming).any(2, keepdim=True)
+        other = state.scatter(2, one, coming).scatter(2, two, torch.where(exchange, here, there))
+        change = (~exchange).long().expand_as(here)
+        recounted = copies.scatter_add(2, coming, change).scatter_add(2, here, -change)
+        changed = _energy(rough, recounted, other, num_ranks)
+        accepted = ((energy - changed) / heat).exp() > chances[step][:, None]
+        accepted &= ~barred[..., 0]
+        state = torch.where(accepted[..., None], other, state)
+        copies = torch.where(accepted[..., None], recounted, copies)
         energy = torch.where(accepted, changed, energy)
         if (step + 1) % _STEPS_PER_DESCENT == 0:
-            ends = descend(rough, state, rules, _DESCENT)
+            ends = descend(many.float(), state.view(-1, num_ranks, slots_per_rank), rules, _DESCENT)
             peak, which = _peak(many, ends, rules).view(_CHAINS, num_layers).min(0)
             ends = ends.view(_CHAINS, num_layers, num_ranks, slots_per_rank)[which, torch.arange(num_layers)]
             better = peak < lowest
@@ -90,8 +93,11 @@ def _peak(loads: Tensor, plan: Tensor, rules: MoveRules) -> Tensor:
     return rules.slot_loads(loads, plan).sum(2).amax(1)
 
 
-def _energy(loads: Tensor, plan: Tensor, rules: MoveRules) -> Tensor:
-    """Of the ranks' loads, scaled by the largest so that fp32 holds their powers."""
-    load = rules.slot_loads(loads, plan).sum(2)
-    top = load.amax(1, keepdim=True).clamp_min(torch.finfo(load.dtype).tiny)
-    return top[:, 0] * ((load / top) ** _NORM).mean(1) ** (1 / _NORM)
+def _energy(loads: Tensor, copies: Tensor, state: Tensor, num_ranks: int) -> Tensor:
+    """The norm of the ranks' loads, `[chains, L]`, scaled by the largest so that fp32 holds their powers.
+
+    Where a move is barred an expert may have no copy left; what comes of it is not used.
+    """
+    load = (loads / copies).gather(2, state).unflatten(2, (num_ranks, -1)).sum(3)
+    top = load.amax(2, keepdim=True)
+    return top[..., 0] * (load / top).pow_(_NORM).mean(2).pow_(1 / _NORM)

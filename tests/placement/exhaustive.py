@@ -18,7 +18,9 @@ def least_maximum(loads: list[float], num_ranks: int, slots_per_rank: int, below
     order = sorted(loads, reverse=True)
     best = [below]
     for copies in _shared_out(order, num_ranks * slots_per_rank, num_ranks, best):
-        items = sorted(zip((load / count for load, count in zip(order, copies, strict=True)), copies, strict=True))[::-1]
+        items = sorted(zip((load / count for load, count in zip(order, copies, strict=True)), copies, strict=True))[
+            ::-1
+        ]
         if items[0][0] < best[0] and sum(order) / num_ranks < best[0]:
             _fill(items, 0, [((), 0.0, slots_per_rank, num_ranks)], best)
     return best[0]
