@@ -60,7 +60,7 @@ def annealed(loads: Tensor, plan: Tensor, rules: MoveRules) -> Tensor:
         )
         kept_apart, taken = (primary[one] != primary[two]), primary[one] | (copies.gather(2, here) == 1)
         barred = torch.where(exchange, kept_apart | (with_two == here).any(2, keepdim=True), taken)
-        barred |= (with_one == coming).any(2, keepdim=True)
+        barred |= (one == two) | (with_one == coming).any(2, keepdim=True)
         other = state.scatter(2, one, coming).scatter(2, two, torch.where(exchange, here, there))
         change = (~exchange).long().expand_as(here)
         recounted = copies.scatter_add(2, coming, change).scatter_add(2, here, -change)

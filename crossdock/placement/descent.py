@@ -101,7 +101,7 @@ def exchange_pairs(loads: Tensor, plan: Tensor, rules: MoveRules, rounds: int) -
     half = num_ranks // 2
     share = rules.slot_loads(loads, plan)
     apart = rules.kept_apart(slots_per_rank)
-    idle = 0
+    idle = torch.zeros(len(plan), dtype=torch.int64)
     for number in range(rounds):
         order = share.sum(2).argsort(dim=1, descending=True)
         heavy, light = order[:, :half], order[:, num_ranks - half :].flip(1)
@@ -122,8 +122,10 @@ def exchange_pairs(loads: Tensor, plan: Tensor, rules: MoveRules, rounds: int) -
             barred = barred | (across[..., None, None] & (several[:, 0, :, :, None] | several[:, 1, :, None, :]))
         best, which = top.masked_fill_(barred, torch.inf).flatten(2).min(2)
         good = best < torch.maximum(load_heavy, load_light)[..., 0, 0] * (1 - _GAIN)
-        idle = 0 if good.any() else idle + 1
-        if idle == 2:
+        # A layer ends after two rounds without an exchange, whatever the others do.
+        good &= (idle < 2)[:, None]
+        idle = torch.where(good.any(1), 0, idle + 1)
+        if (idle > 1).all():
             return
         layer, pair = good.nonzero(as_tuple=True)
         one, two = which[layer, pair] // slots_per_rank, which[layer, pair] % slots_per_rank
