@@ -14,7 +14,7 @@ __all__ = ["SMALL", "annealed"]
 SMALL = 24
 """Slots of a layer up to which annealing is worth its time."""
 
-_CHAINS = 64
+_CHAINS = 128
 _STEPS = 400
 _STEPS_PER_DESCENT = 50
 _HOT, _COLD = 0.1, 0.01  # in units of the mean load

@@ -29,12 +29,14 @@ class MoveRules:
     Args:
         primary_rows: the first slots of each rank, which are exchanged among themselves only, and never given to
             another copy.
+        primaries_stay: whether they are not exchanged at all.
         node_of: the node of each rank, `[R]`, where tokens choose the nearest copy; else `None`. The load of an expert
             with several copies then depends on their nodes: it does not leave its node, nor get other copies.
     """
 
     primary_rows: int = 0
     node_of: Tensor | None = None
+    primaries_stay: bool = False
 
     def slot_loads(self, loads: Tensor, plan: Tensor) -> Tensor:
         """The load of each slot `[L, R, S]` of a plan without empty slots."""
@@ -46,6 +48,8 @@ class MoveRules:
     def kept_apart(self, slots_per_rank: int) -> Tensor | None:
         """Pairs of slots `[S, S]` that are never exchanged."""
         primary = torch.arange(slots_per_rank) < self.primary_rows
+        if self.primaries_stay:
+            return primary[:, None] | primary
         return primary[:, None] != primary if 0 < self.primary_rows < slots_per_rank else None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from crossdock.placement.annealing import SMALL, annealed
 from crossdock.placement.descent import BALANCED, MoveRules, descend, descent, exchange_pairs
 from crossdock.placement.eplb import pack, published
 from crossdock.placement.matching import match_primaries
-from crossdock.placement.mend import mended
+from crossdock.placement.mend import filled, mended
 from crossdock.placement.nodes import Nodes
 from crossdock.placement.placement import EMPTY
 from crossdock.placement.relabel import rank_order
@@ -48,7 +50,7 @@ def plan_by_exchange(loads: Tensor, situation: PlanningSituation, current: Tenso
     search = _Search(loads, situation)
     plan = search.fresh()
     if current is not None:
-        plan = search.from_current(current[:, living].cpu(), plan)
+        plan = search.from_current(current[:, living].cpu(), plan, situation.move_cost)
     full = torch.full((len(loads), situation.num_ranks, situation.slots_per_rank), EMPTY)
     full[:, living, : plan.shape[2]] = plan
     if current is None:
@@ -97,7 +99,8 @@ class _Search:
             if grouped is not None:
                 plan = self._best(self.all, plan, self._near(grouped))
         if self.rows:
-            return plan
+            # Other copies beside the same primaries may be better, and lead on.
+            return self.from_current(plan, plan, move_cost=0.0)
         theirs = published(self.given, self.situation)[..., : self.slots]
         in_order = theirs.sort(dim=2).values
         once = (in_order[..., 1:] != in_order[..., :-1]).flatten(1).all(1)
@@ -106,18 +109,18 @@ class _Search:
             plan[layers] = self._best(layers, theirs[layers], self._descended(layers, theirs[layers], self.rules))
         return plan
 
-    def from_current(self, current: Tensor, fresh: Tensor) -> Tensor:
+    def from_current(self, current: Tensor, fresh: Tensor, move_cost: float) -> Tensor:
         """The plan to go to from `current [L, R, S]`."""
         plan = mended(self.loads, current, self.slots, self.rows)
         layers = self.all
         while len(layers):
-            following = self._step(layers, plan[layers], fresh[layers])
+            following = self._step(layers, plan[layers], fresh[layers], move_cost)
             changed = (following != plan[layers]).flatten(1).any(1)
             plan[layers] = following
             layers = layers[changed]
         return plan
 
-    def _step(self, layers: Tensor, plan: Tensor, fresh: Tensor) -> Tensor:
+    def _step(self, layers: Tensor, plan: Tensor, fresh: Tensor, move_cost: float) -> Tensor:
         """The best of a plan, what descends from it, and a fresh one with its ranks renamed; fewest moves of equals."""
         kind = slice(self.rows or None)
         num_slots = plan[0, :, kind].numel()
@@ -126,16 +129,25 @@ class _Search:
 
         def consider(which: Tensor, other: Tensor) -> None:
             away = moved_experts(other[..., kind], plan[which][..., kind])
-            cost = self._value(layers[which], other, BALANCED) + self.situation.move_cost * away / num_slots
+            cost = self._value(layers[which], other, BALANCED) + move_cost * away / num_slots
             better = (cost < value[which] - _EQUAL) | ((cost <= value[which] + _EQUAL) & (away < moved[which]))
             taken = which[better]
             best[taken], value[taken], moved[taken] = other[better], cost[better], away[better]
 
-        for which, other in descent(self.loads[layers].float(), plan, self.rules, _MOVES):
-            consider(which, other)
+        starts, every = [plan], torch.arange(len(plan))
+        if 0 < self.rows < self.slots:
+            # Copies anew beside the primaries that there are: they cost nothing to move.
+            anew = plan.clone()
+            anew[..., self.rows :] = EMPTY
+            frozen = dataclasses.replace(self.rules, primaries_stay=True)
+            starts.append(self._descended(layers, filled(self.loads[layers], anew), frozen))
+            consider(every, starts[1])
+        for start in starts:
+            for which, other in descent(self.loads[layers].float(), start, self.rules, _MOVES):
+                consider(which, other)
         node_of = self.nodes.node_of if self.nodes.matter else None
         order = rank_order(fresh[..., kind], plan[..., kind], node_of)
-        consider(torch.arange(len(plan)), fresh.gather(1, order[..., None].expand_as(fresh)))
+        consider(every, fresh.gather(1, order[..., None].expand_as(fresh)))
         return best
 
     def _value(self, layers: Tensor, plan: Tensor, least: float = 0.0) -> Tensor:

@@ -53,7 +53,7 @@ def check_plan(plan: Tensor, loads: Tensor, situation: PlanningSituation) -> Non
 
 
 @pytest.mark.parametrize("name", PLANNERS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(case=situations)
 def test_every_expert_has_a_slot_and_planning_again_changes_nothing(
     name: str, case: tuple[PlanningSituation, Tensor]
@@ -65,7 +65,7 @@ def test_every_expert_has_a_slot_and_planning_again_changes_nothing(
     assert torch.equal(PLANNERS[name](loads, dataclasses.replace(situation, move_cost=0.1), plan), plan)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(case=situations)
 def test_ours_never_puts_two_copies_on_a_rank_and_fills_every_slot_it_can(
     case: tuple[PlanningSituation, Tensor],
@@ -170,7 +170,7 @@ def test_experts_of_a_group_share_a_node_without_loss_of_balance() -> None:
 
 
 def test_ours_is_never_worse_than_the_published_method_without_its_double_copies() -> None:
-    compare_with_published(corpus(num_shapes=40, layers=10, seed=0))
+    compare_with_published(corpus(num_shapes=30, layers=10, seed=0))
 
 
 @pytest.mark.slow

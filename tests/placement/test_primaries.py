@@ -46,7 +46,7 @@ def test_one_copy_per_rank_levels_zipf_loads_to_one_percent(num_ranks: int, num_
 
 
 @pytest.mark.parametrize("name", PLANNERS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     num_ranks=st.integers(1, 6),
     num_experts=st.integers(1, 40),
@@ -95,7 +95,7 @@ def test_a_repair_costs_little_balance() -> None:
     plan = with_primaries(published, 256, 8, None, loads)
     check_primaries(plan, 256, 8)
     assert not torch.equal(plan.sort(dim=2).values, published.sort(dim=2).values)
-    assert (max_mean(loads, plan, situation) < max_mean(loads, published, situation) + 0.05).all()
+    assert (max_mean(loads, plan, situation) < max_mean(loads, published, situation) + 0.1).all()
 
 
 @settings(max_examples=30, deadline=None)
@@ -107,7 +107,7 @@ def test_as_many_primaries_stay_on_their_ranks_as_any_matching_allows(seed: int)
     current = plan_with_primaries(PLANNERS["deepseek"], loads, PlanningSituation(num_ranks, 4))
     # Another plan of the same form, so that it admits a matching.
     shuffled = loads[:, torch.randperm(num_experts, generator=generator)]
-    plan = plan_with_primaries(PLANNERS["exchange"], shuffled, PlanningSituation(num_ranks, 4))
+    plan = plan_with_primaries(PLANNERS["deepseek"], shuffled, PlanningSituation(num_ranks, 4))
     result = with_primaries(plan, num_experts, rows, current, loads)
     check_primaries(result, num_experts, rows)
     assert torch.equal(result.sort(dim=2).values, plan.sort(dim=2).values)
