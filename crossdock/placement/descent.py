@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crossdock.placement.copy_rules import copies_of, nearest_loads
 
-__all__ = ["BALANCED", "MoveRules", "descend", "descent", "exchange_pairs", "kicked"]
+__all__ = ["BALANCED", "MoveRules", "descend", "descent", "exchange_pairs"]
 
 BALANCED = 1.001
 """The max/mean at which a layer counts as balanced: no search goes on below it."""
@@ -29,12 +29,14 @@ class MoveRules:
     Args:
         primary_rows: the first slots of each rank, which are exchanged among themselves only, and never given to
             another copy.
+        primaries_stay: whether they are not exchanged at all.
         node_of: the node of each rank, `[R]`, where tokens choose the nearest copy; else `None`. The load of an expert
             with several copies then depends on their nodes: it does not leave its node, nor get other copies.
     """
 
     primary_rows: int = 0
     node_of: Tensor | None = None
+    primaries_stay: bool = False
 
     def slot_loads(self, loads: Tensor, plan: Tensor) -> Tensor:
         """The load of each slot `[L, R, S]` of a plan without empty slots."""
@@ -46,6 +48,8 @@ class MoveRules:
     def kept_apart(self, slots_per_rank: int) -> Tensor | None:
         """Pairs of slots `[S, S]` that are never exchanged."""
         primary = torch.arange(slots_per_rank) < self.primary_rows
+        if self.primaries_stay:
+            return primary[:, None] | primary
         return primary[:, None] != primary if 0 < self.primary_rows < slots_per_rank else None
 
 
@@ -101,7 +105,7 @@ def exchange_pairs(loads: Tensor, plan: Tensor, rules: MoveRules, rounds: int) -
     half = num_ranks // 2
     share = rules.slot_loads(loads, plan)
     apart = rules.kept_apart(slots_per_rank)
-    idle = 0
+    idle = torch.zeros(len(plan), dtype=torch.int64)
     for number in range(rounds):
         order = share.sum(2).argsort(dim=1, descending=True)
         heavy, light = order[:, :half], order[:, num_ranks - half :].flip(1)
@@ -122,41 +126,16 @@ def exchange_pairs(loads: Tensor, plan: Tensor, rules: MoveRules, rounds: int) -
             barred = barred | (across[..., None, None] & (several[:, 0, :, :, None] | several[:, 1, :, None, :]))
         best, which = top.masked_fill_(barred, torch.inf).flatten(2).min(2)
         good = best < torch.maximum(load_heavy, load_light)[..., 0, 0] * (1 - _GAIN)
-        idle = 0 if good.any() else idle + 1
-        if idle == 2:
+        # A layer ends after two rounds without an exchange, whatever the others do.
+        good &= (idle < 2)[:, None]
+        idle = torch.where(good.any(1), 0, idle + 1)
+        if (idle > 1).all():
             return
         layer, pair = good.nonzero(as_tuple=True)
         one, two = which[layer, pair] // slots_per_rank, which[layer, pair] % slots_per_rank
         first, second = heavy[layer, pair], light[layer, pair]
         for each in (plan, share):
             each[layer, first, one], each[layer, second, two] = each[layer, second, two], each[layer, first, one]
-
-
-def kicked(plan: Tensor, num_experts: int, rules: MoveRules, generator: torch.Generator) -> Tensor:
-    """The plan with one to three random changes, the same in all layers, each where it is allowed."""
-    _, num_ranks, slots_per_rank = plan.shape
-    plan, apart = plan.clone(), rules.kept_apart(slots_per_rank)
-
-    def draw(end: int) -> int:
-        return int(torch.randint(end, (), generator=generator))
-
-    for _ in range(1 + draw(3)):
-        first, second, one, two = draw(num_ranks), draw(num_ranks), draw(slots_per_rank), draw(slots_per_rank)
-        if draw(2):
-            here, there = plan[:, first, one], plan[:, second, two]
-            allowed = (plan[:, second] != here[:, None]).all(1) & (plan[:, first] != there[:, None]).all(1)
-            if apart is not None and apart[one, two]:
-                continue
-            plan[:, first, one], plan[:, second, two] = (
-                torch.where(allowed, there, here),
-                torch.where(allowed, here, there),
-            )
-        elif one >= rules.primary_rows:
-            expert = draw(num_experts)
-            spare = copies_of(plan, num_experts).gather(1, plan[:, first, one, None])[:, 0] > 1
-            allowed = spare & (plan[:, first] != expert).all(1)
-            plan[:, first, one] = plan[:, first, one].masked_fill(allowed, expert)
-    return plan
 
 
 def _exchange(plan: Tensor, share: Tensor, rules: MoveRules, wanted: Tensor) -> Tensor:

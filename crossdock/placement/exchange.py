@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
-from crossdock.placement.descent import BALANCED, MoveRules, descend, descent, exchange_pairs, kicked
+from crossdock.placement.annealing import SMALL, annealed
+from crossdock.placement.descent import BALANCED, MoveRules, descend, descent, exchange_pairs
 from crossdock.placement.eplb import pack, published
 from crossdock.placement.matching import match_primaries
-from crossdock.placement.mend import mended
+from crossdock.placement.mend import filled, mended
 from crossdock.placement.nodes import Nodes
 from crossdock.placement.placement import EMPTY
 from crossdock.placement.relabel import rank_order
@@ -23,9 +26,6 @@ NODE_PRICE = 0.01
 
 _PAIR_ROUNDS = 16
 _MOVES = 200
-# Plans so small get random changes besides, of which the best are kept.
-_SMALL = 32
-_KICKS, _GENERATIONS = 48, 6
 _EQUAL = 1e-9
 
 
@@ -40,8 +40,8 @@ def plan_by_exchange(loads: Tensor, situation: PlanningSituation, current: Tenso
       are filled. With `primary_rows`, primaries alone: a copy's weights are sent in each step anyhow.
 
     Without `current`: copies for the heaviest experts, dealt to ranks in rounds, then exchanges (`descent`); the
-    published method's plan where that is better and has no two copies of an expert on a rank. Small plans get random
-    changes, too. With `current` the best of it, of all plans on the descent from it, and of the plan without it,
+    published method's plan where that is better and has no two copies of an expert on a rank. Small plans are
+    annealed. With `current` the best of it, of all plans on the descent from it, and of the plan without it,
     its ranks renamed so that most experts stay; again from there, until nothing changes. So planning again from the
     result gives the result.
     """
@@ -50,7 +50,7 @@ def plan_by_exchange(loads: Tensor, situation: PlanningSituation, current: Tenso
     search = _Search(loads, situation)
     plan = search.fresh()
     if current is not None:
-        plan = search.from_current(current[:, living].cpu(), plan)
+        plan = search.from_current(current[:, living].cpu(), plan, situation.move_cost)
     full = torch.full((len(loads), situation.num_ranks, situation.slots_per_rank), EMPTY)
     full[:, living, : plan.shape[2]] = plan
     if current is None:
@@ -85,15 +85,22 @@ class _Search:
     def fresh(self) -> Tensor:
         """A plan `[L, R, S]` of loads alone."""
         plan = self._improved(self._with_primaries(fresh_start(self.loads, self.num_ranks, self.slots)))
-        if self.num_ranks * self.slots <= _SMALL:
-            plan = self._kicked(plan)
+        if self.num_ranks * self.slots <= SMALL:
+            # No plan is better than the mean, or than the heaviest expert with all copies that it can have.
+            most = min(self.num_ranks, self.num_ranks * self.slots - self.loads.shape[1] + 1)
+            bound = (self.loads.amax(1) / most).clamp_min(1.0)
+            peak = self.even.slot_loads(self.loads, plan).sum(2).amax(1)
+            layers = (peak > BALANCED * bound).nonzero().flatten()
+            if len(layers):
+                plan[layers] = annealed(self.loads[layers], plan[layers], self.even)
         if self.nodes.matter:
             plan = self._near(plan)
             grouped = self._grouped()
             if grouped is not None:
                 plan = self._best(self.all, plan, self._near(grouped))
         if self.rows:
-            return plan
+            # Other copies beside the same primaries may be better, and lead on.
+            return self.from_current(plan, plan, move_cost=0.0)
         theirs = published(self.given, self.situation)[..., : self.slots]
         in_order = theirs.sort(dim=2).values
         once = (in_order[..., 1:] != in_order[..., :-1]).flatten(1).all(1)
@@ -102,18 +109,18 @@ class _Search:
             plan[layers] = self._best(layers, theirs[layers], self._descended(layers, theirs[layers], self.rules))
         return plan
 
-    def from_current(self, current: Tensor, fresh: Tensor) -> Tensor:
+    def from_current(self, current: Tensor, fresh: Tensor, move_cost: float) -> Tensor:
         """The plan to go to from `current [L, R, S]`."""
         plan = mended(self.loads, current, self.slots, self.rows)
         layers = self.all
         while len(layers):
-            following = self._step(layers, plan[layers], fresh[layers])
+            following = self._step(layers, plan[layers], fresh[layers], move_cost)
             changed = (following != plan[layers]).flatten(1).any(1)
             plan[layers] = following
             layers = layers[changed]
         return plan
 
-    def _step(self, layers: Tensor, plan: Tensor, fresh: Tensor) -> Tensor:
+    def _step(self, layers: Tensor, plan: Tensor, fresh: Tensor, move_cost: float) -> Tensor:
         """The best of a plan, what descends from it, and a fresh one with its ranks renamed; fewest moves of equals."""
         kind = slice(self.rows or None)
         num_slots = plan[0, :, kind].numel()
@@ -122,16 +129,25 @@ class _Search:
 
         def consider(which: Tensor, other: Tensor) -> None:
             away = moved_experts(other[..., kind], plan[which][..., kind])
-            cost = self._value(layers[which], other, BALANCED) + self.situation.move_cost * away / num_slots
+            cost = self._value(layers[which], other, BALANCED) + move_cost * away / num_slots
             better = (cost < value[which] - _EQUAL) | ((cost <= value[which] + _EQUAL) & (away < moved[which]))
             taken = which[better]
             best[taken], value[taken], moved[taken] = other[better], cost[better], away[better]
 
-        for which, other in descent(self.loads[layers].float(), plan, self.rules, _MOVES):
-            consider(which, other)
+        starts, every = [plan], torch.arange(len(plan))
+        if 0 < self.rows < self.slots:
+            # Copies anew beside the primaries that there are: they cost nothing to move.
+            anew = plan.clone()
+            anew[..., self.rows :] = EMPTY
+            frozen = dataclasses.replace(self.rules, primaries_stay=True)
+            starts.append(self._descended(layers, filled(self.loads[layers], anew), frozen))
+            consider(every, starts[1])
+        for start in starts:
+            for which, other in descent(self.loads[layers].float(), start, self.rules, _MOVES):
+                consider(which, other)
         node_of = self.nodes.node_of if self.nodes.matter else None
         order = rank_order(fresh[..., kind], plan[..., kind], node_of)
-        consider(torch.arange(len(plan)), fresh.gather(1, order[..., None].expand_as(fresh)))
+        consider(every, fresh.gather(1, order[..., None].expand_as(fresh)))
         return best
 
     def _value(self, layers: Tensor, plan: Tensor, least: float = 0.0) -> Tensor:
@@ -155,20 +171,6 @@ class _Search:
     def _with_primaries(self, plan: Tensor) -> Tensor:
         """With the primaries in the first slots, where the situation has any."""
         return torch.cat(match_primaries(plan, self.loads, self.rows), dim=2) if self.rows else plan
-
-    def _kicked(self, plan: Tensor) -> Tensor:
-        """The best after generations of random changes, the same ones for all layers, and descents from them."""
-        generator = torch.Generator().manual_seed(0)
-        num_experts = self.loads.shape[1]
-        for _ in range(_GENERATIONS):
-            layers = (self._value(self.all, plan) > BALANCED).nonzero().flatten()
-            starts = [kicked(plan[layers], num_experts, self.even, generator) for _ in range(_KICKS)]
-            many = layers.repeat(_KICKS)
-            ends = self._descended(many, torch.cat(starts), self.even)
-            which = self._value(many, ends).view(_KICKS, -1).argmin(0)
-            ends = ends.view(_KICKS, len(layers), *plan.shape[1:])[which, torch.arange(len(layers))]
-            plan[layers] = self._best(layers, plan[layers], ends)
-        return plan
 
     def _near(self, plan: Tensor) -> Tensor:
         """Its ranks in an order in which they send less between nodes, then levelled under the rule of copies."""

@@ -9,7 +9,7 @@ from crossdock.placement.copy_rules import copies_of
 from crossdock.placement.matching import match_primaries
 from crossdock.placement.placement import EMPTY
 
-__all__ = ["mended"]
+__all__ = ["filled", "mended"]
 
 
 def mended(loads: Tensor, current: Tensor, slots_per_rank: int, primary_rows: int) -> Tensor:
@@ -32,11 +32,11 @@ def mended(loads: Tensor, current: Tensor, slots_per_rank: int, primary_rows: in
     layers = (~fits).nonzero().flatten()
     if not len(layers):
         return current
-    filled = _filled(loads[layers], _closed_up(_once(current[layers])))
+    whole = filled(loads[layers], _closed_up(_once(current[layers])))
     if primary_rows:
-        filled = torch.cat(match_primaries(filled, loads[layers], primary_rows, before[layers]), dim=2)
+        whole = torch.cat(match_primaries(whole, loads[layers], primary_rows, before[layers]), dim=2)
     plan = current.clone()
-    plan[layers] = filled
+    plan[layers] = whole
     return plan
 
 
@@ -52,10 +52,14 @@ def _closed_up(plan: Tensor) -> Tensor:
     return plan.gather(2, (plan == EMPTY).int().argsort(dim=2, stable=True))
 
 
-def _filled(loads: Tensor, plan: Tensor) -> Tensor:
+def filled(loads: Tensor, plan: Tensor) -> Tensor:
     """Missing experts, then copies of those with most load per copy, in the empty slots, on the lightest ranks.
 
-    Where slots are too few, copies that are missed least make room.
+    No rank gets a second slot of an expert. Where slots are too few, copies that are missed least make room.
+
+    Args:
+        loads: `[L, E]`.
+        plan: `[L, R, S]`, `-1` where a slot is empty; needs `S <= E`.
     """
     num_experts, plan = loads.shape[1], plan.clone()
     layer = torch.arange(len(plan))

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from crossdock.placement.copy_rules import copies_of
 from crossdock.placement.matching import match_primaries
 from crossdock.placement.placement import EMPTY
 from crossdock.placement.planner import Planner
@@ -41,8 +42,11 @@ def plan_with_primaries(
     groups = 1 if num_pads else situation.num_groups
     situation = dataclasses.replace(situation, num_groups=groups, primary_rows=rows_per_rank)
     padded = torch.cat([loads, loads.new_zeros(num_layers, num_pads)], dim=1)
-    plan = planner(padded, situation, None if current is None else _with_pads(current, num_experts, num_pads))
+    before = None if current is None else _with_pads(current.cpu(), num_experts, num_pads, situation)
+    plan = planner(padded, situation, before)
     plan = plan.masked_fill(plan >= num_experts, EMPTY)
+    if (copies_of(plan[..., :rows_per_rank], num_experts) == 1).all():
+        return plan  # a planner that looks at primary_rows
     return with_primaries(plan, num_experts, rows_per_rank, current, loads)
 
 
@@ -87,9 +91,12 @@ def with_primaries(
     return torch.cat([primaries, copies], dim=2)
 
 
-def _with_pads(current: Tensor, num_experts: int, num_pads: int) -> Tensor:
-    """The first `num_pads` empty slots of each layer hold the experts that have no load."""
-    flat = current.flatten(1)
-    number = (flat == EMPTY).cumsum(1) - 1
-    pad = (flat == EMPTY) & (number < num_pads)
-    return torch.where(pad, num_experts + number, flat).view(current.shape)
+def _with_pads(current: Tensor, num_experts: int, num_pads: int, situation: PlanningSituation) -> Tensor:
+    """The empty slots hold the experts without load: one in each primary row, others on the same rank beside them."""
+    empty = torch.zeros_like(current, dtype=torch.bool)
+    living = torch.tensor(situation.living)
+    empty[:, living] = current[:, living] == EMPTY
+    in_rows = empty[..., : situation.primary_rows].sum(2)
+    number = empty.cumsum(2) - 1
+    pad = num_experts + ((in_rows.cumsum(1) - in_rows)[..., None] + number) % max(num_pads, 1)
+    return torch.where(empty & (number < num_pads), pad, current)

@@ -16,7 +16,7 @@ def keep_slots(plan: Tensor, current: Tensor) -> Tensor:
     Others take the slots that are left, in order, and empty slots come last.
     """
     slots_per_rank = plan.shape[2]
-    if not slots_per_rank:
+    if not plan.numel():
         return plan
     same = (plan[..., :, None] == current[..., None, :]) & (plan != EMPTY)[..., None]
     # Of several slots with one expert the n-th stays in the n-th.
