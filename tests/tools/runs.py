@@ -38,10 +38,10 @@ def write_metrics(folder: Path, rows: list[dict[str, Any]]) -> Path:
     return folder
 
 
-def write_loads(folder: Path, counts: np.ndarray, interval: int = 10) -> None:
-    """Records of `counts` `[N, L, E]` at `interval`, twice that, and so on."""
-    _, layers, experts = counts.shape
-    log = LoadLog(folder / LOAD_FILE, layers, experts, 0)
+def write_loads(folder: Path, counts: np.ndarray, interval: int = 10, name: str = LOAD_FILE) -> None:
+    """Records of `counts` `[N, L, E]` in the file `name`, at `interval`, twice that, and so on."""
+    _, layers, width = counts.shape
+    log = LoadLog(folder / name, layers, width, 0)
     for index, own in enumerate(counts):
         log.write((index + 1) * interval, torch.from_numpy(own.astype(np.int64)))
     log.close()

@@ -108,7 +108,7 @@ def test_another_file_is_set_aside(path: Path, foreign: str, caplog: pytest.LogC
 
 def test_what_is_no_load_file_is_named(path: Path) -> None:
     path.write_bytes(b"something else, of some length")
-    with pytest.raises(LoadFileError, match=rf"{LOAD_FILE} holds no expert loads"):
+    with pytest.raises(LoadFileError, match=rf"{LOAD_FILE} holds no loads"):
         read_load(path)
 
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
-import struct
-import zlib
-from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +11,17 @@ import numpy as np
 import pytest
 
 from crossdock.cli import main
-from crossdock.tools.report import LOAD_FILE, ReportError, write_report
+from crossdock.tools.report import LOAD_FILE, RANK_LOAD_FILE, ReportError, write_report
 from crossdock.tools.report.balance import IDLE_ROUTES, OVERLOAD, Balance, warnings
 from crossdock.tools.report.charts import thin
 from crossdock.tools.report.heat import PALETTE, to_indices
 from crossdock.tools.report.numbers import count, log_ticks, short, ticks
+from tests.tools.pages import charts_of, figures_of, maps_of, points
 from tests.tools.runs import metrics_of, write_loads, write_metrics
 
 
 def _html(folder: Path) -> str:
     return write_report(folder).read_text()
-
-
-def _points(html: str, chart: str) -> list[dict[str, Any]]:
-    match = re.search(rf'data-chart="{chart}" data-points="([^"]*)"', html)
-    assert match is not None, f"there is no chart of {chart}"
-    return json.loads(unescape(match[1]))
-
-
-def _charts(html: str) -> list[str]:
-    return re.findall(r'data-chart="(\w+)"', html)
-
-
-def _figures(html: str) -> dict[str, str]:
-    """The key figures by their titles, value and note in one."""
-    found = re.findall(r"<dt>(.*?)</dt><dd[^>]*>(.*?)</dd><dd[^>]*>(.*?)</dd>", html)
-    return {title: unescape(re.sub(r"<[^>]*>", "", f"{value} {more}")) for title, value, more in found}
 
 
 def test_every_metric_has_its_curve_with_the_values_of_the_run(tmp_path: Path) -> None:
@@ -49,14 +30,14 @@ def test_every_metric_has_its_curve_with_the_values_of_the_run(tmp_path: Path) -
         row["validation_loss"] = row["loss"] + 0.5
     html = _html(write_metrics(tmp_path / "run", rows))
     measured = ["lr", "grad_norm", "tokens_per_second_per_gpu", "memory_gib", "max_mean_load", "sequence_aux_loss"]
-    assert _charts(html) == ["loss", *measured]
-    training, validation = _points(html, "loss")
+    assert charts_of(html) == ["loss", *measured]
+    training, validation = points(html, "loss")
     assert (training["name"], validation["name"]) == ("training", "validation")
     assert [step for step, _ in training["points"]] == list(range(1, 41))
     np.testing.assert_allclose([value for _, value in training["points"]], [row["loss"] for row in rows], rtol=1e-3)
     assert [step for step, _ in validation["points"]] == [10, 20, 30, 40]
     for name in measured:
-        (series,) = _points(html, name)
+        (series,) = points(html, name)
         np.testing.assert_allclose([value for _, value in series["points"]], [row[name] for row in rows], rtol=1e-3)
 
 
@@ -67,7 +48,7 @@ def test_key_figures(tmp_path: Path) -> None:
     rows[100] |= {"loss": 2.125, "max_mean_load": 1.25, "skipped_steps": 7}
     folder = write_metrics(tmp_path / "run", rows)
     (folder / "config.toml").write_text("[training]\nsteps = 300\n")
-    figures = _figures(_html(folder))
+    figures = figures_of(_html(folder))
     assert figures["Loss"].startswith("2.125 from 8.7")
     assert figures["Validation loss"] == "3.5 at step 61; best 3 at step 31"
     assert figures["Steps"] == "101 of 300; not complete"
@@ -98,11 +79,11 @@ def test_a_long_run_keeps_its_spikes_in_a_small_file(tmp_path: Path) -> None:
     path = write_report(write_metrics(tmp_path / "run", rows))
     assert path.stat().st_size < 1_000_000
     html = path.read_text()
-    (series,) = _points(html, "loss")
+    (series,) = points(html, "loss")
     first, last, _, low, high = next(point for point in series["points"] if point[4] > 50)
     assert first <= 70_123 <= last
     assert (low < 3, high) == (True, 99.5)
-    assert min(point[3] for point in _points(html, "tokens_per_second_per_gpu")[0]["points"]) == 3.0
+    assert min(point[3] for point in points(html, "tokens_per_second_per_gpu")[0]["points"]) == 3.0
 
 
 def test_thinning_equals_a_plain_loop() -> None:
@@ -127,13 +108,13 @@ def test_a_skipped_step_breaks_the_curve_and_is_marked(tmp_path: Path) -> None:
     for step in (11, 12, 13):
         rows[step - 1] |= {"loss": None, "grad_norm": None}
     html = _html(write_metrics(tmp_path / "run", rows))
-    (loss,) = _points(html, "loss")
+    (loss,) = points(html, "loss")
     assert [step for step, _ in loss["points"]] == [*range(1, 11), *range(14, 31)]
     figure = html[html.index('data-chart="loss"') : html.index('data-chart="lr"')]
     curve = re.findall(r'class="curve s0" d="([^"]*)"', figure)
     assert [path.count("M") for path in curve] == [2], "the curve must not run across the gap"
     assert re.findall(r"<title>(.*?): skipped</title>", figure) == ["step 11", "step 12", "step 13"]
-    assert _figures(html)["Skipped steps"].startswith("3 ")
+    assert figures_of(html)["Skipped steps"].startswith("3 ")
     learning_rate = re.findall(r'class="curve s0" d="([^"]*)"', html[html.index('data-chart="lr"') :])[0]
     assert learning_rate.count("M") == 1
 
@@ -144,7 +125,7 @@ def test_a_line_that_cannot_be_read_is_left_out_and_told(tmp_path: Path, tail: s
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(tail)
     html = _html(folder)
-    assert [step for step, _ in _points(html, "loss")[0]["points"]] == [1, 2, 3, 4, 5]
+    assert [step for step, _ in points(html, "loss")[0]["points"]] == [1, 2, 3, 4, 5]
     assert "1 line of metrics.jsonl could not be read." in html
 
 
@@ -173,35 +154,13 @@ def test_names_from_files_are_text(tmp_path: Path) -> None:
     assert "<b>&_loss" not in html
 
 
-def _maps(html: str) -> dict[str, np.ndarray]:
-    """The palette indices of each panel."""
-    found = re.findall(r'data-panel="(\w+)".*?href="data:image/png;base64,([^"]*)"', html)
-    return {name: _pixels(base64.b64decode(data)) for name, data in found}
-
-
-def _pixels(png: bytes) -> np.ndarray:
-    """Of a PNG as the standard has it: 8 bits and a palette, no filters, one chunk of data."""
-    chunks, rest = {}, png.removeprefix(b"\x89PNG\r\n\x1a\n")
-    while rest:
-        size, name = struct.unpack(">I4s", rest[:8])
-        data, check = rest[8 : 8 + size], rest[8 + size : 12 + size]
-        assert zlib.crc32(name + data).to_bytes(4, "big") == check
-        chunks[name], rest = data, rest[12 + size :]
-    assert list(chunks) == [b"IHDR", b"PLTE", b"IDAT", b"IEND"]
-    width, height, *form = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
-    assert form == [8, 3, 0, 0, 0]
-    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, 1 + width)
-    assert not rows[:, 0].any()
-    return rows[:, 1:]
-
-
 def test_the_maps_show_load_over_mean(tmp_path: Path) -> None:
     counts = np.random.default_rng(0).integers(1, 1000, size=(7, 3, 8))
     counts[3, 1, 5] = 0
     folder = write_metrics(tmp_path / "run", [metrics_of(step, 70) for step in range(1, 71)])
     write_loads(folder, counts)
     html = _html(folder)
-    maps = _maps(html)
+    maps = maps_of(html)
     assert list(maps) == ["overview", "0", "1", "2"]
     ratios = counts / counts.mean(axis=2, keepdims=True)
     for layer in range(3):
@@ -235,7 +194,7 @@ def test_many_records_are_summed_in_columns() -> None:
 
 def test_effective_experts_are_those_that_share_the_load() -> None:
     counts = np.array([[[5, 5, 5, 5], [10, 10, 0, 0], [20, 0, 0, 0], [0, 0, 0, 0]]])
-    np.testing.assert_allclose(Balance.of(np.array([10]), counts).final.effective_experts(), [4, 2, 1, 1])
+    np.testing.assert_allclose(Balance.of(np.array([10]), counts).final.effective_number(), [4, 2, 1, 1])
 
 
 def _warned(routes: np.ndarray) -> list[str]:
@@ -279,19 +238,22 @@ def test_many_warnings_are_summed_up() -> None:
     assert "12 more layers" in sentences[-1]
 
 
+@pytest.mark.parametrize("name", [LOAD_FILE, RANK_LOAD_FILE])
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"something else, of some length", "expert_load.bin holds no expert loads."),
-        (np.array([0x444C4458, 2, 1, 1], "<i4").tobytes(), "expert_load.bin has version 2"),
-        (np.array([0x444C4458, 1, 1, 1, 20, 5, 10, 5], "<i4").tobytes(), "do not ascend"),
+        (b"something else, of some length", "{} holds no loads."),
+        (np.array([0x444C4458, 2, 1, 1], "<i4").tobytes(), "{} has version 2"),
+        (np.array([0x444C4458, 1, -1, -1], "<i4").tobytes(), "{} says that it has -1 layers of -1 loads"),
+        (np.array([0x444C4458, 1, 1, 1, 20, 5, 10, 5], "<i4").tobytes(), "The steps in {} do not ascend."),
     ],
 )
-def test_loads_that_cannot_be_read_are_told(tmp_path: Path, content: bytes, told: str) -> None:
+def test_loads_that_cannot_be_read_are_told(tmp_path: Path, name: str, content: bytes, told: str) -> None:
     folder = write_metrics(tmp_path / "run", [metrics_of(1, 1)])
-    (folder / LOAD_FILE).write_bytes(content)
+    (folder / name).write_bytes(content)
     html = _html(folder)
-    assert told in html
+    assert told.format(name) in html
+    assert maps_of(html) == {}
     assert str(tmp_path) not in html
 
 

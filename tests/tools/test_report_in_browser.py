@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crossdock.tools.report import write_report
+from crossdock.tools.report import RANK_LOAD_FILE, write_report
 from tests.browser import Browser, Page
 from tests.tools.runs import metrics_of, write_loads, write_metrics
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.browser
 # Whatever reaches beyond the page's right edge without being scrolled or cut off by a box around it.
 STICKS_OUT = """[...document.querySelectorAll("body *")].filter((element) => {
   if (element.closest(".scroll") || element.getBoundingClientRect().right <= innerWidth + 0.5) return false;
-  return getComputedStyle(element).visibility !== "hidden" && !element.closest("svg svg:not(.skipped)");
+  return getComputedStyle(element).visibility !== "hidden" && !element.closest("svg svg:not(.mark)");
 }).map((element) => element.outerHTML.slice(0, 200))"""
 # Letters over letters: ticks of one axis, and titles beside them.
 OVERLAPS = """[...document.querySelectorAll("figure")].flatMap((figure) => {
@@ -30,7 +30,7 @@ OVERLAPS = """[...document.querySelectorAll("figure")].flatMap((figure) => {
     a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 4 && b.top < a.bottom - 4
   ).map(([two]) => `${figure.querySelector("h3").textContent}: ${one} over ${two}`));
 })"""
-KINDS = ["small", "large", "without loads", "with nulls", "one step"]
+KINDS = ["small", "large", "without loads", "with nulls", "one step", "ranks"]
 
 
 def _small(folder: Path) -> None:
@@ -65,10 +65,26 @@ def _one_step(folder: Path) -> None:
     write_loads(folder, np.array([[[3, 1, 0, 4]]]), interval=1)
 
 
+def _ranks(folder: Path) -> None:
+    """Loads of ranks with columns of their own."""
+    rows = [metrics_of(step, 40, rank_max_mean_before=2.5, rank_max_mean=1 + 1 / step) for step in range(1, 41)]
+    for row in rows:
+        row |= {"imbalance_seconds": 0.2 / row["step"], "node_max_mean": 1.2, "borrowed_experts": 3}
+    for row in rows[9::10]:
+        row |= {"predicted_rank_max_mean": 1.02, "moved_experts": 4, "moved_bytes": 2**21, "move_seconds": 0.5}
+    write_metrics(folder, rows)
+    (folder / "config.toml").write_text("[moe]\nranks_per_node = 2\n")
+    random = np.random.default_rng(0)
+    write_loads(folder, random.integers(10, 1000, size=(4, 2, 8)))
+    counts = random.integers(10, 1000, size=(8, 2, 4))
+    counts[3, 1, 2] = 0
+    write_loads(folder, counts, interval=5, name=RANK_LOAD_FILE)
+
+
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     paths = {}
-    for kind, make in zip(KINDS, (_small, _large, _without_loads, _with_nulls, _one_step), strict=True):
+    for kind, make in zip(KINDS, (_small, _large, _without_loads, _with_nulls, _one_step, _ranks), strict=True):
         folder = tmp_path_factory.mktemp("reports") / kind.replace(" ", "-")
         make(folder)
         paths[kind] = write_report(folder)
@@ -102,6 +118,7 @@ def test_a_report_opens_cleanly_at_any_width(browser: Browser, reports: dict[str
 
 def test_what_the_browser_draws_is_what_the_run_has(browser: Browser, reports: dict[str, Path]) -> None:
     expected = {"small": (7, 4, 1), "large": (9, 49, 0), "without loads": (7, 0, 0), "with nulls": (7, 0, 0)}
+    expected["ranks"] = (7 + 4, 3 * 3, 0)
     for kind, figures in expected.items():
         page = browser.open(reports[kind])
         found = page.evaluate('[".chart", ".panel", ".alert"].map((one) => document.querySelectorAll(one).length)')
@@ -188,6 +205,18 @@ def test_pointing_at_a_map_shows_expert_step_and_load(small: Page) -> None:
     counts = np.random.default_rng(0).integers(10, 1000, size=(6, 3, 8))
     counts[:, 0, 1] = counts[:, 0].mean(axis=1) * 2
     assert ratio == pytest.approx(counts[3, 0, 1] / counts[3, 0].mean(), rel=0.04), "half a step of the colours"
+
+
+def test_maps_of_ranks_have_their_own_columns(browser: Browser, reports: dict[str, Path]) -> None:
+    page = browser.open(reports["ranks"])
+    _point_at(page, "[data-panel=rank-1]", 3.5 / 8, 2.5 / 4)
+    assert _readout(page, "[data-panel=rank-1]") == "rank 2, step 20: no tokens"
+    _point_at(page, "[data-panel=node-1]", 3.5 / 8, 1.5 / 2)
+    assert _readout(page, "[data-panel=node-1]").startswith("node 1, step 20: ")
+    cursors = """[...document.querySelectorAll(".panel .cursor")].map((line) => line.getAttribute("x1"))"""
+    assert page.evaluate(cursors) == ["37.5%"] * 3 + ["43.75%"] * 6, "the same step in all of them"
+    assert page.complaints() == []
+    page.close()
 
 
 def test_the_arrow_keys_do_the_same(small: Page) -> None:

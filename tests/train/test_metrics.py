@@ -14,6 +14,9 @@ from tests.tiny import run_trainer, write_assets
 
 DOC = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
 REPLICAS = {"replica_bytes", "skipped_replica_bytes", "replica_overlap_seconds", "replica_wait_seconds"}
+RANKS = {"rank_max_mean_before", "rank_max_mean", "worst_rank_max_mean", "imbalance_seconds"}
+MOVES = {"predicted_rank_max_mean", "moved_experts", "moved_bytes", "move_seconds"}
+BALANCE = {"node_max_mean", "borrowed_experts"} | MOVES
 LOSSES = {"sequence_aux_loss", "batch_aux_loss", "global_aux_loss", "z_loss"}
 
 
@@ -23,18 +26,23 @@ def documented() -> list[str]:
 
 
 def test_the_document_names_the_metrics_that_a_run_writes(ranks: RankPool, tmp_path: Path) -> None:
-    def lines(name: str, *overrides: str) -> list[dict[str, Any]]:
+    def lines(name: str, world_size: int, *overrides: str) -> list[dict[str, Any]]:
         arguments = (str(write_assets(tmp_path / "assets")), str(tmp_path / name), str(tmp_path / "cache"))
         settings = ["--training.steps", "2", "--training.local-batch-size", "2", *overrides]
-        return ranks.run(2, run_trainer, *arguments, settings)[0]["metrics"]
+        return ranks.run(world_size, run_trainer, *arguments, settings)[0]["metrics"]
 
     losses = [word for name in LOSSES for word in (f"--moe.{name}-coeff", "0.01")]
     replicas = ("--parallelism.data-parallel-replicate-degree", "2")
     held_out = ("--data.held-out", "0.1", "--validation.interval", "1", "--validation.max-samples", "8")
-    for line in lines("all", *losses, *held_out, *replicas):
-        assert sorted(line) == sorted(documented())
-    for line in lines("plain"):
-        assert line.keys() == set(documented()) - LOSSES - REPLICAS - {"validation_loss"}
+    ep2 = ("--parallelism.expert-parallel-degree", "2")
+    nodes = (*ep2, "--moe.ranks-per-node", "1", "--balance.strategy", "eplb+spill", "--balance.rebalance-interval", "2")
+    first, second = lines("all", 4, *losses, *held_out, *replicas, *nodes)
+    assert sorted(second) == sorted(documented())
+    assert second.keys() - first.keys() == MOVES, "these are of steps with a look at the placement"
+    for line in lines("ranks", 2, *ep2):
+        assert line.keys() == set(documented()) - LOSSES - REPLICAS - BALANCE - {"validation_loss"}
+    for line in lines("plain", 2):
+        assert line.keys() == set(documented()) - LOSSES - REPLICAS - RANKS - BALANCE - {"validation_loss"}
         assert line["mfu"] is None, "on CPU"
         assert line["tflops"] > 0
         assert 0 < line["memory_percent"] <= 100
@@ -59,6 +67,20 @@ def test_the_line_tells_of_flops_on_a_gpu(
     assert "12,040 tok/s/rank" in line
     assert shown in line
     assert hidden not in line
+
+
+def test_the_line_tells_of_ranks_before_and_after_relief(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = {"loss": 2.5, "tokens_per_second_per_gpu": 12040.0, "memory_gib": 0.5, "max_mean_load": 3.12}
+    display = ProgressDisplay(10, 0, 1, on_gpu=False)
+    for step, relief in enumerate([{}, {"rank_max_mean_before": 2.56, "rank_max_mean": 2.56}, {"rank_max_mean": 1.03}]):
+        numbers |= relief
+        display.update({"step": step + 1, **numbers})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("max/mean load ")[2].removesuffix("  0 s left") for line in lines] == [
+        "3.12",
+        "3.12, of ranks 2.56",
+        "3.12, of ranks 2.56 > 1.03",
+    ]
 
 
 def test_the_last_logged_step_counts_whole_lines(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the recorded expert loads say: over time in columns, at the end as figures, and where a router collapses."""
+"""What recorded loads say: over time in columns, at the end as figures, and where a router collapses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FinalLoad:
 
     Attributes:
         first, last: steps of the first and the last record of that time.
-        routes: `[L, E]` int64.
+        routes: `[L, E]` int64; `E` are experts, or ranks, or whatever else has a load.
         ratios: `[L, E]`, load over the layer's mean; NaN for a layer without a route.
     """
 
@@ -36,7 +36,12 @@ class FinalLoad:
     routes: np.ndarray
     ratios: np.ndarray
 
-    def effective_experts(self) -> np.ndarray:
+    @property
+    def known(self) -> np.ndarray:
+        """`[L, E]`: the ratios, 0 for a layer without a route."""
+        return np.nan_to_num(self.ratios)
+
+    def effective_number(self) -> np.ndarray:
         """`[L]`: the exponential of the entropy of a layer's shares; `E` under perfect balance, 1 at a collapse."""
         shares = self.routes / np.maximum(self.routes.sum(axis=-1, keepdims=True), 1)
         logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
@@ -51,26 +56,38 @@ class Balance:
         first, last: `[C]`, steps of a column's first and last record.
         ratios: `[C, L, E]`; NaN for a layer without a route.
         final: the last quarter.
+        records: how many there are.
     """
 
     first: np.ndarray
     last: np.ndarray
     ratios: np.ndarray
     final: FinalLoad
+    records: int
 
     @classmethod
-    def of(cls, steps: np.ndarray, counts: np.ndarray) -> Balance:
-        """From records `steps` `[N]` and `counts` `[N, L, E]`, one or more."""
+    def of(cls, steps: np.ndarray, counts: np.ndarray, together: int = 1) -> Balance:
+        """From records `steps` `[N]` and `counts` `[N, L, E]`, one or more.
+
+        Args:
+            together: neighbours whose loads are summed, such as the ranks of a node; a divisor of `E`.
+        """
         records = len(steps)
         every = -(-records // COLUMNS)
         starts = np.arange(0, records, every)
         ends = np.minimum(starts + every, records)
         # One column at a time: the counts may be a mapped file of gigabytes.
-        sums = np.stack([counts[a:b].sum(axis=0, dtype=np.int64) for a, b in zip(starts, ends, strict=True)])
+        sums = np.stack([_sum(counts[a:b], together) for a, b in zip(starts, ends, strict=True)])
         quarter = records - -(-records // 4)
-        routes = counts[quarter:].sum(axis=0, dtype=np.int64)
+        routes = _sum(counts[quarter:], together)
         final = FinalLoad(int(steps[quarter]), int(steps[-1]), routes, _over_mean(routes))
-        return cls(steps[starts], steps[ends - 1], _over_mean(sums), final)
+        return cls(steps[starts], steps[ends - 1], _over_mean(sums), final, records)
+
+
+def _sum(counts: np.ndarray, together: int) -> np.ndarray:
+    """`[L, E / together]` of `counts` `[N, L, E]`."""
+    routes = counts.sum(axis=0, dtype=np.int64)
+    return routes.reshape(len(routes), -1, together).sum(axis=-1)
 
 
 def _over_mean(routes: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 
 from crossdock.tools.report.numbers import log_ticks, short, steps_text, ticks
 
-__all__ = ["COLUMNS", "Chart", "Series", "Thinned", "draw", "thin"]
+__all__ = ["COLUMNS", "Chart", "Marks", "Series", "Thinned", "draw", "thin"]
 
 # Across a chart; more would be narrower than the pixels of most screens, and the file grows with them.
 COLUMNS = 500
@@ -79,6 +79,30 @@ class Series:
     latest: tuple[int, float]
     sparse: bool = False
 
+    @classmethod
+    def of(cls, name: str, steps: np.ndarray, values: np.ndarray) -> Series:
+        """Of `values` `[S]` at `steps` `[S]`, of which one or more are finite."""
+        measured = np.isfinite(values)
+        last = np.flatnonzero(measured)[-1]
+        latest = int(steps[last]), float(values[last])
+        # What is measured now and then has gaps that are none.
+        return cls(name, thin(steps, values), latest, sparse=bool(measured.mean() < 0.5))
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Steps that triangles mark.
+
+    Attributes:
+        steps: `[K]`, any number.
+        text: what happened there, for people.
+        kind: their style's name.
+    """
+
+    steps: np.ndarray
+    text: str = "skipped"
+    kind: str = "skipped"
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -91,7 +115,7 @@ class Chart:
         span: first and last step of the run.
         base: a value that the axis starts at; `None` fits it to the curve.
         logarithmic: draw on a logarithmic axis where the values ask for it.
-        skipped: `[K]`, steps to be marked as skipped.
+        marks: steps to be marked.
         height: of the plot, pixels.
     """
 
@@ -102,7 +126,7 @@ class Chart:
     span: tuple[int, int]
     base: float | None = None
     logarithmic: bool = False
-    skipped: np.ndarray | None = None
+    marks: Marks | None = None
     height: int = 150
 
 
@@ -220,20 +244,20 @@ def _grid(chart: Chart, axis: _Axis) -> str:
 
 
 def _marks(chart: Chart) -> str:
-    """A triangle at the top for skipped steps; neighbours share one."""
-    skipped = chart.skipped
-    if skipped is None or not len(skipped):
+    """A triangle at the top for marked steps; neighbours share one."""
+    if chart.marks is None or not len(chart.marks.steps):
         return ""
-    first, last = chart.span
-    places = (skipped - first) * _MARKS // (last - first + 1) if last - first >= _MARKS else skipped
+    marked, (first, last) = chart.marks.steps, chart.span
+    places = (marked - first) * _MARKS // (last - first + 1) if last - first >= _MARKS else marked
     parts = []
     for place in np.unique(places):
-        steps = skipped[places == place]
+        steps = marked[places == place]
         x = float(_share(float(steps.mean()), chart.span)) * 100
         text = steps_text(int(steps[0]), int(steps[-1]))
         many = f", {len(steps)} of them" if len(steps) not in (1, steps[-1] - steps[0] + 1) else ""
         parts.append(
-            f'<svg class="skipped" x="{x:.2f}%" overflow="visible"><title>{text}{many}: skipped</title>'
+            f'<svg class="mark {chart.marks.kind}" x="{x:.2f}%" overflow="visible">'
+            f"<title>{text}{many}: {escape(chart.marks.text)}</title>"
             f'<line y2="{chart.height}"/><path d="M-4.5-7h9L0 0z"/></svg>'
         )
     return "".join(parts)
@@ -272,5 +296,7 @@ def _description(chart: Chart, shown: Sequence[Series]) -> str:
             f"{short(series.latest[1])}{unit} at step {series.latest[0]:,}, "
             f"least {short(float(points.low.min()))}, greatest {short(float(points.high.max()))}"
         )
-    marked = len(chart.skipped) if chart.skipped is not None else 0
-    return f"{chart.title}. {'; '.join(parts)}{f'; {marked} skipped' if marked else ''}"
+    marked = len(chart.marks.steps) if chart.marks is not None else 0
+    if marked and chart.marks is not None:
+        parts.append(f"{chart.marks.text} at {marked} step{'s' * (marked > 1)}")
+    return f"{chart.title}. {'; '.join(parts)}"

@@ -1,4 +1,4 @@
-"""Heat maps of expert load: a row per expert, a column per time, coloured by load over the mean.
+"""Heat maps of load: a row per expert or rank, a column per time, coloured by load over the mean.
 
 A map is one SVG `<image>`, a PNG of a pixel per cell: a big model has a million cells, too many for their own shapes.
 The pixels are indices into one palette, from which the page's script reads the values back. On a dark page a CSS filter
@@ -76,27 +76,29 @@ def _png(pixels: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def panels(balance: Balance) -> str:
-    """A panel for each layer, after one with the busiest expert of every layer."""
-    layers, experts = balance.ratios.shape[1:]
+def panels(balance: Balance, thing: str) -> str:
+    """A panel for each layer, after one with the busiest `thing` (`expert`) of every layer."""
+    layers, rows = balance.ratios.shape[1:]
+    prefix = "" if thing == "expert" else f"{thing}-"
     # A layer without a route in a column has no busiest expert.
     busiest = np.fmax.reduce(balance.ratios, axis=2)
     final_busiest = np.fmax.reduce(balance.final.ratios, axis=1)
     drawn = []
     # Bars share one scale, so that panels can be compared; a collapsed layer must not flatten the others.
-    longest = float(np.clip(np.nan_to_num(balance.final.ratios).max(), 2.0, LONGEST_BAR))
+    longest = float(np.clip(balance.final.known.max(), 2.0, LONGEST_BAR))
     if layers > 1:
-        title = "Busiest expert of each layer"
-        drawn.append(_panel(title, "layer", busiest, final_busiest, balance, longest, "overview"))
+        title = f"Busiest {thing} of each layer"
+        drawn.append(_panel(title, "layer", busiest, final_busiest, balance, longest, f"{prefix}overview"))
     for layer in range(layers):
         final = balance.final.ratios[layer]
-        drawn.append(_panel(f"Layer {layer}", "expert", balance.ratios[:, layer], final, balance, longest, str(layer)))
+        ratios, key = balance.ratios[:, layer], f"{prefix}{layer}"
+        drawn.append(_panel(f"Layer {layer}", thing, ratios, final, balance, longest, key))
     columns = json.dumps(
         [[int(a), int(b)] for a, b in zip(balance.first, balance.last, strict=True)], separators=(",", ":")
     )
     palette = json.dumps([list(colour) for colour in PALETTE], separators=(",", ":"))
     values = json.dumps([_meaning(index) for index in range(len(PALETTE))])
-    wide = " wide" if experts > 16 and layers == 1 else ""
+    wide = " wide" if rows > 16 and layers == 1 else ""
     return (
         f'<div class="panels{wide}" data-columns="{columns}" data-palette="{palette}" '
         f'data-values="{escape(values)}">{"".join(drawn)}</div>'
@@ -128,7 +130,7 @@ def _panel(
         f"{title}: load over the mean per {row}, {steps_text(int(balance.first[0]), int(balance.last[-1]))}. "
         f"Last quarter: highest {row} {top} with {known[top]:.2f}, lowest {row} {known.argmin()} with {known.min():.2f}"
     )
-    kind = "panel overview" if key == "overview" else "panel"
+    kind = "panel overview" if key.endswith("overview") else "panel"
     return (
         f'<figure class="{kind}" data-panel="{key}" data-row="{row}" data-rows="{rows}">'
         f'<figcaption><h3>{title}</h3></figcaption><div class="readout">{readout}</div>'
@@ -192,8 +194,8 @@ def _profile(final: np.ndarray, longest: float, height: int) -> str:
     )
 
 
-def legend() -> str:
-    """The colour scale with its numbers."""
+def legend(thing: str) -> str:
+    """The colour scale with its numbers, of the maps for each `thing`."""
     marks = (0.125, 0.25, 0.5, 1, 2, 4, 8)
     swatches = "".join(
         f'<stop offset="{place / 40:.3f}" stop-color="#{bytes(_colour(round(place / 40 * (_LEVELS - 1)))).hex()}"/>'
@@ -206,8 +208,9 @@ def legend() -> str:
     return (
         '<div class="scale" role="img" aria-label="Colours: blue is below the mean of the layer, orange above it; the '
         'swatch is no tokens"><span class="none"><i></i>no tokens</span><span class="ramp">'
-        '<svg class="cells" width="100%" height="14" aria-hidden="true"><defs><linearGradient id="ramp">'
-        f'{swatches}</linearGradient></defs><rect width="100%" height="14" fill="url(#ramp)"/></svg>'
+        '<svg class="cells" width="100%" height="14" aria-hidden="true"><defs>'
+        f'<linearGradient id="ramp-{thing}">'
+        f'{swatches}</linearGradient></defs><rect width="100%" height="14" fill="url(#ramp-{thing})"/></svg>'
         f'<svg class="axes" width="100%" height="14" aria-hidden="true">{labels}</svg></span>'
         '<span class="unit">times the mean load of the layer</span></div>'
     )

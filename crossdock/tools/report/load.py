@@ -1,4 +1,4 @@
-"""`expert_load.bin`: how many routes each logical expert of each layer received, every few steps (docs/report.md)."""
+"""`expert_load.bin`, `rank_load.bin`: routes of each logical expert, or rank, in each layer (docs/report.md)."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ _WORD = np.dtype("<i4")
 
 
 class LoadFileError(ValueError):
-    """A file that holds no expert loads, or those of another version; the message names it."""
+    """A file that holds no loads, or those of another version; the message names it."""
 
 
 class LoadLog:
-    """Appends to a file of expert loads. Records after `resumed_step`, of a run that broke off, are dropped.
+    """Appends to a file of loads. Records after `resumed_step`, of a run that broke off, are dropped.
 
     A file of another shape, or of something else, is set aside under a name that is told in a warning.
 
     Args:
         path: of the file.
         layers: `L`, the model's MoE layers.
-        experts: `E`, logical experts of each.
+        width: `E`, logical experts of each, or ranks.
         resumed_step: the last step that counts, 0 for a new run.
 
     Raises:
         OSError: where the file cannot be written.
     """
 
-    def __init__(self, path: Path, layers: int, experts: int, resumed_step: int) -> None:
-        self._shape = (layers, experts)
+    def __init__(self, path: Path, layers: int, width: int, resumed_step: int) -> None:
+        self._shape = (layers, width)
         kept = _size_up_to(path, self._shape, resumed_step)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for the whole run)
         os.ftruncate(self._file.fileno(), kept)
         if not kept:
-            self._append(np.array([_MAGIC, _VERSION, layers, experts], dtype=_WORD))
+            self._append(np.array([_MAGIC, _VERSION, layers, width], dtype=_WORD))
 
     def write(self, step: int, counts: torch.Tensor) -> None:
         """Add the `counts` `[L, E]` of one step; those above 2^31 - 1 are written as that number.
@@ -89,19 +89,20 @@ def read_load(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     header = np.fromfile(path, dtype=_WORD, count=_HEADER_WORDS)
     if len(header) < _HEADER_WORDS or header[0] != _MAGIC:
-        raise LoadFileError(f"{path} holds no expert loads")
+        raise LoadFileError(f"{path} holds no loads")
     if header[1] != _VERSION:
         raise LoadFileError(f"{path} has version {header[1]}; this crossdock reads {_VERSION}")
-    layers, experts = (int(size) for size in header[2:])
-    if not 0 < layers * experts < 2**31:
-        raise LoadFileError(f"{path} says that it has {layers} layers of {experts} experts")
-    words = 1 + layers * experts
+    layers, width = (int(size) for size in header[2:])
+    # A product of two that are negative would be positive.
+    if min(layers, width) < 1 or layers * width >= 2**31:
+        raise LoadFileError(f"{path} says that it has {layers} layers of {width} loads")
+    words = 1 + layers * width
     records = (path.stat().st_size // _WORD.itemsize - _HEADER_WORDS) // words
     if records < 1:
-        return np.empty(0, _WORD), np.empty((0, layers, experts), _WORD)
+        return np.empty(0, _WORD), np.empty((0, layers, width), _WORD)
     offset = _HEADER_WORDS * _WORD.itemsize
     mapped = np.memmap(path, dtype=_WORD, mode="r", offset=offset, shape=(records, words))
-    return mapped[:, 0], mapped[:, 1:].reshape(records, layers, experts)
+    return mapped[:, 0], mapped[:, 1:].reshape(records, layers, width)
 
 
 def _size_up_to(path: Path, shape: tuple[int, int], resumed_step: int) -> int:
@@ -111,7 +112,7 @@ def _size_up_to(path: Path, shape: tuple[int, int], resumed_step: int) -> int:
         return 0
     try:
         steps, counts = read_load(path)
-        problem = "" if counts.shape[1:] == shape else f"{path} has layers and experts {counts.shape[1:]}, not {shape}"
+        problem = "" if counts.shape[1:] == shape else f"{path} has layers and loads {counts.shape[1:]}, not {shape}"
     except LoadFileError as error:
         steps, problem = np.empty(0, _WORD), str(error)
     if problem:

@@ -34,9 +34,11 @@
     series: JSON.parse(figure.dataset.points).map(({ name, points }) => ({ name, points: points.map((p) => (p.length === 2
       ? { first: p[0], last: p[0], mean: p[1] } : { first: p[0], last: p[1], mean: p[2], low: p[3], high: p[4] })) })),
   }));
-  const panels = document.querySelector(".panels");
-  const columns = panels ? JSON.parse(panels.dataset.columns) : [];
-  const maps = [...document.querySelectorAll(".panel")].map(viewOf);
+  // Maps of experts and of ranks may have columns of their own.
+  const maps = [...document.querySelectorAll(".panels")].flatMap((panels) => {
+    const [columns, palette, meanings] = ["columns", "palette", "values"].map((name) => JSON.parse(panels.dataset[name]));
+    return [...panels.querySelectorAll(".panel")].map((figure) => ({ ...viewOf(figure), columns, palette, meanings }));
+  });
 
   const nearest = (points, step) => {
     let [low, high] = [0, points.length - 1];
@@ -48,6 +50,11 @@
     return before && step - before.last < points[low].first - step ? before : points[low];
   };
   const value = (p) => `*${short(p.mean)}*${p.low === undefined ? "" : ` (${short(p.low)} to ${short(p.high)})`}`;
+
+  const moveMap = (view, to) => {
+    const column = to === null ? -1 : view.columns.findIndex((range) => range[1] >= to);
+    move(view, column < 0 ? null : (column + 0.5) / view.columns.length);
+  };
 
   let step = null;
   const showStep = (to) => {
@@ -61,9 +68,8 @@
           : points.map((p, i) => `${view.series[i].name} ${value(p)} at ${steps(p.first, p.last)}`).join(" · "));
       }
     }
-    const column = to === null ? -1 : columns.findIndex((range) => range[1] >= to);
     for (const view of maps) {
-      move(view, column < 0 ? null : (column + 0.5) / columns.length);
+      moveMap(view, to);
       show(view, null);
     }
   };
@@ -85,13 +91,10 @@
     });
   }
 
-  if (!panels) return;
-  const palette = JSON.parse(panels.dataset.palette);
-  const meanings = JSON.parse(panels.dataset.values);
   // The palette index of every pixel, read back from a map's image once it is pointed at.
-  const cellsOf = async (view, rows) => {
+  const cellsOf = async ({ figure, columns, palette }, rows) => {
     const image = new Image();
-    image.src = view.figure.querySelector("image").getAttribute("href");
+    image.src = figure.querySelector("image").getAttribute("href");
     await image.decode();
     const canvas = Object.assign(document.createElement("canvas"), { width: columns.length, height: rows });
     const context = canvas.getContext("2d", { willReadFrequently: true });
@@ -107,13 +110,14 @@
   for (const view of maps) {
     const [rows, word] = [Number(view.figure.dataset.rows), view.figure.dataset.row];
     const svg = view.plot.querySelector(".cells");
+    const { columns, meanings } = view;
     let [cells, column, row] = [null, 0, 0];
     const showCell = async () => {
       cells ??= cellsOf(view, rows);
       const [c, r] = [column, row];
       const found = await cells;
       if (c !== column || r !== row) return;
-      for (const map of maps) move(map, (c + 0.5) / columns.length);
+      for (const map of maps) moveMap(map, columns[c][1]);
       show(view, `${word} ${r}, ${steps(...columns[c])}: *${meanings[found[r * columns.length + c]]}*`);
     };
     const leave = () => { column = -1; rest(); };

@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import hashlib
 import importlib.metadata
-from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -15,11 +14,13 @@ import numpy as np
 
 from crossdock.config import to_toml
 from crossdock.parallel import LayoutError, ParallelDims
-from crossdock.tools.report import heat
-from crossdock.tools.report.balance import Balance, FinalLoad, warnings
+from crossdock.tools.report.balance import Balance, warnings
 from crossdock.tools.report.charts import COLUMNS as CHART_COLUMNS
-from crossdock.tools.report.charts import Chart, Series, draw, thin
-from crossdock.tools.report.numbers import count, short, steps_text
+from crossdock.tools.report.charts import Chart, Marks, Series, draw
+from crossdock.tools.report.maps import load_maps
+from crossdock.tools.report.markup import cell, details, many, table
+from crossdock.tools.report.numbers import count, short
+from crossdock.tools.report.ranks import rank_figure, rank_section
 from crossdock.tools.report.records import RunRecords
 
 __all__ = ["page"]
@@ -45,9 +46,7 @@ def page(records: RunRecords) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
     name = escape(_name(records))
-    balance = None
-    if records.load_steps is not None and records.load_counts is not None and len(records.load_steps):
-        balance = Balance.of(records.load_steps, records.load_counts)
+    balance = Balance.of(*records.expert_loads) if records.expert_loads is not None else None
     first, last = int(records.steps[0]), int(records.steps[-1])
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -57,7 +56,8 @@ def page(records: RunRecords) -> str:
         f'<body><main data-first="{first}" data-last="{last}"><header><h1>{name}</h1>{_facts(records)}</header>\n'
         f"{_key_figures(records)}\n{_alert(balance)}"
         f"<section><h2>Training</h2>{_charts(records)}{_figures_table(records)}</section>\n"
-        f"<section><h2>Expert load</h2>{_loads(records, balance)}</section>\n"
+        f"<section><h2>Expert load</h2>{_loads(balance)}</section>\n"
+        f"{rank_section(records)}"
         f"{_settings(records)}{_footer(records)}</main><script>{script}</script></body></html>\n"
     )
 
@@ -109,7 +109,7 @@ def _key_figures(records: RunRecords) -> str:
     speed = records.column("tokens_per_second_per_gpu")
     if np.isfinite(speed).any():
         more = [
-            f"{short(float(np.nanmedian(records.columns[key])))} {unit}" for key, unit in _SPEEDS if _has(records, key)
+            f"{short(float(np.nanmedian(records.columns[key])))} {unit}" for key, unit in _SPEEDS if records.has(key)
         ]
         text = "; ".join(["tokens/s per rank, median", *more])
         figures.append(("Throughput", count(float(np.nanmedian(speed))), text))
@@ -124,6 +124,7 @@ def _key_figures(records: RunRecords) -> str:
         worst = int(np.nanargmax(values))
         more = f"worst {values[worst]:.2f} at step {int(records.steps[worst]):,}"
         figures.append(("Busiest expert", f"{load[1]:.2f} <small>&times; mean</small>", more))
+    figures += rank_figure(records)
     figures.append(("Skipped steps", f"{_skipped(records):,}", "loss or gradient not finite"))
     cells = "".join(
         f'<div><dt>{title}</dt><dd class="value">{value}</dd><dd class="more">{more}</dd></div>'
@@ -133,10 +134,6 @@ def _key_figures(records: RunRecords) -> str:
 
 
 _SPEEDS = (("tflops", "TFLOP/s"), ("mfu", "% MFU"))
-
-
-def _has(records: RunRecords, key: str) -> bool:
-    return bool(np.isfinite(records.column(key)).any())
 
 
 def _progress(records: RunRecords) -> tuple[str, str, str]:
@@ -170,9 +167,10 @@ def _charts(records: RunRecords) -> str:
     drawn = []
     for key, title, unit, base, logarithmic in wanted:
         names = {key: title} if key != "loss" else {"loss": "training", "validation_loss": "validation"}
-        series = [_series(records, own, name) for own, name in names.items() if _has(records, own)]
+        columns = [(name, records.column(own)) for own, name in names.items() if records.has(own)]
+        series = [Series.of(name, records.steps, values) for name, values in columns]
         if series:
-            skipped = marked if key in ("loss", "grad_norm") else None
+            skipped = Marks(marked) if key in ("loss", "grad_norm") else None
             height = 240 if key == "loss" else 150
             drawn.append(draw(Chart(key, title, unit, series, span, base, logarithmic, skipped, height)))
     notes = []
@@ -182,14 +180,6 @@ def _charts(records: RunRecords) -> str:
         notes.append("A triangle marks steps that were skipped: their loss or gradient norm was not finite.")
     note = f'<p class="note">{" ".join(notes)}</p>' if notes else ""
     return f'<div class="charts">{"".join(drawn)}</div>{note}'
-
-
-def _series(records: RunRecords, key: str, name: str) -> Series:
-    values = records.column(key)
-    # What is measured now and then has gaps that are none.
-    latest = records.last(key)
-    assert latest is not None
-    return Series(name, thin(records.steps, values), latest, sparse=bool(np.isfinite(values).mean() < 0.5))
 
 
 def _words(key: str) -> str:
@@ -204,82 +194,22 @@ def _figures_table(records: RunRecords) -> str:
         few = validated[np.linspace(0, len(validated) - 1, min(_TABLE_ROWS, len(validated))).round().astype(int)]
         rows = np.union1d(rows, few)
     body = [
-        [f"{int(records.steps[row]):,}", *(_cell(float(records.columns[name][row])) for name in names)] for row in rows
+        [f"{int(records.steps[row]):,}", *(cell(float(records.columns[name][row])) for name in names)] for row in rows
     ]
     caption = f"{len(body)} of {len(records.steps):,} steps; metrics.jsonl has them all."
-    return _details("Figures", _table(caption, ["step", *names], body))
+    return details("Figures", table(caption, ["step", *names], body))
 
 
-def _cell(value: float) -> str:
-    return short(value) if np.isfinite(value) else "&ndash;"
-
-
-def _loads(records: RunRecords, balance: Balance | None) -> str:
+def _loads(balance: Balance | None) -> str:
     if balance is None:
         why = "The run holds no record of expert loads: metrics.load_interval is 0, or the run is shorter than it."
         return f'<p class="quiet">{why}</p>'
     layers, experts = balance.ratios.shape[1:]
-    recorded = 0 if records.load_steps is None else len(records.load_steps)
-    together = -(-recorded // len(balance.first))
-    final = balance.final
-    text = (
+    what = (
         "Tokens that each logical expert received, over the mean of its layer. "
-        f"The model has {_many(layers, 'MoE layer')} of {experts} experts; both are counted from 0. "
-        f"The run recorded the global batch of {_many(recorded, 'step')}; a column is "
-        f"{'one of them' if together == 1 else f'the sum of {together}'}. "
-        f"Bars show the last quarter of the records ({steps_text(final.first, final.last)}) and are cut at "
-        f"{heat.LONGEST_BAR:g} times the mean; the dashed line is the mean."
+        f"The model has {many(layers, 'MoE layer')} of {experts} experts; both are counted from 0."
     )
-    tables = _layer_table(final) + _expert_table(final)
-    return f"<p>{text}</p>{heat.legend()}{heat.panels(balance)}{tables}"
-
-
-def _many(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'s' * (number != 1)}"
-
-
-def _layer_table(final: FinalLoad) -> str:
-    effective = final.effective_experts()
-    ratios = np.nan_to_num(final.ratios)
-    rows = [
-        [
-            str(layer),
-            *(f"{own[pick]:.2f} (expert {pick})" for pick in (int(own.argmax()), int(own.argmin()))),
-            str(int((final.routes[layer] == 0).sum())),
-            f"{effective[layer]:.1f} of {len(own)}",
-        ]
-        for layer, own in enumerate(ratios)
-    ]
-    caption = (
-        f"The last quarter of the records, {steps_text(final.first, final.last)}. "
-        "Effective experts: the exponential of the entropy of the experts' shares."
-    )
-    head = ["layer", "most / mean", "least / mean", "experts without a token", "effective experts"]
-    return _details("Load of each layer", _table(caption, head, rows))
-
-
-def _expert_table(final: FinalLoad) -> str:
-    layers, experts = final.ratios.shape
-    rows = [
-        [str(expert), *(_cell(round(float(final.ratios[layer, expert]), 2)) for layer in range(layers))]
-        for expert in range(experts)
-    ]
-    caption = f"Load over the mean of the layer, {steps_text(final.first, final.last)}."
-    head = ["expert", *(f"layer {layer}" for layer in range(layers))]
-    return _details("Load of each expert", _table(caption, head, rows))
-
-
-def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first column names the rows."""
-    columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
-    )
-    return f"<table><caption>{escape(caption)}</caption><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _details(title: str, content: str) -> str:
-    return f'<details><summary>{title}</summary><div class="scroll" tabindex="0">{content}</div></details>\n'
+    return load_maps(balance, "expert", what)
 
 
 def _settings(records: RunRecords) -> str:
@@ -287,7 +217,7 @@ def _settings(records: RunRecords) -> str:
         return ""
     # Without the place of the run: a report is handed on.
     config = dataclasses.replace(records.config, job=dataclasses.replace(records.config.job, dump_folder=""))
-    return _details("Settings", f"<pre>{escape(to_toml(config))}</pre>")
+    return details("Settings", f"<pre>{escape(to_toml(config))}</pre>")
 
 
 def _footer(records: RunRecords) -> str:

@@ -1,4 +1,4 @@
-"""What a run folder tells: metrics as columns, expert loads, settings."""
+"""What a run folder tells: metrics as columns, loads, settings."""
 
 from __future__ import annotations
 
@@ -6,20 +6,28 @@ import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from crossdock.checkpoint import latest_step, saved_world_size
 from crossdock.config import RUN_CONFIG_FILE, Config, ConfigError, load_config
-from crossdock.tools.report.load import LOAD_FILE, LoadFileError, read_load
+from crossdock.tools.report.load import LOAD_FILE, RANK_LOAD_FILE, LoadFileError, read_load
 
-__all__ = ["METRICS_FILE", "ReportError", "RunRecords", "read_run"]
+__all__ = ["METRICS_FILE", "Loads", "ReportError", "RunRecords", "read_run"]
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class ReportError(ValueError):
     """A report that cannot be made; the message names the folder or file and says why."""
+
+
+class Loads(NamedTuple):
+    """Of experts or ranks, one record or more: `steps` `[N]` ascending, `counts` `[N, L, E]`, both int32."""
+
+    steps: np.ndarray
+    counts: np.ndarray
 
 
 @dataclass
@@ -31,7 +39,8 @@ class RunRecords:
         steps: `[S]` int64, ascending.
         columns: each metric `[S]` float64; NaN where a step lacks it or where it was not finite.
         skipped: `[S]` bool, steps without an update because loss or gradient norm was not finite.
-        load_steps, load_counts: `[N]` and `[N, L, E]` int32, as `read_load` gives them; `None` without a file.
+        expert_loads: `None` without a record.
+        rank_loads: likewise; one rank that has all experts records none.
         config: the resolved settings; `None` where they cannot be read.
         world_size: ranks of the newest checkpoint; `None` without one.
         ended: when the last line of metrics was written, UTC.
@@ -43,8 +52,8 @@ class RunRecords:
     columns: dict[str, np.ndarray]
     skipped: np.ndarray
     ended: datetime
-    load_steps: np.ndarray | None = None
-    load_counts: np.ndarray | None = None
+    expert_loads: Loads | None = None
+    rank_loads: Loads | None = None
     config: Config | None = None
     world_size: int | None = None
     notes: list[str] = field(default_factory=list)
@@ -52,6 +61,10 @@ class RunRecords:
     def column(self, name: str) -> np.ndarray:
         """`[S]`; all NaN where no step has this metric."""
         return self.columns.get(name, np.full(len(self.steps), np.nan))
+
+    def has(self, name: str) -> bool:
+        """Whether some step has a finite value of this metric."""
+        return bool(np.isfinite(self.column(name)).any())
 
     def last(self, name: str) -> tuple[int, float] | None:
         """Step and value of a metric's last finite value."""
@@ -86,7 +99,8 @@ def read_run(folder: Path) -> RunRecords:
     records = RunRecords(folder, steps, columns, skipped, ended)
     if broken:
         records.notes.append(f"{broken} line{'s' * (broken > 1)} of {METRICS_FILE} could not be read.")
-    _add_loads(records)
+    records.expert_loads = _loads(folder / LOAD_FILE, records.notes)
+    records.rank_loads = _loads(folder / RANK_LOAD_FILE, records.notes)
     _add_settings(records)
     return records
 
@@ -123,23 +137,22 @@ def _number(value: float | None) -> float:
     return number if abs(number) < _MOST else np.nan
 
 
-def _add_loads(records: RunRecords) -> None:
-    path = records.folder / LOAD_FILE
+def _loads(path: Path, notes: list[str]) -> Loads | None:
+    """What a file of loads holds; what is wrong with it goes to `notes`."""
     if not path.is_file():
-        return
+        return None
     try:
-        steps, counts = read_load(path)
+        loads = Loads(*read_load(path))
     except LoadFileError as error:
-        records.notes.append(_without_place(f"{error}.", records.folder))
+        notes.append(_without_place(f"{error}.", path.parent))
     except OSError as error:
-        records.notes.append(f"{LOAD_FILE} could not be read: {error.strerror}.")
+        notes.append(f"{path.name} could not be read: {error.strerror}.")
     else:
         # Of a run that broke off and was resumed without its loads, or of a file put together by hand.
-        ascending = not len(steps) or bool((np.diff(steps) > 0).all())
-        if ascending:
-            records.load_steps, records.load_counts = steps, counts
-        else:
-            records.notes.append(f"The steps in {LOAD_FILE} do not ascend.")
+        if (np.diff(loads.steps) > 0).all():
+            return loads if len(loads.steps) else None
+        notes.append(f"The steps in {path.name} do not ascend.")
+    return None
 
 
 def _add_settings(records: RunRecords) -> None:
