@@ -28,7 +28,7 @@ from crossdock.experts import (
 )
 from crossdock.moe_config import MoEConfig
 from crossdock.placement import EMPTY, Placement
-from crossdock.routing import LoadCounter, Router, count_experts, count_in_backward
+from crossdock.routing import LoadCounter, Router, count_experts, count_in_backward, is_recompute
 
 __all__ = ["Relief", "RoutedExperts"]
 
@@ -260,7 +260,7 @@ class RoutedExperts(nn.Module):
 
     def _compute_chunk(self, chunk: Dispatched, weights: Tensor, factors: Tensor | None) -> Tensor:
         relief = () if self.relief is None else (self.relief,)
-        if not self.training or not torch.is_grad_enabled():
+        if not self.training or not torch.is_grad_enabled() or is_recompute():
             return self.experts(chunk.tokens, chunk.slot_ids, weights, factors, *relief)
         self.load.record_computed(chunk.slot_ids)
         with self.clock.running(chunk.tokens.device):

@@ -155,7 +155,9 @@ class Balancer:
             loads = self.monitor.average[list(self._places.own)]
             present = [layer.placement for layer in self._layers]
             planner = PLANNERS[self.config.planner]
-            proposal = propose(planner, loads, self._situation(), present, self._stage, self._device)
+            proposal = propose(
+                planner, loads, self._situation(), present, self._stage, self._device, self.config.min_gain
+            )
             moved = int(proposal.moved.sum())
             saved, spent = self._worth(proposal, loads)
             before, after = proposal.before.sum().item(), proposal.after.sum().item()

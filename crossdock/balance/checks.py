@@ -98,6 +98,7 @@ _OF_MOVES = (
     "rebalance_threshold",
     "rebalance_patience",
     "load_decay",
+    "min_gain",
     "move_cost",
     "move_if_it_pays",
 )

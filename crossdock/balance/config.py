@@ -34,6 +34,8 @@ class BalanceConfig:
     """Steps in a row above rebalance_threshold."""
     load_decay: float = 0.9
     """Of the moving average of loads, per step, that placements are planned by."""
+    min_gain: float = 0.02
+    """Leave a layer as it is where max/mean over ranks would fall by less."""
     move_cost: float = 0.05
     """What moving all experts of a layer would have to gain, in max/mean; part of them in proportion."""
     move_if_it_pays: bool = True
@@ -57,6 +59,7 @@ class BalanceConfig:
             ("rebalance_threshold", self.rebalance_threshold == 0 or self.rebalance_threshold > 1, "0, or above 1"),
             ("rebalance_patience", self.rebalance_patience >= 1, "1 or more"),
             ("load_decay", 0 <= self.load_decay < 1, "at least 0 and below 1"),
+            ("min_gain", self.min_gain >= 0, "0 or more"),
             ("move_cost", self.move_cost >= 0, "0 or more"),
             ("spill_slack", self.spill_slack >= 0, "0 or more"),
             ("max_borrowed", self.max_borrowed >= 0, "0 or more"),

@@ -36,6 +36,7 @@ def propose(
     present: Sequence[Placement],
     group: dist.ProcessGroup | None,
     device: torch.device,
+    min_gain: float = 0.0,
 ) -> Proposal:
     """Plan on the first rank of `group` and tell the others, whose arithmetic may differ in the last bit.
 
@@ -46,11 +47,14 @@ def propose(
         present: the placements in force, of each layer; slots beyond those of `situation` are not looked at.
         group: those that hold these layers; collective among them.
         device: that the group can send from.
+        min_gain: a layer whose max/mean would fall by less stays as it is.
     """
     size = situation.slots_per_rank
     current = torch.tensor([[each.slots_of(rank)[:size] for rank in range(each.num_ranks)] for each in present])
     if dist.get_rank(group) == 0:
         plan = plan_with_primaries(planner, loads, situation, current)
+        gain = max_mean(loads, current, situation) - max_mean(loads, plan, situation)
+        plan = torch.where((gain < min_gain)[:, None, None], current, plan)
     else:
         plan = torch.empty_like(current)
     travelling = plan.to(device)

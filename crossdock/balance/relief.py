@@ -66,10 +66,9 @@ class LayerRelief:
         has_copies = bool((self._slots[:, placement.rows_per_rank :] != EMPTY).any())
         self.copies = Copies(placement, group) if has_copies else None
         self._borrowing: Borrowed | None = None
-        self._table: CopyTable | None = None
-        if not self._exchanges_counts:
-            rule = "nearest" if rules.copy_choice == "nearest" else "even"
-            self._table = copy_table(self._slots, placement.slots_per_rank, group.rank(), rule, rules.ranks_per_node)
+        rule = "nearest" if rules.copy_choice == "nearest" else "even"
+        size = placement.slots_per_rank, group.rank()
+        self._table: CopyTable = copy_table(self._slots, *size, rule, rules.ranks_per_node)
 
     @property
     def _exchanges_counts(self) -> bool:
@@ -86,13 +85,21 @@ class LayerRelief:
             self.copies.begin(experts)
 
     def slots_of(self, expert_ids: Tensor) -> Tensor:
-        if self._table is not None:
-            self._table = self._table.to(expert_ids.device)
-            return choose(expert_ids, self._table, self.group.rank())
+        self._borrowing = None
+        if not self._exchanges_counts:
+            return self._choose(expert_ids)
         counts = self._gather(count_experts(expert_ids, self.placement.num_experts))
         if counts is None:  # Another rank has refused, and says so to the dispatcher.
             return torch.full_like(expert_ids, -1)
-        return assign(expert_ids, assignment(counts, self._plan(counts), self.group.rank()).to(expert_ids.device))
+        pieces = self._plan(counts)
+        if pieces is None:
+            return self._choose(expert_ids)
+        return assign(expert_ids, assignment(counts, pieces, self.group.rank()).to(expert_ids.device))
+
+    def _choose(self, expert_ids: Tensor) -> Tensor:
+        """By the rule, whatever others do."""
+        self._table = self._table.to(expert_ids.device)
+        return choose(expert_ids, self._table, self.group.rank())
 
     def refuse(self) -> None:
         if self._exchanges_counts:
@@ -130,17 +137,22 @@ class LayerRelief:
             gathered = gather_rows(own[None], [1] * self.placement.num_ranks, self.group.group_name).wait().cpu()
         return None if bool((gathered < 0).any()) else gathered
 
-    def _plan(self, counts: Tensor) -> Pieces:
-        """Who computes what, and what is borrowed for it."""
-        split = level if self.rules.copy_choice == "least_load" else even_pieces
-        start = split(counts, self._slots)
-        self._borrowing = None
-        if self.rules.limits is None:
+    def _plan(self, counts: Tensor) -> Pieces | None:
+        """Who computes what, and what is borrowed for it; `None` where nobody needs help, and the rule does."""
+        limits, levels = self.rules.limits, self.rules.copy_choice == "least_load"
+        start = (level if levels else even_pieces)(counts, self._slots)
+        if limits is None:
             missing = (0, self.placement.slots_per_rank - self._slots.shape[1])
             return Pieces(F.pad(start.experts, missing, value=EMPTY), F.pad(start.amounts, missing))
-        plan = spill(counts, self._slots, start, self.rules.limits, self.rules.costs)
+        # Copies dealt out in turn are even but for what does not divide, which a bound may not allow.
+        ruled = self.copies is None or not (levels or limits.memory_bound)
+        if ruled and int(start.per_rank.max()) <= limits.bound(int(counts.sum()), len(counts)):
+            return None
+        plan = spill(counts, self._slots, start, limits, self.rules.costs)
         if bool((plan.borrowed != EMPTY).any()):
             self._borrowed_experts += int((plan.borrowed != EMPTY).sum())
             self._borrowing = Borrowed(RowExchange.of(plan.borrowed.tolist(), self.placement, self.group))
             self._borrowing.begin(self._experts)
+        elif ruled and torch.equal(plan.after, plan.before):
+            return None
         return plan.pieces

@@ -93,9 +93,8 @@ class LoadCounter(nn.Module):
 
     @torch.no_grad()
     def record_computed(self, slot_ids: Tensor) -> None:
-        """Add the routes of `slot_ids`, `-1` for none, that this rank computes in a forward pass of training."""
-        if not is_recompute():
-            self.computed += (slot_ids >= 0).sum()
+        """Add the routes of `slot_ids`, `-1` for none, that this rank computes in training; not in recompute."""
+        self.computed += (slot_ids >= 0).sum()
 
     @torch.no_grad()
     def record_evaluation(self, routes: Tensor) -> None:

@@ -33,7 +33,8 @@ def _metrics(ep: int, ranks_per_node: int) -> tuple[dict[str, Any], list[float]]
             time.sleep(SECONDS * routes / 10)
         took.append(time.perf_counter() - started)
     computed = [torch.tensor(routes) for routes in COMPUTED[dist.get_rank()]]
-    metrics, messages = balancer.after_step(finish_step(model, dist.group.WORLD), computed)
+    load = finish_step(model, dist.group.WORLD)._replace(computed=torch.stack(computed))
+    metrics, messages = balancer.after_step(load)
     assert messages == []
     return metrics, took
 
