@@ -1,12 +1,15 @@
 """A training step under skewed routing: each strategy of `[balance]` beside none.
 
     python -m benchmarks.balance [--ranks 4 2] [--rounds 7] [--steps 2] [--write]
+    python -m benchmarks.balance --planner [--rounds 11] [--write]
 
 Two MoE layers and AdamW on gloo processes of one thread. Each process holds a model for every strategy, from the same
 weights, and takes the same steps with them in turn; losses must agree. Routing is forced: Zipf(1.2) with popularity
 that falls with the expert's index, so that the popular experts share a rank; the same shuffled; and uniform, where
 relief has nothing to do and shall cost nothing. The time of a step is the slowest rank's: wall time where there is a
 core for every rank, else CPU time, which other ranks on the same core do not lengthen. A ratio is taken within a round.
+
+With `--planner`, quality and time of the planner beside DeepSeek's method (`benchmarks/balance_planner.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from benchmarks.balance_planner import compare_planners
 from benchmarks.results_file import spread, write_results
 from crossdock.balance import BalanceConfig, Balancer
 from crossdock.moe import MoE, finish_step
@@ -202,11 +206,14 @@ def _mean(values: list[float]) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 2])
+    parser.add_argument("--planner", action="store_true", help="the planner beside DeepSeek's method")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=2, help="of a round")
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/balance_DATE.json")
     arguments = parser.parse_args()
+    if arguments.planner:
+        return compare_planners(arguments.rounds, arguments.write)
     rows = []
     for world_size in arguments.ranks:
         for name in arguments.routings:

@@ -172,9 +172,10 @@ class _Layer:
         An expert that a rank in `full` owns goes to the other rank, which owns it from then on, for a copy.
         """
         share = [load / copies for load, copies in zip(self.load, self.copies, strict=True)]
-        total = [sum(share[expert] for expert in held if expert != EMPTY) for held in self.slots]
+        short = [rank for rank in self.living if len(self.owned[rank]) < self.rows]
+        total = {rank: sum(share[expert] for expert in self.slots[rank] if expert != EMPTY) for rank in {*full, *short}}
         best: tuple[bool, float, int, int, int, int] | None = None
-        for to in (rank for rank in self.living if len(self.owned[rank]) < self.rows):
+        for to in short:
             copies = [expert for expert in self.slots[to] if expert not in self.owned[to]]
             # A second slot of an expert that the rank owns is a copy, too.
             copies += [expert for expert in self.owned[to] if self.slots[to].count(expert) > 1]

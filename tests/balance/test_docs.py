@@ -17,7 +17,7 @@ from tests.parallel.test_gradients import HIDDEN, LENGTH, build
 from tests.ranks import RankPool
 
 PAGE = (Path(__file__).parents[2] / "docs" / "balance.md").read_text()
-(SETTINGS,), (LOOP,) = (
+(SETTINGS,), (PLANNING, LOOP) = (
     re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL) for language in ("toml", "python")
 )
 
@@ -25,6 +25,10 @@ PAGE = (Path(__file__).parents[2] / "docs" / "balance.md").read_text()
 def test_settings_are_valid_on_four_ranks(tmp_path: Path) -> None:
     (tmp_path / "balance.toml").write_text(SETTINGS)
     assert validate(load_config(tmp_path / "balance.toml"), 4).ep == 4
+
+
+def test_planning_runs() -> None:
+    exec(PLANNING, {})
 
 
 def _run_loop() -> list[float]:
