@@ -10,6 +10,7 @@ from crossdock.routing.load import (
     LoadStatistics,
     Observed,
     StepLoad,
+    is_recompute,
     load_statistics,
     reduce_load,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "deal_out",
     "draw_zipf",
     "expert_capacity",
+    "is_recompute",
     "load_statistics",
     "reduce_load",
     "router_losses",
