@@ -26,9 +26,6 @@ class Copies:
     Args:
         placement: of primaries and copies.
         group: the ranks that hold the experts.
-
-    Attributes:
-        bytes_fetched: of copies, by this rank, so far.
     """
 
     def __init__(self, placement: Placement, group: dist.ProcessGroup) -> None:
@@ -37,7 +34,6 @@ class Copies:
         self._exchange = RowExchange.of(wanted, placement, group)
         self._kept: dict[str, Tensor] | None = None
         self._arriving: Pending[dict[str, Tensor]] | None = None
-        self.bytes_fetched = 0
 
     def weights_changed(self) -> None:
         """Fetch again before the next use; on all ranks."""
@@ -67,5 +63,4 @@ class Copies:
         if self._kept is None:
             arriving, self._arriving = self._arriving or self._exchange.fetch(rows), None
             self._kept = arriving.wait()
-            self.bytes_fetched += sum(values.nbytes for values in self._kept.values())
         return self._kept

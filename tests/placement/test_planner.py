@@ -309,8 +309,9 @@ def test_a_current_plan_of_another_form_is_refused(current: Tensor, reason: str)
     ],
 )
 def test_a_situation_that_cannot_be_is_refused(fields: dict[str, Any], reason: str) -> None:
+    sizes: dict[str, Any] = {"num_ranks": 4, "slots_per_rank": 2}
     with pytest.raises(ValueError, match=reason):
-        PlanningSituation(**({"num_ranks": 4, "slots_per_rank": 2} | fields))
+        PlanningSituation(**(sizes | fields))
 
 
 def moved(plan: Tensor, current: Tensor) -> Tensor:
