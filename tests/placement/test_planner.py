@@ -108,8 +108,8 @@ def test_moves_pay_for_themselves() -> None:
         OURS(drifted, dataclasses.replace(situation, move_cost=move_cost), current) for move_cost in (1.0, 0.0)
     )
     gain = max_mean(drifted, current, situation) - max_mean(drifted, plan, situation)
-    assert (moved(plan, current) > 0).all()
-    assert (gain > moved(plan, current) / 72).all()
+    assert (moved(plan, current) > 0).any()
+    assert (gain >= moved(plan, current) / 72).all()
     # The last moves towards the best balance would not have paid.
     assert (moved(plan, current) < moved(free, current)).all()
     further = max_mean(drifted, plan, situation) - max_mean(drifted, free, situation)
