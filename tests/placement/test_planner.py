@@ -250,6 +250,8 @@ def test_trivial_plans(name: str, loads: list[list[float]], sizes: tuple[int, in
 def test_more_slots_than_experts_leave_the_surplus_empty() -> None:
     situation = PlanningSituation(2, 4)
     loads = torch.tensor([[3, 1, 2]])
+    for more in range(4, 8):
+        check_plan(OURS(loads, PlanningSituation(2, more)), loads, PlanningSituation(2, more))
     plan = OURS(loads, situation)
     assert plan.tolist() == [[[*sorted(row[:3], key=row.index), -1] for row in plan[0].tolist()]]
     assert [sorted(row) for row in plan[0].tolist()] == [[-1, 0, 1, 2]] * 2
@@ -275,6 +277,7 @@ def test_loads_of_any_real_dtype(name: str, dtype: torch.dtype) -> None:
         ([[1.0, 1.0, 1.0]], PlanningSituation(2, 2, ranks_out=(0,)), "3 experts on 1 ranks need at least 3"),
         ([[1.0, 1.0, 1.0]], PlanningSituation(2, 2, num_groups=2), "num_groups = 2: must divide the 3 experts"),
         ([1.0, 2.0], PlanningSituation(2, 2), r"loads of shape \(2,\)"),
+        ([[]], PlanningSituation(2, 2), r"loads of shape \(1, 0\): must be \[layers, experts\]"),
     ],
 )
 def test_what_cannot_be_planned_for_is_refused(
