@@ -42,8 +42,8 @@ def plan_by_exchange(loads: Tensor, situation: PlanningSituation, current: Tenso
     Without `current`: copies for the heaviest experts, dealt to ranks in rounds, then exchanges (`descent`); the
     published method's plan where that is better and has no two copies of an expert on a rank. Small plans are
     annealed. With `current` the best of it, of all plans on the descent from it, and of the plan without it,
-    its ranks renamed so that most experts stay; again from there, until nothing changes. So planning again from the
-    result gives the result.
+    its ranks renamed so that most experts stay; with `primary_rows` of those with other copies beside its primaries,
+    too; again from there, until nothing changes. So planning again from the result gives the result.
     """
     loads = situation.check(loads, current)
     living = torch.tensor(situation.living)
@@ -101,7 +101,9 @@ class _Search:
         if self.rows:
             # Other copies beside the same primaries may be better, and lead on.
             return self.from_current(plan, plan, move_cost=0.0)
-        theirs = published(self.given, self.situation)[..., : self.slots]
+        if self.slots < self.situation.slots_per_rank:
+            return plan  # every rank holds every expert
+        theirs = published(self.given, self.situation)
         in_order = theirs.sort(dim=2).values
         once = (in_order[..., 1:] != in_order[..., :-1]).flatten(1).all(1)
         layers = (once & (self._value(self.all, theirs) < self._value(self.all, plan))).nonzero().flatten()

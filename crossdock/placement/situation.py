@@ -81,7 +81,7 @@ class PlanningSituation:
         Raises:
             ValueError: for loads that are no loads, slots that are too few for the experts, or a plan of another shape.
         """
-        if loads.ndim != 2 or not loads.shape[1]:
+        if loads.ndim != 2 or not loads.numel():
             raise ValueError(f"loads of shape {tuple(loads.shape)}: must be [layers, experts]")
         loads = loads.detach().cpu().double()
         for name, wrong in (("NaN", loads.isnan()), ("infinite", loads.isinf()), ("negative", loads < 0)):

@@ -101,15 +101,19 @@ def test_a_higher_cost_never_moves_more_and_no_plan_costs_more_than_to_stay(
 def test_moves_pay_for_themselves() -> None:
     generator = torch.Generator().manual_seed(0)
     loads = torch.stack([draw_loads("zipf1", 64, generator) for _ in range(4)])
-    situation = PlanningSituation(8, 9, move_cost=0.2)
+    situation = PlanningSituation(8, 9, move_cost=1.0)
     current = OURS(loads, situation)
     drifted = loads * (0.3 * torch.randn(loads.shape, generator=generator)).exp()
-    plan = OURS(drifted, situation, current)
+    plan, free = (
+        OURS(drifted, dataclasses.replace(situation, move_cost=move_cost), current) for move_cost in (1.0, 0.0)
+    )
     gain = max_mean(drifted, current, situation) - max_mean(drifted, plan, situation)
-    assert (moved(plan, current) > 0).all()
-    assert (gain > 0.2 * moved(plan, current) / 72).all()
-    # A fresh plan moves most of them.
-    assert (moved(plan, current) < moved(OURS(drifted, situation), current) / 2).all()
+    assert (moved(plan, current) > 0).any()
+    assert (gain >= moved(plan, current) / 72).all()
+    # The last moves towards the best balance would not have paid.
+    assert (moved(plan, current) < moved(free, current)).all()
+    further = max_mean(drifted, plan, situation) - max_mean(drifted, free, situation)
+    assert (further < (moved(free, current) - moved(plan, current)) / 72).all()
 
 
 def test_an_expert_that_stays_keeps_its_slot() -> None:
@@ -246,6 +250,8 @@ def test_trivial_plans(name: str, loads: list[list[float]], sizes: tuple[int, in
 def test_more_slots_than_experts_leave_the_surplus_empty() -> None:
     situation = PlanningSituation(2, 4)
     loads = torch.tensor([[3, 1, 2]])
+    for more in range(4, 8):
+        check_plan(OURS(loads, PlanningSituation(2, more)), loads, PlanningSituation(2, more))
     plan = OURS(loads, situation)
     assert plan.tolist() == [[[*sorted(row[:3], key=row.index), -1] for row in plan[0].tolist()]]
     assert [sorted(row) for row in plan[0].tolist()] == [[-1, 0, 1, 2]] * 2
@@ -271,6 +277,7 @@ def test_loads_of_any_real_dtype(name: str, dtype: torch.dtype) -> None:
         ([[1.0, 1.0, 1.0]], PlanningSituation(2, 2, ranks_out=(0,)), "3 experts on 1 ranks need at least 3"),
         ([[1.0, 1.0, 1.0]], PlanningSituation(2, 2, num_groups=2), "num_groups = 2: must divide the 3 experts"),
         ([1.0, 2.0], PlanningSituation(2, 2), r"loads of shape \(2,\)"),
+        ([[]], PlanningSituation(2, 2), r"loads of shape \(1, 0\): must be \[layers, experts\]"),
     ],
 )
 def test_what_cannot_be_planned_for_is_refused(
@@ -309,9 +316,8 @@ def test_a_current_plan_of_another_form_is_refused(current: Tensor, reason: str)
     ],
 )
 def test_a_situation_that_cannot_be_is_refused(fields: dict[str, Any], reason: str) -> None:
-    sizes: dict[str, Any] = {"num_ranks": 4, "slots_per_rank": 2}
     with pytest.raises(ValueError, match=reason):
-        PlanningSituation(**(sizes | fields))
+        dataclasses.replace(PlanningSituation(4, 2), **fields)
 
 
 def moved(plan: Tensor, current: Tensor) -> Tensor:
