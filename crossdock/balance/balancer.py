@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -69,7 +70,7 @@ class Balancer:
         stage: dist.ProcessGroup | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.config, self.optimizer, self._stage = config, optimizer, stage
+        self.config, self.optimizer, self._stage, self._dtype = config, optimizer, stage, dtype
         self._layers = list(moe_layers(model).values())
         self._places = moe_layer_places(model)
         self._device = next(chain(model.buffers(), model.parameters())).device
@@ -90,13 +91,14 @@ class Balancer:
             held = self._layers[0].placement.rows_per_rank + self._copies_per_rank
             self._num_borrowed = borrowed_slots(config, held, self.num_ranks)
         if (config.moves and config.move_if_it_pays) or (config.spills and config.spill_if_it_pays):
-            self._rates = self._measure(dtype)
+            self._rates = self._measure()
         for layer in self._layers:
             assert layer.ep_group is not None
             placement = Placement.contiguous(layer.num_experts, self.num_ranks, self._copies_per_rank)
             slots, plan = placement.slots_per_rank + self._num_borrowed, layer.dispatch_plan
             options = replace(layer.config.dispatch_options(), overlap_chunks=plan.overlap_chunks)
             layer.dispatcher = build_dispatcher(plan.dispatcher, layer.ep_group, slots, options)
+            layer.experts.register_load_state_dict_post_hook(partial(_weights_changed, layer))
             self._put(layer, placement)
 
     @property
@@ -122,8 +124,7 @@ class Balancer:
         spilled = self._deciding.spills
         messages = self._deciding.update(metrics["rank_max_mean_before"], metrics["rank_max_mean"])
         if self._deciding.spills != spilled:
-            for layer in self._layers:
-                self._put(layer, layer.placement.without_last_slots(self._num_borrowed))
+            self._put_all()
         if self.config.spills:
             metrics["borrowed_experts"] = self._take_borrowed()
         if self._deciding.is_due():
@@ -161,7 +162,7 @@ class Balancer:
             moved = int(proposal.moved.sum())
             saved, spent = self._worth(proposal, loads)
             before, after = proposal.before.sum().item(), proposal.after.sum().item()
-            if always or self._rates is None or not moved or saved > spent:
+            if self._agreed(always or self._rates is None or not moved or saved > spent):
                 migration = self._move(proposal)
             else:
                 after = before
@@ -182,16 +183,27 @@ class Balancer:
             return metrics, f"{what}; {round(moved - experts)} stay: {saved:.2g} s to win, {spent:.2g} s to move them"
         return metrics, f"{what} ({sent / 2**20:.1f} MiB, {seconds:.2f} s)" if round(experts) else what
 
+    def _agreed(self, verdict: bool) -> bool:
+        """That of the stage's first rank: on another one, numbers may differ in the last bit."""
+        agreed = torch.tensor(verdict, device=self._device)
+        dist.broadcast(agreed, group=self._stage, group_src=0)
+        return bool(agreed)
+
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the average loads. Plain numbers."""
+        """What a checkpoint keeps: the average loads, and what `auto` has decided. Plain numbers."""
         average = self.monitor.average
-        return {} if average is None else {"average_routes": average.tolist()}
+        if average is None:
+            return {}
+        decided = {"moves": self._deciding.moves, "spills": self._deciding.spills}
+        return {"average_routes": average.tolist(), **decided}
 
     def restore(self, state: dict[str, Any]) -> str | None:
         """Go on with the loads of a checkpoint: experts are placed by them. Returns a message."""
         if "average_routes" not in state:
             return None
         self.monitor.average = torch.tensor(state["average_routes"], dtype=torch.float64)
+        self._deciding.restore(moves=state.get("moves", False), spills=state.get("spills", False))
+        self._put_all()
         if self.config.strategy == "none" or self.num_ranks == 1 or not self._deciding.moves:
             return None
         return self.rebalance(always=True)[1]
@@ -206,6 +218,11 @@ class Balancer:
         for layer, placement in changed.items():
             self._put(layer, placement)
         return migration
+
+    def _put_all(self) -> None:
+        """The present placements once more, by what has been decided since."""
+        for layer in self._layers if self.is_active else ():
+            self._put(layer, layer.placement.without_last_slots(self._num_borrowed))
 
     def _put(self, layer: RoutedExperts, placement: Placement) -> None:
         """A placement of held slots in force, with the relief that goes with it."""
@@ -229,9 +246,9 @@ class Balancer:
         return SpillCosts(self._expert_bytes(layer), self._flops_per_route(layer), self._rates)
 
     def _expert_bytes(self, layer: RoutedExperts) -> int:
-        """Of an expert's parameters, whole."""
+        """Of an expert's parameters, whole, as they travel."""
         parameters = layer.experts.slot_parameters().values()
-        return sum(parameter[0].numel() * parameter.element_size() for parameter in parameters)
+        return sum(parameter[0].numel() * (self._dtype or parameter.dtype).itemsize for parameter in parameters)
 
     def _flops_per_route(self, layer: RoutedExperts) -> int:
         """Of a forward pass."""
@@ -268,17 +285,17 @@ class Balancer:
 
     def _find_nodes(self) -> int:
         """Ranks of a node, of those that hold the experts; all of them where nodes differ."""
-        layer = next(iter(self._layers), None)
-        if layer is None or layer.ep_group is None:
-            return self.num_ranks
-        ranks = dist.get_process_group_ranks(layer.ep_group)
-        return find_nodes(ranks, layer.config.ranks_per_node).size or self.num_ranks
+        layer, nodes = next(iter(self._layers), None), 1
+        if layer is not None and layer.ep_group is not None:
+            ranks = dist.get_process_group_ranks(layer.ep_group)
+            nodes = self.num_ranks // (find_nodes(ranks, layer.config.ranks_per_node).size or self.num_ranks)
+        return self.num_ranks // _largest(nodes, self._device)
 
-    def _measure(self, dtype: torch.dtype | None) -> Rates:
+    def _measure(self) -> Rates:
         layer = self._layers[0]
         assert layer.ep_group is not None
         intermediate_size, hidden_size = layer.experts.down_projs.shape[1:]
-        dtype = dtype or layer.example().dtype
+        dtype = self._dtype or layer.example().dtype
         rates = measure_rates(layer.ep_group, self._device, dtype, hidden_size, intermediate_size)
         # Other groups hold the same experts, and must decide alike.
         slowest = torch.tensor(
@@ -305,3 +322,7 @@ def _largest(value: int, device: torch.device) -> int:
     largest = torch.tensor(value, device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
+
+
+def _weights_changed(layer: RoutedExperts, *_: object) -> None:
+    layer.weights_changed()

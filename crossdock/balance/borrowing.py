@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from crossdock.balance.rows import RowExchange, gathered_rows
+from crossdock.balance.rows import RowExchange, at_least_one, gathered_rows
 from crossdock.comm import Pending
 from crossdock.experts import ComputeRows, GroupedExperts
 
@@ -41,7 +41,7 @@ class Borrowed:
 
         def compute(tokens: Tensor, slot_ids: Tensor, weights: Tensor, compute_rows: ComputeRows) -> Tensor:
             names = tuple(rows)
-            inputs = tokens, slot_ids, weights, *rows.values()
+            inputs = tokens, self._exchange.arrivals(slot_ids), weights, *rows.values()
             return _ComputeBorrowed.apply(self._exchange, arriving, compute_rows, names, *inputs)  # type: ignore[return-value]
 
         return compute
@@ -63,7 +63,7 @@ class _ComputeBorrowed(Function):
         ctx.exchange, ctx.compute_rows, ctx.names = exchange, compute_rows, names
         ctx.save_for_backward(tokens, slot_ids, weights, *rows)
         ctx.autocast = torch.is_autocast_enabled(tokens.device.type), torch.get_autocast_dtype(tokens.device.type)
-        borrowed = {name: exchange.placed(row) for name, row in arriving.wait().items()}
+        borrowed = {name: at_least_one(row) for name, row in arriving.wait().items()}
         return compute_rows(tokens, slot_ids, weights, borrowed)
 
     @staticmethod
@@ -78,9 +78,7 @@ class _ComputeBorrowed(Function):
             tokens = tokens.detach().requires_grad_(needs_tokens)
             weights = weights.detach().requires_grad_(needs_weights)
             borrowed = {name: row.requires_grad_(name in trained) for name, row in arrived.items()}
-            y = ctx.compute_rows(
-                tokens, slot_ids, weights, {name: ctx.exchange.placed(row) for name, row in borrowed.items()}
-            )
+            y = ctx.compute_rows(tokens, slot_ids, weights, {name: at_least_one(row) for name, row in borrowed.items()})
         wanted = [tensor for tensor in (tokens, weights) if tensor.requires_grad]
         found = iter(torch.autograd.grad(y, [*wanted, *(borrowed[name] for name in trained)], grads[0]))
         of_tokens, of_weights = (next(found) if needed else None for needed in (needs_tokens, needs_weights))

@@ -46,7 +46,7 @@ def borrowed_slots(config: BalanceConfig, slots_per_rank: int, num_ranks: int) -
     if config.memory_bound and config.max_borrowed < needed:
         valid = f"must be 0, or at least {needed} with balance.memory_bound, so that any load can be kept below it"
         raise BalanceError("max_borrowed", config.max_borrowed, valid)
-    return config.max_borrowed
+    return min(config.max_borrowed, needed)
 
 
 def check_sizes(config: BalanceConfig, moe: MoEConfig, num_experts: int, num_ranks: int) -> None:
@@ -70,6 +70,26 @@ def check_sizes(config: BalanceConfig, moe: MoEConfig, num_experts: int, num_ran
             value = getattr(config, name)
             if value != getattr(usual, name) and not used:
                 raise BalanceError(name, value, valid)
+    looks = config.rebalance_interval or config.rebalance_threshold or not config.moves
+    for name, holds, valid in (
+        (
+            "rebalance_interval",
+            looks,
+            "must be above 0, or balance.rebalance_threshold be set: nothing would ever move",
+        ),
+        (
+            "rebalance_patience",
+            config.rebalance_threshold or config.rebalance_patience == usual.rebalance_patience,
+            "needs balance.rebalance_threshold",
+        ),
+        (
+            "copy_choice",
+            config.num_redundant_experts or config.copy_choice == usual.copy_choice,
+            f"must be {usual.copy_choice} with balance.num_redundant_experts = 0: there are no copies to choose among",
+        ),
+    ):
+        if not holds:
+            raise BalanceError(name, getattr(config, name), valid)
     if config.strategy == "none" or num_ranks == 1:
         return
     if moe.gradient_scale != "off":

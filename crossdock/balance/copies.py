@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch.distributed as dist
 from torch import Tensor
 
-from crossdock.balance.rows import RowExchange, gathered_rows
+from crossdock.balance.rows import RowExchange, at_least_one, gathered_rows
 from crossdock.comm import Pending, await_gradient
 from crossdock.experts import ComputeRows, GroupedExperts
 from crossdock.placement import Placement
@@ -54,8 +54,8 @@ class Copies:
         }
 
         def compute(tokens: Tensor, slot_ids: Tensor, weights: Tensor, compute_rows: ComputeRows) -> Tensor:
-            copies = {name: self._exchange.placed(attach[name](values)) for name, values in kept.items()}
-            return compute_rows(tokens, slot_ids, weights, copies)
+            copies = {name: at_least_one(attach[name](values)) for name, values in kept.items()}
+            return compute_rows(tokens, self._exchange.arrivals(slot_ids), weights, copies)
 
         return compute
 

@@ -26,7 +26,8 @@ class Deciding:
     def __init__(self, config: BalanceConfig, num_nodes: int) -> None:
         self.config, self.num_nodes = config, num_nodes
         decides = config.strategy == "auto"
-        self.moves, self.spills = config.moves and not decides, config.spills and not decides
+        # A bound on memory is kept from the first step on, whatever else is decided.
+        self.moves, self.spills = config.moves and not decides, config.spills and (config.memory_bound or not decides)
         self._decides = decides
         self._steps = self._above = 0
         self._due = False
@@ -57,8 +58,14 @@ class Deciding:
     def looked(self) -> None:
         """Placements have been looked at."""
         self._steps = self._above = 0
+        if self._due:
+            self._watched.clear()
         self._due = False
-        self._watched.clear()
+
+    def restore(self, *, moves: bool, spills: bool) -> None:
+        """Go on with what `auto` had decided."""
+        if self._decides:
+            self.moves, self.spills = moves, self.spills or (spills and self.num_nodes == 1)
 
     def _decide(self, before: float, after: float) -> list[str]:
         """By the means of some steps."""
@@ -67,7 +74,7 @@ class Deciding:
                 return []
             self.moves = self._due = True
             return [f"balance auto: experts are placed by their loads, since max/mean over ranks is {before:.2f}"]
-        if after < _EVEN:
+        if after < _EVEN or self.spills:
             return []
         self._decides = False
         why = f"max/mean is {after:.2f} with experts placed by their loads"

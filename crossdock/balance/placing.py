@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from crossdock.placement import EMPTY, Placement, Planner, PlanningSituation, max_mean, plan_with_primaries
+from crossdock.placement import Placement, Planner, PlanningSituation, max_mean, plan_with_primaries
 
 __all__ = ["Proposal", "propose"]
 
@@ -70,11 +70,5 @@ def propose(
 
 
 def _placement(slots: list[list[int]], num_experts: int, rows_per_rank: int) -> Placement:
-    """With the copies of each rank in the order in which their primaries send them, and empty slots last."""
-    copies_per_rank = len(slots[0]) - rows_per_rank
-    rows = {expert: (rank, row) for rank, own in enumerate(slots) for row, expert in enumerate(own[:rows_per_rank])}
-    ordered: list[int] = []
-    for own in slots:
-        copies = sorted((expert for expert in own[rows_per_rank:] if expert != EMPTY), key=rows.__getitem__)
-        ordered += [*own[:rows_per_rank], *copies, *[EMPTY] * (copies_per_rank - len(copies))]
-    return Placement(num_experts, len(slots), tuple(ordered), copies_per_rank)
+    flat = tuple(expert for own in slots for expert in own)
+    return Placement(num_experts, len(slots), flat, len(slots[0]) - rows_per_rank)

@@ -23,7 +23,7 @@ from crossdock.balance.spilling import SpillLimits, spill
 from crossdock.comm import gather_rows
 from crossdock.experts import ComputeRows, GroupedExperts
 from crossdock.placement import EMPTY, CopyChoice, Placement
-from crossdock.routing import count_experts
+from crossdock.routing import count_experts, is_recompute
 
 __all__ = ["LayerRelief", "ReliefRules"]
 
@@ -122,7 +122,7 @@ class LayerRelief:
         return compute if of_copies is not None or of_borrowed is not None else None
 
     def take_borrowed(self) -> int:
-        """Experts that ranks have borrowed since the last call, all ranks together; in recompute once more."""
+        """Experts that ranks have borrowed in training since the last call, all ranks together."""
         number, self._borrowed_experts = self._borrowed_experts, 0
         return number
 
@@ -145,12 +145,13 @@ class LayerRelief:
             missing = (0, self.placement.slots_per_rank - self._slots.shape[1])
             return Pieces(F.pad(start.experts, missing, value=EMPTY), F.pad(start.amounts, missing))
         # Copies dealt out in turn are even but for what does not divide, which a bound may not allow.
-        ruled = self.copies is None or not (levels or limits.memory_bound)
+        ruled = self.copies is None or (self.rules.copy_choice == "even" and not limits.memory_bound)
         if ruled and int(start.per_rank.max()) <= limits.bound(int(counts.sum()), len(counts)):
             return None
         plan = spill(counts, self._slots, start, limits, self.rules.costs)
         if bool((plan.borrowed != EMPTY).any()):
-            self._borrowed_experts += int((plan.borrowed != EMPTY).sum())
+            if self._experts.training and torch.is_grad_enabled() and not is_recompute():
+                self._borrowed_experts += int((plan.borrowed != EMPTY).sum())
             self._borrowing = Borrowed(RowExchange.of(plan.borrowed.tolist(), self.placement, self.group))
             self._borrowing.begin(self._experts)
         elif ruled and torch.equal(plan.after, plan.before):

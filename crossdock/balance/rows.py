@@ -15,7 +15,7 @@ from crossdock.comm import Pending, Splits, exchange
 from crossdock.experts import GroupedExperts
 from crossdock.placement import EMPTY, Placement
 
-__all__ = ["RowExchange", "gathered_rows"]
+__all__ = ["RowExchange", "at_least_one", "gathered_rows"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class RowExchange:
         sent: this rank's rows that travel, in the order of the ranks that they go to.
         splits: how many to and from each rank.
         slots: for each row that arrives, in the order of the ranks that they come from, the foreign slot it is for.
-        num_slots: foreign slots of this rank; those that none arrives for are 0.
+        num_slots: foreign slots of this rank, some of which none may arrive for.
     """
 
     group_name: str
@@ -67,15 +67,15 @@ class RowExchange:
     def fetch(self, rows: Mapping[str, Tensor]) -> Pending[dict[str, Tensor]]:
         """Start to move the values of `rows`, by name `[P/R, ...]`; the result has those that arrive, in that order.
 
-        Selective recompute neither sees it nor keeps them.
+        Selective recompute neither sees it nor keeps them; training may use what evaluation has fetched.
         """
-        with torch.no_grad(), _disable_current_modes():
+        with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
             travelling = {
                 name: exchange(self.taken(row.detach()), self.splits, self.group_name) for name, row in rows.items()
             }
 
         def finish() -> dict[str, Tensor]:
-            with torch.no_grad(), _disable_current_modes():
+            with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
                 return {name: pending.wait() for name, pending in travelling.items()}
 
         return Pending(finish)
@@ -95,19 +95,21 @@ class RowExchange:
         """Of all rows of a parameter, those that travel."""
         return row.index_select(0, self._on(row.device)[0])
 
-    def placed(self, received: Tensor) -> Tensor:
-        """What has arrived, in the order of slots; in the graph where it is."""
-        if self.slots == tuple(range(self.num_slots)):
-            return received
-        whole = received.new_zeros(self.num_slots, *received.shape[1:])
-        return whole.index_copy(0, self._on(received.device)[1], received)
+    def arrivals(self, slot_ids: Tensor) -> Tensor:
+        """Foreign slots as numbers of the rows that arrive; `-1` for a slot that none arrives for, and for `-1`."""
+        return self._on(slot_ids.device)[1][slot_ids]
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The rows that travel; the arrival of each slot, and of `-1`, which takes the last entry."""
         if device not in self._indices:
-            self._indices[device] = (
-                torch.tensor(self.sent, dtype=torch.int64, device=device),
-                torch.tensor(self.slots, dtype=torch.int64, device=device),
-            )
+            arrival = [-1] * (self.num_slots + 1)
+            for number, slot in enumerate(self.slots):
+                arrival[slot] = number
+            with torch.inference_mode(False):
+                self._indices[device] = (
+                    torch.tensor(self.sent, dtype=torch.int64, device=device),
+                    torch.tensor(arrival, dtype=torch.int64, device=device),
+                )
         return self._indices[device]
 
 
@@ -117,3 +119,8 @@ def gathered_rows(experts: GroupedExperts) -> dict[str, Tensor] | None:
         if isinstance(parameter, DTensor) and Shard(1) in parameter.placements:
             return None
     return experts.local_rows()
+
+
+def at_least_one(rows: Tensor) -> Tensor:
+    """Backends compute with one row or more; where none has arrived, with zeros, which no token asks for."""
+    return rows if len(rows) else torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])

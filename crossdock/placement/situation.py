@@ -17,6 +17,9 @@ CopyChoice = Literal["even", "nearest", "least_load"]
 """How the tokens of an expert choose among its copies (docs/balance.md): `even`, each copy the same share; `nearest`,
 the copy on their own rank, else those on their node, else all; `least_load`, so as to level the ranks."""
 
+# Sums of loads must be numbers of fp32, in which the published method computes.
+_MOST_LOAD = 1e30
+
 
 @dataclass(frozen=True)
 class PlanningSituation:
@@ -84,11 +87,17 @@ class PlanningSituation:
         if loads.ndim != 2 or not loads.numel():
             raise ValueError(f"loads of shape {tuple(loads.shape)}: must be [layers, experts]")
         loads = loads.detach().cpu().double()
-        for name, wrong in (("NaN", loads.isnan()), ("infinite", loads.isinf()), ("negative", loads < 0)):
+        refused = (
+            ("NaN", loads.isnan()),
+            ("infinite", loads.isinf()),
+            ("negative", loads < 0),
+            ("too large", loads > _MOST_LOAD),
+        )
+        for name, wrong in refused:
             if wrong.any():
                 layer, expert = wrong.nonzero()[0].tolist()
                 raise ValueError(
-                    f"loads[{layer}, {expert}] = {loads[layer, expert]}: {name}; must be finite, at least 0"
+                    f"loads[{layer}, {expert}] = {loads[layer, expert]}: {name}; must be 0 to {_MOST_LOAD:g}"
                 )
         num_experts = loads.shape[1]
         if num_experts % self.num_groups:

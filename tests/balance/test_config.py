@@ -37,6 +37,13 @@ def test_a_value_out_of_range_is_named(settings: dict[str, Any], message: str) -
     [
         ({"strategy": "eplb", "num_redundant_experts": 6}, {}, "= 6: must be a multiple of.* = 4; the nearest is"),
         ({"strategy": "eplb", "num_redundant_experts": 64}, {}, "= 64: must be at most 24: a rank holds no expert"),
+        ({"strategy": "eplb", "rebalance_interval": 0}, {}, "rebalance_interval = 0: must be above 0, or"),
+        ({"strategy": "eplb", "rebalance_patience": 3}, {}, "rebalance_patience = 3: needs balance.rebalance_thr"),
+        (
+            {"strategy": "eplb", "num_redundant_experts": 0, "copy_choice": "nearest"},
+            {},
+            "copy_choice = 'nearest': must be even with balance.num_redundant_experts = 0",
+        ),
         ({"num_redundant_experts": 4}, {}, "num_redundant_experts = 4: needs balance.strategy = eplb"),
         ({"strategy": "eplb", "memory_bound": True}, {}, "memory_bound = True: needs balance.strategy = spill"),
         (
@@ -113,6 +120,21 @@ def test_auto_acts_on_what_it_sees_and_says_so() -> None:
     assert not far.spills
     assert len(messages) == 1
     assert "2 nodes" in messages[0]
+
+
+def test_auto_keeps_a_bound_on_memory_from_the_first_step() -> None:
+    assert Deciding(BalanceConfig("auto", memory_bound=True), num_nodes=2).spills
+
+
+@pytest.mark.parametrize("interval", [1, 5, 9, 10, 100])
+def test_auto_relieves_whatever_the_interval(interval: int) -> None:
+    deciding = Deciding(BalanceConfig("auto", rebalance_interval=interval), num_nodes=1)
+    for _ in range(40):
+        deciding.update(2.5, 1.4)
+        if deciding.is_due():
+            deciding.looked()
+    assert deciding.moves
+    assert deciding.spills
 
 
 def test_a_threshold_asks_for_a_look_before_the_interval_is_over() -> None:

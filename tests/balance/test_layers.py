@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,12 @@ from torch.distributed.tensor import DTensor
 from crossdock.balance import BalanceConfig, Balancer, LayerRelief
 from crossdock.moe import moe_layers
 from crossdock.moe_config import MoEConfig
-from crossdock.parallel import ActivationCheckpointConfig, GradientManager, ParallelDims, parallelize
-from tests.parallel.test_gradients import SEQUENCES, Classifier, batch, build, loss_of, reference, relative
+from crossdock.parallel import ActivationCheckpointConfig, GradientManager, ParallelDims, apply_ep, parallelize
+from tests.parallel.test_gradients import HIDDEN, SEQUENCES, Classifier, batch, build, loss_of, reference, relative
 from tests.ranks import RankPool
 
 # Whatever it costs, and however few routes there are.
-EAGER = {"move_if_it_pays": False, "move_cost": 0.0, "rebalance_interval": 0}
+EAGER = {"move_if_it_pays": False, "move_cost": 0.0}
 HELPFUL = {"spill_if_it_pays": False, "min_spilled_routes": 0}
 
 
@@ -129,3 +130,92 @@ def test_gradients_equal_one_process(
         assert relative(results[0]["gradients"][name], gradient) < 1e-6, name
     assert {result["norm"] for result in results} == {results[0]["norm"]}, "ranks disagree on the gradient norm"
     assert results[0]["norm"] == pytest.approx(expected["norm"], rel=1e-6)
+
+
+def _routes_beyond_the_bound(strategy: str, copy_choice: str) -> int:
+    """By how much the busiest rank exceeds `ceil(1.02 x mean)` routes that it computes, at the most."""
+    torch.manual_seed(dist.get_rank())
+    model = build(16, torch.float32, MoEConfig())
+    parallelize(model, ParallelDims(dist.get_world_size(), ep=dist.get_world_size()).build_mesh("cpu"))
+    config: dict[str, Any] = HELPFUL | {"spill_if_it_pays": True, "min_spilled_routes": 64, "memory_bound": True}
+    if strategy == "eplb+spill":
+        config |= EAGER | {"copy_choice": copy_choice}
+    balancer = Balancer(model, BalanceConfig(strategy, **config))  # type: ignore[arg-type]
+    if strategy == "eplb+spill":
+        balancer.monitor.average = 1 / torch.arange(1, 17).double().expand(2, 16)
+        balancer.rebalance(always=True)
+    beyond = []
+    for step in range(6):
+        # All want two experts, which are others in each step; in one of them only one rank has tokens.
+        popular = torch.full((16,), 1e-3).index_fill(0, torch.tensor([step, 15 - step]), 1.0)
+        tokens = 0 if step == 3 and dist.get_rank() else int(torch.randint(1, 60, ()))
+        ids = torch.multinomial(popular.expand(max(tokens, 1), 16), 2)[:tokens]
+        layer = next(iter(moe_layers(model).values()))
+        hook = layer.router.register_forward_hook(
+            lambda router, args, routing, ids=ids: routing._replace(expert_ids=ids.view_as(routing.expert_ids))
+        )
+        model(torch.randn(1, tokens, HIDDEN)).square().sum().backward()
+        hook.remove()
+        computed = layer.load.computed.clone()
+        most, total = computed.clone(), computed.clone()
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        dist.all_reduce(total)
+        beyond.append(int(most) - math.ceil(1.02 * int(total) / dist.get_world_size() - 1e-9))
+        layer.load.reset()
+    return max(beyond)
+
+
+@pytest.mark.parametrize(("strategy", "copy_choice"), [("spill", "even"), ("eplb+spill", "nearest"), ("auto", "even")])
+def test_no_rank_computes_more_than_the_bound(ranks: RankPool, strategy: str, copy_choice: str) -> None:
+    assert max(ranks.run(4, _routes_beyond_the_bound, strategy, copy_choice)) <= 0
+
+
+def _rows_computed_with() -> tuple[list[int], int]:
+    """Rows of borrowed experts that this rank computes with, and how many it might borrow."""
+    model = build(16, torch.float32, MoEConfig(debug_force_zipf=2.0))
+    parallelize(model, ParallelDims(dist.get_world_size(), ep=dist.get_world_size()).build_mesh("cpu"))
+    Balancer(model, BalanceConfig("spill", memory_bound=True, **HELPFUL))  # type: ignore[arg-type]
+    layer = next(iter(moe_layers(model).values()))
+    rows, compute = [], layer.experts.compute
+
+    def watched(tokens: torch.Tensor, slot_ids: torch.Tensor, weights: torch.Tensor, params: Any) -> torch.Tensor:
+        rows.append(len(params["down_projs"]))
+        return compute(tokens, slot_ids, weights, params)
+
+    layer.experts.compute = watched
+    model(batch()[0][:2].float()).sum().backward()
+    return rows, layer.placement.copies_per_rank
+
+
+def test_only_what_is_borrowed_takes_memory(ranks: RankPool) -> None:
+    results = ranks.run(4, _rows_computed_with)
+    for (own, borrowed, *again), slots in results:
+        assert own == 4
+        assert borrowed < slots
+        assert again == [borrowed], "fetched and computed again in the backward pass"
+
+
+def _change(how: str) -> float:
+    """How far outputs are from those with copies made anew, after the weights have changed."""
+    model = build(8, torch.float32, MoEConfig())
+    apply_ep(model, ParallelDims(dist.get_world_size(), ep=dist.get_world_size()).build_mesh("cpu"))
+    balancer = Balancer(model, BalanceConfig("eplb", **EAGER))
+    balancer.monitor.average = 1 / torch.arange(1, 9).double().expand(2, 8)
+    balancer.rebalance(always=True)
+    x = batch()[0][:2].float()
+    if how == "inference":
+        with torch.inference_mode():
+            model(x)
+        model(x).sum().backward()
+    model(x)
+    model.load_state_dict({name: value * 2 for name, value in model.state_dict().items()})
+    with torch.no_grad():
+        seen = model(x)
+        for layer in moe_layers(model).values():
+            layer.weights_changed()
+        return float((seen - model(x)).abs().max())
+
+
+@pytest.mark.parametrize("how", ["load", "inference"])
+def test_copies_follow_a_state_dict_and_outlive_inference(ranks: RankPool, how: str) -> None:
+    assert ranks.run(2, _change, how) == [0.0, 0.0]
