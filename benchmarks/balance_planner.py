@@ -37,16 +37,26 @@ class Measured(NamedTuple):
     balance: list[float]
 
 
-def compare_planners(rounds: int, write: bool) -> int:
-    """Measure, print, and write `benchmarks/results/balance_DATE.json`; 0 where every goal is met."""
+def compare_planners(rounds: int, write: bool, only: str = "") -> int:
+    """Measure, print, and write `benchmarks/results/balance_DATE.json`; 0 where every goal is met.
+
+    `only`: of all cases those whose name has it.
+    """
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for sizes in SIZES:
         for kind in KINDS:
+            if only not in _name(sizes, kind):
+                continue
             rows += _compare(sizes, kind, rounds)
             if write:
                 write_results("balance", ["torch", "crossdock"], rows)
     return 0 if all(row.get("met", True) for row in rows) else 1
+
+
+def _name(sizes: tuple[int, int, int, int], kind: str) -> str:
+    num_layers, num_experts, num_ranks, slots_per_rank = sizes
+    return f"{num_layers} layers, {num_experts} experts, {num_ranks} ranks of {slots_per_rank} slots, {kind}"
 
 
 def _compare(sizes: tuple[int, int, int, int], kind: str, rounds: int) -> list[dict[str, Any]]:
@@ -82,13 +92,12 @@ def _compare(sizes: tuple[int, int, int, int], kind: str, rounds: int) -> list[d
         once += ratio[~double].tolist()
         twice += ratio[double].tolist()
         agree &= LOOPS not in plans or torch.equal(plans[LOOPS], plans[PEER])
-    case = f"{num_layers} layers, {num_experts} experts, {num_ranks} ranks of {slots_per_rank} slots, {kind}"
     worst = {
         "worst_ratio": round(max(once), 6),
         "layers_with_double_copies": round((len(twice) - 1) / (len(once) + len(twice) - 2), 4),
         "worst_ratio_there": round(max(twice), 6),
     }
-    return _rows(case, measured, agree, worst, sizes == HEADLINE)
+    return _rows(_name(sizes, kind), measured, agree, worst, sizes == HEADLINE)
 
 
 def _rows(
