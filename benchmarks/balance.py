@@ -1,7 +1,7 @@
 """A training step under skewed routing: each strategy of `[balance]` beside none.
 
     python -m benchmarks.balance [--ranks 4 2] [--rounds 7] [--steps 2] [--write]
-    python -m benchmarks.balance --planner [--rounds 11] [--write]
+    python -m benchmarks.balance --planner [--rounds 11] [--only TEXT] [--write]
 
 Two MoE layers and AdamW on gloo processes of one thread. Each process holds a model for every strategy, from the same
 weights, and takes the same steps with them in turn; losses must agree. Routing is forced: Zipf(1.2) with popularity
@@ -210,10 +210,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=2, help="of a round")
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
+    parser.add_argument("--only", default="", help="of the planner's cases those whose name has this text")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/balance_DATE.json")
     arguments = parser.parse_args()
     if arguments.planner:
-        return compare_planners(arguments.rounds, arguments.write)
+        return compare_planners(arguments.rounds, arguments.write, arguments.only)
     rows = []
     for world_size in arguments.ranks:
         for name in arguments.routings:

@@ -2,7 +2,8 @@
 
 Both plan for the same loads in turn, other ones in each round; a ratio is taken within a round. Time is the process's
 CPU time with one thread, so that others on the machine count less. `published loops` is the method as it was published,
-in loops over layers and experts, whose plans must equal those of our vectorised one.
+in loops over layers and experts, whose plans must equal those of our vectorised one. The goal of balance is for layers
+in which the peer's plan has no two copies of an expert on one rank; those in which it has are counted beside.
 """
 
 from __future__ import annotations
@@ -36,16 +37,26 @@ class Measured(NamedTuple):
     balance: list[float]
 
 
-def compare_planners(rounds: int, write: bool) -> int:
-    """Measure, print, and write `benchmarks/results/balance_DATE.json`; 0 where every goal is met."""
+def compare_planners(rounds: int, write: bool, only: str = "") -> int:
+    """Measure, print, and write `benchmarks/results/balance_DATE.json`; 0 where every goal is met.
+
+    `only`: of all cases those whose name has it.
+    """
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for sizes in SIZES:
         for kind in KINDS:
+            if only not in _name(sizes, kind):
+                continue
             rows += _compare(sizes, kind, rounds)
             if write:
                 write_results("balance", ["torch", "crossdock"], rows)
     return 0 if all(row.get("met", True) for row in rows) else 1
+
+
+def _name(sizes: tuple[int, int, int, int], kind: str) -> str:
+    num_layers, num_experts, num_ranks, slots_per_rank = sizes
+    return f"{num_layers} layers, {num_experts} experts, {num_ranks} ranks of {slots_per_rank} slots, {kind}"
 
 
 def _compare(sizes: tuple[int, int, int, int], kind: str, rounds: int) -> list[dict[str, Any]]:
@@ -53,7 +64,7 @@ def _compare(sizes: tuple[int, int, int, int], kind: str, rounds: int) -> list[d
     situation = PlanningSituation(num_ranks, slots_per_rank)
     generator = torch.Generator().manual_seed(0)
     measured = {name: Measured([], []) for name in (OURS, PEER, LOOPS, "again", "primaries")}
-    agree = True
+    agree, once, twice = True, [0.0], [0.0]
     for number in range(-1, rounds):  # one round to warm up
         loads = _loads(kind, num_layers, num_experts, generator)
         drifted = loads * (0.2 * torch.randn(loads.shape, generator=generator)).exp()
@@ -75,12 +86,23 @@ def _compare(sizes: tuple[int, int, int, int], kind: str, rounds: int) -> list[d
             if number >= 0:
                 measured[name].milliseconds.append(milliseconds)
                 measured[name].balance.append(max_mean(loads, plans[name], situation).mean().item())
+        ratio = max_mean(loads, plans[OURS], situation) / max_mean(loads, plans[PEER], situation)
+        in_order = plans[PEER].sort(dim=2).values
+        double = (in_order[..., 1:] == in_order[..., :-1]).flatten(1).any(1)
+        once += ratio[~double].tolist()
+        twice += ratio[double].tolist()
         agree &= LOOPS not in plans or torch.equal(plans[LOOPS], plans[PEER])
-    case = f"{num_layers} layers, {num_experts} experts, {num_ranks} ranks of {slots_per_rank} slots, {kind}"
-    return _rows(case, measured, agree, sizes == HEADLINE)
+    worst = {
+        "worst_ratio": round(max(once), 6),
+        "layers_with_double_copies": round((len(twice) - 1) / (len(once) + len(twice) - 2), 4),
+        "worst_ratio_there": round(max(twice), 6),
+    }
+    return _rows(_name(sizes, kind), measured, agree, worst, sizes == HEADLINE)
 
 
-def _rows(case: str, measured: dict[str, Measured], agree: bool, headline: bool) -> list[dict[str, Any]]:
+def _rows(
+    case: str, measured: dict[str, Measured], agree: bool, worst: dict[str, float], headline: bool
+) -> list[dict[str, Any]]:
     ours, theirs = measured[OURS], measured[PEER]
     print(f"\n{case}")
     for name, each in measured.items():
@@ -92,17 +114,11 @@ def _rows(case: str, measured: dict[str, Measured], agree: bool, headline: bool)
                 flush=True,
             )
     of_balance = [own / other for own, other in zip(ours.balance, theirs.balance, strict=True)]
+    print(worst, flush=True)
     row = result_row(
-        f"max/mean, {case}",
-        "max/mean",
-        ours.balance,
-        PEER,
-        theirs.balance,
-        spread(of_balance),
-        agree=True,
-        goal=1.0,
-        at_most=True,
+        f"max/mean, {case}", "max/mean", ours.balance, PEER, theirs.balance, spread(of_balance), agree=True
     )
+    row |= worst | {"goal": 1.0, "met": worst["worst_ratio"] <= 1.0}
     row |= {
         name: round(statistics.median(each.balance), 4) for name, each in (("figure", ours), ("peer_figure", theirs))
     }
@@ -133,9 +149,8 @@ def _loads(kind: str, num_layers: int, num_experts: int, generator: torch.Genera
     popularity = 1 / torch.arange(1, num_experts + 1, dtype=torch.float64) ** float(kind[4:])
     order = torch.rand(num_layers, num_experts, generator=generator).argsort(dim=1)
     # Counts of a million routes, so that layers differ in more than order.
-    return (
-        torch.poisson(1e6 * popularity / popularity.sum(), generator=generator).expand(num_layers, -1).gather(1, order)
-    )
+    counts = torch.poisson((1e6 * popularity / popularity.sum()).repeat(num_layers, 1), generator=generator)
+    return counts.gather(1, order)
 
 
 def _published_loops(loads: Tensor, situation: PlanningSituation) -> Tensor:
