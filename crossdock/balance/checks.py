@@ -62,6 +62,20 @@ def check_sizes(config: BalanceConfig, moe: MoEConfig, num_experts: int, num_ran
         BalanceError: for the first setting that cannot work, or that nothing would look at.
     """
     usual = BalanceConfig()
+    for name, holds, valid in (
+        ("num_redundant_experts", config.num_redundant_experts >= -1, "0 or more, or -1"),
+        ("rebalance_interval", config.rebalance_interval >= 0, "0 or more"),
+        ("rebalance_threshold", config.rebalance_threshold == 0 or config.rebalance_threshold > 1, "0, or above 1"),
+        ("rebalance_patience", config.rebalance_patience >= 1, "1 or more"),
+        ("load_decay", 0 <= config.load_decay < 1, "at least 0 and below 1"),
+        ("min_gain", config.min_gain >= 0, "0 or more"),
+        ("move_cost", config.move_cost >= 0, "0 or more"),
+        ("spill_slack", config.spill_slack >= 0, "0 or more"),
+        ("max_borrowed", config.max_borrowed >= 0, "0 or more"),
+        ("min_spilled_routes", config.min_spilled_routes >= 0, "0 or more"),
+    ):
+        if not holds:
+            raise BalanceError(name, getattr(config, name), f"must be {valid}")
     for names, used, valid in (
         (_OF_MOVES, config.moves, "needs balance.strategy = eplb, eplb+spill or auto"),
         (_OF_SPILLS, config.spills, "needs balance.strategy = spill, eplb+spill or auto"),

@@ -51,23 +51,6 @@ class BalanceConfig:
     spill_if_it_pays: bool = True
     """Spill only where the measured speed of links and of this device's products says that it saves time."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError that names the field, its value and what it must be."""
-        for name, holds, valid in (
-            ("num_redundant_experts", self.num_redundant_experts >= -1, "0 or more, or -1"),
-            ("rebalance_interval", self.rebalance_interval >= 0, "0 or more"),
-            ("rebalance_threshold", self.rebalance_threshold == 0 or self.rebalance_threshold > 1, "0, or above 1"),
-            ("rebalance_patience", self.rebalance_patience >= 1, "1 or more"),
-            ("load_decay", 0 <= self.load_decay < 1, "at least 0 and below 1"),
-            ("min_gain", self.min_gain >= 0, "0 or more"),
-            ("move_cost", self.move_cost >= 0, "0 or more"),
-            ("spill_slack", self.spill_slack >= 0, "0 or more"),
-            ("max_borrowed", self.max_borrowed >= 0, "0 or more"),
-            ("min_spilled_routes", self.min_spilled_routes >= 0, "0 or more"),
-        ):
-            if not holds:
-                raise ValueError(f"balance.{name} = {getattr(self, name)!r}: must be {valid}")
-
     @property
     def moves(self) -> bool:
         """Whether experts may move and have copies."""

@@ -28,8 +28,8 @@ from tests.tiny import speeches, write_assets
     ],
 )
 def test_a_value_out_of_range_is_named(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        BalanceConfig(**settings)
+    with pytest.raises(BalanceError, match=message):
+        check_sizes(BalanceConfig(**settings), MoEConfig(), 8, 4)
 
 
 @pytest.mark.parametrize(
