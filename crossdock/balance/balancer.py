@@ -17,7 +17,7 @@ from crossdock.balance.config import BalanceConfig
 from crossdock.balance.costs import Rates, SpillCosts
 from crossdock.balance.deciding import Deciding
 from crossdock.balance.migrate import Migration, migrate
-from crossdock.balance.monitor import BalanceMonitor, RankLoad
+from crossdock.balance.monitor import PASSES, BalanceMonitor, RankLoad
 from crossdock.balance.placing import Proposal, propose
 from crossdock.balance.rates import measure_rates
 from crossdock.balance.relief import LayerRelief, ReliefRules
@@ -31,8 +31,6 @@ from crossdock.routing import RouterConfig, StepLoad
 
 __all__ = ["Balancer"]
 
-# A backward pass computes two products for each of the forward pass.
-_PASSES = 3
 # Values of AdamW for each of a parameter, which move with it.
 _MOMENTS = 2
 
@@ -260,11 +258,10 @@ class Balancer:
         if self._rates is None:
             return 0.0, 0.0
         layer = self._layers[0]
-        groups = max(1, dist.get_world_size(self._stage) // self.num_ranks)
         routes = ((proposal.before - proposal.after) * loads.mean(dim=1)).sum().item()
-        routes *= loads.shape[1] / self.num_ranks / groups
+        routes *= loads.shape[1] / self.num_ranks / self.monitor.num_groups
         steps = self.config.rebalance_interval or 100
-        saved = steps * _PASSES * routes * self._flops_per_route(layer) / self._rates.flops_per_second
+        saved = steps * PASSES * routes * self._flops_per_route(layer) / self._rates.flops_per_second
         rows = [local_part(parameter.detach()) for parameter in layer.experts.slot_parameters().values()]
         row_bytes = sum(each[0].nbytes for each in rows) * (1 + _MOMENTS)
         spent = proposal.moved.sum().item() / self.num_ranks * row_bytes / self._rates.bytes_per_second

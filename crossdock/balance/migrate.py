@@ -14,7 +14,7 @@ from crossdock.parallel import local_part
 from crossdock.placement import EMPTY, Placement
 from crossdock.routed_experts import RoutedExperts
 
-__all__ = ["Migration", "MigrationError", "migrate"]
+__all__ = ["Migration", "MigrationError", "migrate", "primaries_moved"]
 
 _CHUNK_BYTES = 64 * 2**20  # What a rank sends at a time; as much arrives, or some of it less or more.
 
@@ -65,7 +65,7 @@ def migrate(
         MigrationError: where the exchange broke off, as it does when a rank is gone.
     """
     started = time.perf_counter()
-    experts = sum(_moved(layer.placement, placement) for layer, placement in moves.items())
+    experts = sum(primaries_moved(layer.placement, placement) for layer, placement in moves.items())
     sent = 0
     try:
         for layer, batch in _batches(moves, optimizer, chunk_bytes):
@@ -83,7 +83,7 @@ def migrate(
     return Migration(experts, sent, time.perf_counter() - started)
 
 
-def _moved(old: Placement, new: Placement) -> int:
+def primaries_moved(old: Placement, new: Placement) -> int:
     """Experts whose primary changes its rank."""
     pairs = zip(old.expert_to_row, new.expert_to_row, strict=True)
     return sum(before // old.rows_per_rank != after // new.rows_per_rank for before, after in pairs)

@@ -14,10 +14,10 @@ from crossdock.placement import EMPTY, Placement
 from crossdock.routed_experts import RoutedExperts
 from crossdock.routing import StepLoad
 
-__all__ = ["BalanceMonitor", "RankLoad"]
+__all__ = ["PASSES", "BalanceMonitor", "RankLoad"]
 
-# A backward pass computes two products for each of the forward pass.
-_PASSES = 3
+PASSES = 3
+"""Of a step, by the time of a forward pass: a backward pass computes two products for each of the forward pass."""
 
 
 class RankLoad(NamedTuple):
@@ -96,7 +96,7 @@ class BalanceMonitor:
         of_ranks, seconds = own[:, :-1], own[:, -1]
         surplus = of_ranks.amax(dim=1) - of_ranks.mean(dim=1)
         total = of_ranks.sum(dim=1).clamp_min(1)
-        price = float((surplus / self.num_groups * seconds / total).sum()) * _PASSES
+        price = float((surplus / self.num_groups * seconds / total).sum()) * PASSES
         return RankLoad(of_ranks, self._unrelieved(routes), price)
 
     def _unrelieved(self, routes: Tensor) -> Tensor:

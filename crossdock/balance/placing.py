@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from crossdock.balance.migrate import primaries_moved
 from crossdock.placement import Placement, Planner, PlanningSituation, max_mean, plan_with_primaries
 
 __all__ = ["Proposal", "propose"]
@@ -63,8 +64,7 @@ def propose(
     rows = present[0].rows_per_rank
     num_experts = present[0].num_experts
     placements = [_placement(slots, num_experts, rows) for slots in plan.tolist()]
-    homes = [[torch.tensor(each.expert_to_row) // rows for each in side] for side in (present, placements)]
-    moved = torch.tensor([int((old != new).sum()) for old, new in zip(*homes, strict=True)])
+    moved = torch.tensor([primaries_moved(old, new) for old, new in zip(present, placements, strict=True)])
     before, after = (max_mean(loads, each, situation) for each in (current, plan))
     return Proposal(placements, before, after, moved)
 

@@ -9,13 +9,21 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from crossdock.balance import BalanceConfig, Balancer, LayerRelief
 from crossdock.moe import moe_layers
 from crossdock.moe_config import MoEConfig
 from crossdock.parallel import ActivationCheckpointConfig, GradientManager, ParallelDims, apply_ep, parallelize
-from tests.parallel.test_gradients import HIDDEN, SEQUENCES, Classifier, batch, build, loss_of, reference, relative
+from tests.parallel.test_gradients import (
+    HIDDEN,
+    SEQUENCES,
+    batch,
+    build,
+    logical_gradients,
+    loss_of,
+    reference,
+    relative,
+)
 from tests.ranks import RankPool
 
 # Whatever it costs, and however few routes there are.
@@ -60,19 +68,6 @@ def balanced(
         "copies": sum(sum(expert >= 0 for expert in each.slot_to_expert) - num_experts for each in placements),
         "borrowed": sum(layer.relief.take_borrowed() for layer in layers if isinstance(layer.relief, LayerRelief)),
     }
-
-
-def logical_gradients(model: Classifier) -> dict[str, np.ndarray]:
-    """Whole gradients by name, experts in logical order."""
-    layers = {id(p): layer for layer in moe_layers(model).values() for p in layer.experts.parameters()}
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, f"{name} has no gradient"
-        gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
-        if id(parameter) in layers:
-            gradient = gradient[torch.tensor(layers[id(parameter)].placement.expert_to_row)]
-        gradients[name.replace("_checkpoint_wrapped_module.", "")] = gradient.double().numpy()
-    return gradients
 
 
 @pytest.mark.parametrize(

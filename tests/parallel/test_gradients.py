@@ -98,21 +98,26 @@ def run(
         outputs.append(model(part))
         loss_of(outputs[-1], part_labels, targets).backward()
     norm = global_grad_norm(model.parameters())
+    assert x.grad is not None
+    return {
+        "gradients": logical_gradients(model),
+        "norm": norm.item(),
+        "output": torch.cat(outputs).detach().double().numpy(),
+        "input_gradient": x.grad.double().numpy(),
+    }
+
+
+def logical_gradients(model: Classifier) -> dict[str, np.ndarray]:
+    """Whole gradients by name, experts in logical order."""
     layers = {id(p): layer for layer in moe_layers(model).values() for p in layer.experts.parameters()}
     gradients = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{name} has no gradient"
         gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
         if id(parameter) in layers:
-            gradient = gradient[torch.tensor(layers[id(parameter)].placement.expert_to_slot)]
+            gradient = gradient[torch.tensor(layers[id(parameter)].placement.expert_to_row)]
         gradients[name.replace("_checkpoint_wrapped_module.", "")] = gradient.double().numpy()
-    assert x.grad is not None
-    return {
-        "gradients": gradients,
-        "norm": norm.item(),
-        "output": torch.cat(outputs).detach().double().numpy(),
-        "input_gradient": x.grad.double().numpy(),
-    }
+    return gradients
 
 
 def reference(num_experts: int) -> dict[str, Any]:
