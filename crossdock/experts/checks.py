@@ -7,7 +7,22 @@ from torch import Tensor
 
 from crossdock.experts.experts import ExpertAdapters, ExpertParams
 
-__all__ = ["check_dtypes", "check_ids"]
+__all__ = ["ALIGNMENT_BYTES", "alignment_problem", "check_dtypes", "check_ids"]
+
+ALIGNMENT_BYTES = 16
+"""What rows start at a multiple of where a grouped product reads them."""
+
+
+def alignment_problem(tokens: Tensor, params: ExpertParams) -> str | None:
+    """Why grouped products cannot read rows of `tokens [U, H]` and `params`, or `None` where they can."""
+    for name, size in (("hidden_size", tokens.shape[1]), ("intermediate_size", params.down_projs.shape[1])):
+        if size * tokens.dtype.itemsize % ALIGNMENT_BYTES:
+            return f"needs rows of a multiple of {ALIGNMENT_BYTES} bytes; {name} = {size} in {tokens.dtype} is none"
+    for name, matrices in (("gate_and_up_projs", params.gate_and_up_projs), ("down_projs", params.down_projs)):
+        steps = [step for step in matrices.stride() if step != 1]
+        if 1 not in matrices.stride()[1:] or any(step * matrices.itemsize % ALIGNMENT_BYTES for step in steps):
+            return f"needs matrices aligned to {ALIGNMENT_BYTES} bytes; {name} has strides {matrices.stride()}"
+    return None
 
 
 def check_dtypes(tokens: Tensor, *params: ExpertParams | ExpertAdapters) -> None:

@@ -8,14 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crossdock.experts.checks import ALIGNMENT_BYTES, alignment_problem
 from crossdock.experts.experts import ExpertParams
 from crossdock.experts.formula import SWIGLU, ExpertsFormula
 from crossdock.experts.operator import Gradients, Kept, make_backend
 from crossdock.experts.routes import sort_routes
 
-__all__ = ["ALIGNMENT_BYTES", "grouped_mm", "grouped_mm_problem"]
-
-ALIGNMENT_BYTES = 16
+__all__ = ["grouped_mm", "grouped_mm_problem"]
 
 
 def grouped_mm(
@@ -46,14 +45,7 @@ def grouped_mm_problem(tokens: Tensor, params: ExpertParams) -> str | None:
     """Why `grouped_mm` cannot compute these `tokens [U, H]` and `params`, or `None` where it can."""
     if tokens.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"takes float32, bfloat16 or float16, not {tokens.dtype}"
-    for name, size in (("hidden_size", tokens.shape[1]), ("intermediate_size", params.down_projs.shape[1])):
-        if size * tokens.dtype.itemsize % ALIGNMENT_BYTES:
-            return f"needs rows of a multiple of {ALIGNMENT_BYTES} bytes; {name} = {size} in {tokens.dtype} is none"
-    for name, matrices in (("gate_and_up_projs", params.gate_and_up_projs), ("down_projs", params.down_projs)):
-        steps = [step for step in matrices.stride() if step != 1]
-        if 1 not in matrices.stride()[1:] or any(step * matrices.itemsize % ALIGNMENT_BYTES for step in steps):
-            return f"needs matrices aligned to {ALIGNMENT_BYTES} bytes; {name} has strides {matrices.stride()}"
-    return None
+    return alignment_problem(tokens, params)
 
 
 class _Rows:

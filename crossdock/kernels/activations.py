@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from crossdock.kernels.gating import gated, gated_slopes
 from crossdock.kernels.runtime import buffer_dtype, cdiv, device_of, jit, runs, tl
 
 __all__ = [
@@ -56,13 +57,16 @@ class FusedActivation(Protocol):
 
 
 class _Form(NamedTuple):
+    """The activation by its name in crossdock/kernels/gating.py, and alpha for the reference."""
+
+    activation: str
     alpha: float
     limit: float | None
     offset: float
 
 
-_SILU = _Form(1.0, None, 0.0)
-_QUICK_GEGLU = _Form(1.702, 7.0, 1.0)
+_SILU = _Form("silu", 1.0, None, 0.0)
+_QUICK_GEGLU = _Form("quick_gelu", 1.702, 7.0, 1.0)
 
 
 def fused_silu_gate_prob(gate: Tensor, up: Tensor | None = None, prob: Tensor | None = None) -> Tensor:
@@ -153,7 +157,7 @@ def _launch_forward(form: _Form, gate: Tensor, up: Tensor, prob: Tensor | None) 
             _forward_kernel[grid](
                 *(gate, up, None if prob is None else prob.reshape(-1), out),
                 *(num_rows, width, gate.stride(0), up.stride(0)),
-                ALPHA=form.alpha,
+                ACTIVATION=form.activation,
                 LIMIT=form.limit,
                 OFFSET=form.offset,
                 BLOCK_ROWS=_BLOCK_ROWS,
@@ -181,22 +185,13 @@ def _launch_backward(
         _backward_kernel[(cdiv(num_rows, _BLOCK_ROWS),)](
             *(grad, gate, up, None if prob is None else prob.reshape(-1), gate_grad, up_grad, prob_grad),
             *(num_rows, width, grad.stride(0), gate.stride(0), up.stride(0), gate_grad.stride(0), up_grad.stride(0)),
-            ALPHA=form.alpha,
+            ACTIVATION=form.activation,
             LIMIT=form.limit,
             OFFSET=form.offset,
             BLOCK_ROWS=_BLOCK_ROWS,
             BLOCK_COLUMNS=_BLOCK_COLUMNS,
             num_warps=_NUM_WARPS,
         )
-
-
-@jit
-def _clamped(gate, up, LIMIT: tl.constexpr):
-    # By comparison: a minimum would drop NaN.
-    if LIMIT is not None:
-        gate = tl.where(gate > LIMIT, LIMIT, gate)
-        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-    return gate, up
 
 
 @jit
@@ -209,7 +204,7 @@ def _forward_kernel(
     width,
     gate_stride,
     up_stride,
-    ALPHA: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -220,8 +215,7 @@ def _forward_kernel(
     mask = (row[:, None] < num_rows) & (column[None, :] < width)
     gate = tl.load(gate_ptr + row[:, None] * gate_stride + column[None, :], mask=mask).to(tl.float32)
     up = tl.load(up_ptr + row[:, None] * up_stride + column[None, :], mask=mask).to(tl.float32)
-    gate, up = _clamped(gate, up, LIMIT)
-    h = gate * tl.sigmoid(ALPHA * gate) * (up + OFFSET)
+    h = gated(gate, up, ACTIVATION, LIMIT, OFFSET, True)
     if prob_ptr is not None:
         h *= tl.load(prob_ptr + row, mask=row < num_rows).to(tl.float32)[:, None]
     tl.store(out_ptr + row[:, None] * width + column[None, :], h, mask=mask)
@@ -243,7 +237,7 @@ def _backward_kernel(
     up_stride,
     gate_grad_stride,
     up_grad_stride,
-    ALPHA: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -260,20 +254,13 @@ def _backward_kernel(
         column = first + tl.arange(0, BLOCK_COLUMNS)[None, :]
         mask = row_mask[:, None] & (column < width)
         grad = tl.load(grad_ptr + row[:, None] * grad_stride + column, mask=mask, other=0).to(tl.float32)
-        gate_in = tl.load(gate_ptr + row[:, None] * gate_stride + column, mask=mask, other=0).to(tl.float32)
-        up_in = tl.load(up_ptr + row[:, None] * up_stride + column, mask=mask, other=0).to(tl.float32)
-        gate, up = _clamped(gate_in, up_in, LIMIT)
-        up += OFFSET
-        sigmoid = tl.sigmoid(ALPHA * gate)
-        activated = gate * sigmoid
+        gate = tl.load(gate_ptr + row[:, None] * gate_stride + column, mask=mask, other=0).to(tl.float32)
+        up = tl.load(up_ptr + row[:, None] * up_stride + column, mask=mask, other=0).to(tl.float32)
+        h, gate_slope, up_slope = gated_slopes(gate, up, ACTIVATION, LIMIT, OFFSET, True)
         if prob_grad_ptr is not None:
-            prob_grad += tl.sum(grad * activated * up, axis=1)
+            prob_grad += tl.sum(grad * h, axis=1)
         grad *= prob[:, None]
-        up_grad = grad * activated
-        gate_grad = grad * up * (sigmoid + ALPHA * activated * (1 - sigmoid))
-        if LIMIT is not None:
-            up_grad = tl.where((up_in > LIMIT) | (up_in < -LIMIT), 0, up_grad)
-            gate_grad = tl.where(gate_in > LIMIT, 0, gate_grad)
+        gate_grad, up_grad = grad * gate_slope, grad * up_slope
         tl.store(gate_grad_ptr + row[:, None] * gate_grad_stride + column, gate_grad, mask=mask)
         tl.store(up_grad_ptr + row[:, None] * up_grad_stride + column, up_grad, mask=mask)
     if prob_grad_ptr is not None:

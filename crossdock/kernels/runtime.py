@@ -13,15 +13,17 @@ if TYPE_CHECKING:
     import triton  # pyright: ignore[reportMissingImports]
     import triton.language as tl  # pyright: ignore[reportMissingImports]
     from triton import knobs  # pyright: ignore[reportMissingImports]
+    from triton.tools.tensor_descriptor import TensorDescriptor  # pyright: ignore[reportMissingImports]
 else:
     try:
         import triton
         import triton.language as tl
         from triton import knobs
+        from triton.tools.tensor_descriptor import TensorDescriptor
     except ImportError:
-        triton = tl = knobs = None
+        triton = tl = knobs = TensorDescriptor = None
 
-__all__ = ["INTERPRETED", "buffer_dtype", "cdiv", "device_of", "jit", "runs", "tl"]
+__all__ = ["INTERPRETED", "blocks_of", "buffer_dtype", "cdiv", "device_of", "jit", "num_sms", "runs", "runs_on", "tl"]
 
 # Triton decides when a kernel is decorated, that is when its module is imported.
 INTERPRETED: bool = triton is not None and knobs.runtime.interpret
@@ -41,13 +43,16 @@ def runs(*tensors: Tensor | None) -> bool:
     Not without Triton, not on a CPU unless interpreted, not in float64 (kernels compute in fp32), and no tensor
     subclass: a FakeTensor has no memory, a DTensor's is a part of it.
     """
-    if triton is None:
-        return False
     return all(
-        type(tensor) in (Tensor, nn.Parameter) and (tensor.is_cuda or INTERPRETED) and tensor.dtype != torch.float64
+        type(tensor) in (Tensor, nn.Parameter) and runs_on(tensor.device) and tensor.dtype != torch.float64
         for tensor in tensors
         if tensor is not None
     )
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels can run on a device."""
+    return triton is not None and (device.type == "cuda" or INTERPRETED)
 
 
 def buffer_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -65,3 +70,16 @@ def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 where kernels are interpreted, so that programs take more than one tile each."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def blocks_of(matrices: Tensor, block: list[int]) -> Any:
+    """A descriptor by which a kernel loads blocks of a contiguous tensor; what lies outside of it is 0.
+
+    Rows must be multiples of 16 bytes.
+    """
+    return TensorDescriptor(matrices, list(matrices.shape), list(matrices.stride()), block)

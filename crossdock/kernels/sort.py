@@ -15,7 +15,7 @@ from torch import Tensor
 
 from crossdock.kernels.runtime import cdiv, device_of, jit, runs, tl
 
-__all__ = ["RouteOrder", "counting_sort", "counting_sort_reference"]
+__all__ = ["RouteOrder", "counting_sort", "counting_sort_reference", "invert_order", "invert_order_reference"]
 
 _BLOCK, _NUM_WARPS = 128, 8
 
@@ -71,6 +71,32 @@ def counting_sort_reference(slot_ids: Tensor, num_slots: int) -> RouteOrder:
     return RouteOrder(
         torch.where(real[by_slot], by_slot, -1), counts[:num_slots], torch.where(real, row, -1).view(slot_ids.shape)
     )
+
+
+def invert_order(order: Tensor, num_routes: int) -> Tensor:
+    """`row_of_route [num_routes]` of `order [M]`: each route's row, `-1` for one that has none."""
+    if not runs(order):
+        return invert_order_reference(order, num_routes)
+    row_of_route = torch.full((num_routes,), -1, dtype=torch.int64, device=order.device)
+    if len(order):
+        with device_of(order):
+            _invert_kernel[(cdiv(len(order), 1024),)](order.contiguous(), row_of_route, len(order), BLOCK=1024)
+    return row_of_route
+
+
+def invert_order_reference(order: Tensor, num_routes: int) -> Tensor:
+    """What `invert_order` computes, in torch's own operations; no copy to the host either."""
+    row_of_route = order.new_full((num_routes + 1,), -1)
+    # Rows without a route all write to the place that is cut off.
+    place = torch.where(order < 0, num_routes, order)
+    return row_of_route.scatter_(0, place, torch.arange(len(order), device=order.device))[:num_routes]
+
+
+@jit
+def _invert_kernel(order_ptr, row_of_route_ptr, num_rows, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    route = tl.load(order_ptr + row, mask=row < num_rows, other=-1)
+    tl.store(row_of_route_ptr + route, row, mask=route >= 0)
 
 
 @jit
