@@ -14,7 +14,7 @@ from crossdock.routing import RouterConfig
 
 __all__ = ["STATIC_EXPERTS", "MoEConfig", "MoEConfigError"]
 
-STATIC_EXPERTS = ("auto", "grouped_mm")
+STATIC_EXPERTS = ("auto", "grouped_mm", "triton")
 """Values of `experts` that `static_shapes` goes with."""
 
 
@@ -81,10 +81,10 @@ class MoEConfig:
     static_shapes: bool = False
     """Worst-case buffers and no sync of the GPU in a layer: every rank gets room for the tokens of all ranks, as many
     as any had in the first step, and every token for all its experts. With `allgather` or `alltoall`, which are the
-    same then, and `grouped_mm`."""
-    experts: Literal["auto", "cpu", "eager", "grouped_mm"] = "auto"
+    same then, and experts by `grouped_mm` or `triton`."""
+    experts: Literal["auto", "cpu", "eager", "grouped_mm", "triton"] = "auto"
     """How experts are computed. `auto`: `cpu` on a CPU, `grouped_mm` on a GPU, and `eager`, a plain loop, where that
-    cannot."""
+    cannot. `triton`: kernels that do everything around the products within them; not yet run on hardware."""
     sequence_aux_loss_coeff: float = 0.0
     """Coefficient of the Switch auxiliary loss per sequence (1 is its value under perfect balance)."""
     batch_aux_loss_coeff: float = 0.0

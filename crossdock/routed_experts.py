@@ -122,6 +122,8 @@ class RoutedExperts(nn.Module):
         self.ep_world_size = placement.num_ranks
         self.is_first_replica = ep_group is None or 0 in dist.get_process_group_ranks(ep_group)
         self.sums_replicas = True
+        if isinstance(self.experts, GroupedExperts):
+            self.experts.is_whole = self.ep_world_size == 1
         self.replace(placement, None)
 
     def replace(self, placement: Placement, relief: Relief | None) -> None:

@@ -22,6 +22,7 @@ from crossdock.experts.module import GroupedExperts
 from crossdock.experts.operator import EXPERTS_OPS
 from crossdock.experts.scaling import load_factors
 from crossdock.experts.shared import SharedExperts
+from crossdock.experts.triton import triton
 from crossdock.experts.unpacked import UnpackedExperts, ranks_apart
 
 __all__ = [
@@ -55,4 +56,5 @@ __all__ = [
     "load_factors",
     "lora_experts",
     "ranks_apart",
+    "triton",
 ]

@@ -13,6 +13,8 @@ from crossdock.experts.cpu import cpu, cpu_problem
 from crossdock.experts.eager import eager
 from crossdock.experts.experts import ExpertParams, ExpertsBackend
 from crossdock.experts.grouped_mm import grouped_mm, grouped_mm_problem
+from crossdock.experts.triton import triton, triton_problem
+from crossdock.kernels import TileTable
 
 __all__ = ["AUTO", "EXPERTS_BACKENDS", "choose_backend"]
 
@@ -20,34 +22,48 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 EXPERTS_BACKENDS: Mapping[str, ExpertsBackend]
-EXPERTS_BACKENDS = MappingProxyType({"cpu": cpu, "eager": eager, "grouped_mm": grouped_mm})
-# Why a backend cannot compute these tokens with these parameters; the best first. `eager` always can.
+EXPERTS_BACKENDS = MappingProxyType({"cpu": cpu, "eager": eager, "grouped_mm": grouped_mm, "triton": triton})
+# Why a backend cannot compute these tokens with these parameters. `eager` always can.
 _PROBLEMS: Mapping[str, Callable[[Tensor, ExpertParams], str | None]]
-_PROBLEMS = MappingProxyType({"cpu": cpu_problem, "grouped_mm": grouped_mm_problem})
+_PROBLEMS = MappingProxyType({"cpu": cpu_problem, "grouped_mm": grouped_mm_problem, "triton": triton_problem})
+# What `auto` takes the first of that can; `triton` has not been measured on hardware.
+_AUTOMATIC = ("cpu", "grouped_mm")
 
 
-def choose_backend(name: str, tokens: Tensor, params: ExpertParams, *, static: bool = False) -> ExpertsBackend:
+def choose_backend(
+    name: str,
+    tokens: Tensor,
+    params: ExpertParams,
+    *,
+    static: bool = False,
+    is_whole: bool = False,
+    tiles: TileTable | None = None,
+) -> ExpertsBackend:
     """The backend `name` for `tokens [U, H]`, or `eager`, said once, where it cannot compute them.
 
     Args:
         name: of `EXPERTS_BACKENDS`, or `auto`: `cpu` on a CPU, `grouped_mm` elsewhere, `eager` where that cannot.
-        static: `grouped_mm` with a row for every route that there could be, whatever the name.
+        static: with a row for every route that there could be; by `triton` where that is the name, else `grouped_mm`.
+        is_whole: whether `params` are all experts, so that there are as many routes as there could be but for dropped
+            ones.
+        tiles: of `triton`'s kernels; its own choice unless told.
 
     Raises:
         ValueError: where `static` cannot be.
     """
     if static:
-        if problem := grouped_mm_problem(tokens, params):
-            raise ValueError(
-                f"static_shapes computes experts by 'grouped_mm', which {problem}; use static_shapes = false"
-            )
-        return partial(grouped_mm, static=True)
-    if name == AUTO:
-        name = next((each for each, problem in _PROBLEMS.items() if problem(tokens, params) is None), "eager")
+        name = "triton" if name == "triton" else "grouped_mm"
+        if problem := _PROBLEMS[name](tokens, params):
+            raise ValueError(f"static_shapes computes experts by {name!r}, which {problem}; use static_shapes = false")
+    elif name == AUTO:
+        name = next((each for each in _AUTOMATIC if _PROBLEMS[each](tokens, params) is None), "eager")
     elif name in _PROBLEMS and (problem := _PROBLEMS[name](tokens, params)):
         _say_once(f"experts backend {name!r} {problem}; computing with 'eager'")
         name = "eager"
-    return EXPERTS_BACKENDS[name]
+    if name == "triton":
+        # Without a sync where that takes no more memory.
+        return partial(triton, static=static or is_whole, tiles=tiles)
+    return partial(grouped_mm, static=True) if static else EXPERTS_BACKENDS[name]
 
 
 @cache

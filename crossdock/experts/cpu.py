@@ -7,7 +7,7 @@ backward pass needs; it recomputes the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -99,7 +99,12 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _forward(
-    tokens: Tensor, slot_ids: Tensor, weights: Tensor, params: ExpertParams, formula: ExpertsFormula
+    tokens: Tensor,
+    slot_ids: Tensor,
+    weights: Tensor,
+    params: ExpertParams,
+    formula: ExpertsFormula,
+    tuning: Sequence[int],
 ) -> tuple[Tensor, Kept]:
     gate_and_up_projs, down_projs, gate_and_up_bias, down_bias = params
     weight_on = formula.weight_on
@@ -147,6 +152,7 @@ def _backward(
     params: ExpertParams,
     kept: Kept,
     formula: ExpertsFormula,
+    tuning: Sequence[int],
     *,
     needs_tokens: bool,
     needs_params: bool,

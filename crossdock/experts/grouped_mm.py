@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -101,7 +102,14 @@ class _Rows:
 
 
 def _forward(
-    tokens: Tensor, slot_ids: Tensor, weights: Tensor, params: ExpertParams, formula: ExpertsFormula, *, static: bool
+    tokens: Tensor,
+    slot_ids: Tensor,
+    weights: Tensor,
+    params: ExpertParams,
+    formula: ExpertsFormula,
+    tuning: Sequence[int],
+    *,
+    static: bool,
 ) -> tuple[Tensor, Kept]:
     wide, on_output = torch.promote_types(tokens.dtype, torch.float32), formula.weight_on == "output"
     route, counts = sort_routes(slot_ids, len(params.down_projs), static=static)
@@ -127,6 +135,7 @@ def _backward(
     params: ExpertParams,
     kept: Kept,
     formula: ExpertsFormula,
+    tuning: Sequence[int],
     *,
     needs_tokens: bool,
     needs_params: bool,

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from crossdock.experts.checks import check_dtypes, check_ids
+from crossdock.experts.checks import ALIGNMENT_BYTES, check_dtypes, check_ids
 from crossdock.experts.experts import ExpertAdapters, ExpertParams
 from crossdock.experts.formula import SWIGLU, ExpertsFormula
-from crossdock.experts.grouped_mm import ALIGNMENT_BYTES, grouped_mm_problem
+from crossdock.experts.grouped_mm import grouped_mm_problem
 from crossdock.experts.routes import sort_routes
 
 __all__ = ["eager_lora", "grouped_lora", "lora_experts"]

@@ -14,6 +14,7 @@ from crossdock.experts.experts import ExpertAdapters, ExpertParams, ForeignExper
 from crossdock.experts.formula import SWIGLU, ExpertsFormula
 from crossdock.experts.lora import lora_experts
 from crossdock.experts.scaling import scale_gradient
+from crossdock.kernels import TileTable
 
 __all__ = ["GroupedExperts"]
 
@@ -33,7 +34,9 @@ class GroupedExperts(nn.Module):
         gate_and_up_projs, down_projs, gate_and_up_bias, down_bias: as in `ExpertParams`; the biases may be `None`.
         gate_and_up_lora_a, gate_and_up_lora_b, down_lora_a, down_lora_b: as in `ExpertAdapters`, after `add_lora`.
         lora_scale: what the adapters' products are multiplied by; `None` without adapters.
-        static_shapes: compute by `grouped_mm` with a row for every route that there could be, without a sync.
+        static_shapes: compute with a row for every route that there could be, without a sync.
+        is_whole: whether these are all experts, and not a rank's part of them.
+        kernel_tiles: of the kernels of backend `triton`; its own choice unless told.
 
     Raises:
         ValueError: for an unknown backend.
@@ -55,6 +58,8 @@ class GroupedExperts(nn.Module):
             raise ValueError(f"experts backend {backend!r} is unknown; valid: {valid}")
         self.backend = backend
         self.static_shapes = False
+        self.is_whole = True
+        self.kernel_tiles: TileTable | None = None
         self.formula = formula
         width = formula.width(intermediate_size)
         self.gate_and_up_projs = nn.Parameter(torch.empty(num_slots, hidden_size, width))
@@ -140,7 +145,14 @@ class GroupedExperts(nn.Module):
             eager, static = self.backend == "eager", self.static_shapes
             given = tokens, slot_ids, weights, params, adapters, self.lora_scale, self.formula
             return lora_experts(*given, eager=eager, static=static)
-        backend = choose_backend(self.backend, tokens, params, static=self.static_shapes)
+        backend = choose_backend(
+            self.backend,
+            tokens,
+            params,
+            static=self.static_shapes,
+            is_whole=self.is_whole and len(params.down_projs) == len(self.down_projs),
+            tiles=self.kernel_tiles,
+        )
         return backend(tokens, slot_ids, weights, params, self.formula)
 
     def extra_repr(self) -> str:

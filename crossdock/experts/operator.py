@@ -6,6 +6,7 @@ computes the rest again. In bf16 that is `2 T H + 4 T K I` bytes for gated exper
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -43,11 +44,33 @@ class Gradients(NamedTuple):
     params: ExpertParams | None
 
 
-class Forward(Protocol):
-    """`y [U, H]` as `ExpertsBackend` says, and what is kept. Without autograd."""
+class TunedBackend(ExpertsBackend, Protocol):
+    """A backend that may be told how its kernels are to run."""
 
     def __call__(
-        self, tokens: Tensor, slot_ids: Tensor, weights: Tensor, params: ExpertParams, formula: ExpertsFormula
+        self,
+        tokens: Tensor,
+        slot_ids: Tensor,
+        weights: Tensor,
+        params: ExpertParams,
+        formula: ExpertsFormula = ...,
+        *,
+        tuning: Sequence[int] = (),
+    ) -> Tensor: ...
+
+
+class Forward(Protocol):
+    """`y [U, H]` as `ExpertsBackend` says, and what is kept. Without autograd. `tuning`: of kernels, as the backend
+    likes it; empty unless told."""
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        slot_ids: Tensor,
+        weights: Tensor,
+        params: ExpertParams,
+        formula: ExpertsFormula,
+        tuning: Sequence[int],
     ) -> tuple[Tensor, Kept]: ...
 
 
@@ -62,6 +85,7 @@ class Backward(Protocol):
         params: ExpertParams,
         kept: Kept,
         formula: ExpertsFormula,
+        tuning: Sequence[int],
         *,
         needs_tokens: bool,
         needs_params: bool,
@@ -69,11 +93,11 @@ class Backward(Protocol):
 
 
 _PARAMS = "Tensor gate_and_up_projs, Tensor down_projs, Tensor? gate_and_up_bias, Tensor? down_bias"
-_FORMULA = "str activation, bool gated, float? limit, float up_offset, str weight_on"
+_SETTINGS = "str activation, bool gated, float? limit, float up_offset, str weight_on, int[] tuning"
 _NUM_PARAMS = len(ExpertParams._fields)
 
 
-def make_backend(name: str, forward: Forward, backward: Backward, *, static: bool = False) -> ExpertsBackend:
+def make_backend(name: str, forward: Forward, backward: Backward, *, static: bool = False) -> TunedBackend:
     """The backend as operator `crossdock::{name}`.
 
     Args:
@@ -84,18 +108,17 @@ def make_backend(name: str, forward: Forward, backward: Backward, *, static: boo
     """
 
     def run(tokens: Tensor, slot_ids: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        params, formula = ExpertParams(*rest[:_NUM_PARAMS]), ExpertsFormula(*rest[_NUM_PARAMS:])
+        params, formula = ExpertParams(*rest[:_NUM_PARAMS]), ExpertsFormula(*rest[_NUM_PARAMS:-1])
         check_ids(slot_ids, len(params.down_projs))  # in here, where tracing does not look
-        y, kept = forward(tokens, slot_ids, weights, params, formula)
+        y, kept = forward(tokens, slot_ids, weights, params, formula, rest[-1])
         return y, kept.pre_activations, kept.route, kept.counts
 
     def run_backward(grad_y: Tensor, tokens: Tensor, weights: Tensor, *rest: Any) -> list[Tensor]:
         """The gradients of `_flat`."""
         params, rest = ExpertParams(*rest[:_NUM_PARAMS]), rest[_NUM_PARAMS:]
-        kept, formula, (needs_tokens, needs_params) = Kept(*rest[:3]), ExpertsFormula(*rest[3:-2]), rest[-2:]
-        grads = backward(
-            grad_y, tokens, weights, params, kept, formula, needs_tokens=needs_tokens, needs_params=needs_params
-        )
+        kept, formula, (tuning, needs_tokens, needs_params) = Kept(*rest[:3]), ExpertsFormula(*rest[3:-3]), rest[-3:]
+        given = grad_y, tokens, weights, params, kept, formula, tuning
+        grads = backward(*given, needs_tokens=needs_tokens, needs_params=needs_params)
         return [grad for grad in (grads.tokens, grads.weights, *(grads.params or ())) if grad is not None]
 
     def fake(tokens: Tensor, slot_ids: Tensor, weights: Tensor, gate_and_up_projs: Tensor, *_: Any) -> Any:
@@ -115,16 +138,16 @@ def make_backend(name: str, forward: Forward, backward: Backward, *, static: boo
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         tokens, _, weights, *rest = inputs
         ctx.save_for_backward(tokens, weights, *rest[:_NUM_PARAMS], *output[1:])
-        ctx.formula = rest[_NUM_PARAMS:]
+        ctx.settings = rest[_NUM_PARAMS:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_y is None:
             return (None,) * len(ctx.needs_input_grad)
-        saved, formula = ctx.saved_tensors, ctx.formula
+        saved, settings = ctx.saved_tensors, ctx.settings
         needs_tokens, _, needs_weights, *needs = ctx.needs_input_grad[: 3 + _NUM_PARAMS]
-        grads = iter(backward_op(grad_y, *saved, *formula, needs_tokens, any(needs)))
+        grads = iter(backward_op(grad_y, *saved, *settings, needs_tokens, any(needs)))
         of_tokens, of_weights = next(grads) if needs_tokens else None, next(grads)
         of_params = [next(grads, None) if param is not None else None for param in saved[2 : 2 + _NUM_PARAMS]]
         return (
@@ -132,16 +155,16 @@ def make_backend(name: str, forward: Forward, backward: Backward, *, static: boo
             None,
             of_weights if needs_weights else None,
             *(grad if needed else None for grad, needed in zip(of_params, needs, strict=True)),
-            *(None for _ in formula),
+            *(None for _ in settings),
         )
 
-    inputs = f"Tensor tokens, Tensor slot_ids, Tensor weights, {_PARAMS}, {_FORMULA}"
+    inputs = f"Tensor tokens, Tensor slot_ids, Tensor weights, {_PARAMS}, {_SETTINGS}"
     forward_op = torch.library.custom_op(
         f"crossdock::{name}", run, mutates_args=(), schema=f"({inputs}) -> (Tensor, Tensor, Tensor, Tensor)"
     )
     inputs = (
         f"Tensor grad_y, Tensor tokens, Tensor weights, {_PARAMS}, Tensor pre_activations, Tensor route, Tensor counts,"
-        f" {_FORMULA}, bool needs_tokens, bool needs_params"
+        f" {_SETTINGS}, bool needs_tokens, bool needs_params"
     )
     backward_op = torch.library.custom_op(
         f"crossdock::{name}_backward", run_backward, mutates_args=(), schema=f"({inputs}) -> Tensor[]"
@@ -153,7 +176,13 @@ def make_backend(name: str, forward: Forward, backward: Backward, *, static: boo
     EXPERTS_OPS.add(op)
 
     def backend(
-        tokens: Tensor, slot_ids: Tensor, weights: Tensor, params: ExpertParams, formula: ExpertsFormula = SWIGLU
+        tokens: Tensor,
+        slot_ids: Tensor,
+        weights: Tensor,
+        params: ExpertParams,
+        formula: ExpertsFormula = SWIGLU,
+        *,
+        tuning: Sequence[int] = (),
     ) -> Tensor:
         check_dtypes(tokens, params)
         y, *_ = op(
@@ -166,6 +195,7 @@ def make_backend(name: str, forward: Forward, backward: Backward, *, static: boo
             formula.limit,
             formula.up_offset,
             formula.weight_on,
+            tuning,
         )
         return y
 

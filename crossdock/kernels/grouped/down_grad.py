@@ -50,7 +50,7 @@ def down_gradient(
     Args:
         grad_y: `[U, H]`.
         matrices: `[S, H, I]`: the down projections the other way round.
-        weights: `[U, K]` fp32, the routing weights on the output; 1 without them.
+        weights: `[U, K]` fp32, contiguous, the routing weights on the output; 1 without them.
         pre: `[M, 2I]` (ungated `[M, I]`) of the forward pass.
         rows: of `M` routes.
         gating: the activation.

@@ -28,7 +28,7 @@ def multiply(
         values: `[M, C]`, contiguous.
         matrices: `[S, C, D]`.
         bias: `[S, D]`.
-        weights: `[U, K]` fp32, the routing weights `p` that `bias` is multiplied by; 1 without them.
+        weights: `[U, K]` fp32, contiguous, the routing weights `p` that `bias` is multiplied by; 1 without them.
         rows: of `M` routes.
         tiles: `columns` of `D`.
         row_tiles: of `tiles.rows` rows.

@@ -32,7 +32,7 @@ def up_projection(
         tokens: `[U, H]`; without `gather` `[M, H]`, rows as they are.
         matrices: `[S, H, 2I]`, gate first (ungated `[S, H, I]`).
         bias: `[S, 2I]` (`[S, I]`).
-        weights: `[U, K]` fp32, the routing weights `p`; 1 without them.
+        weights: `[U, K]` fp32, contiguous, the routing weights `p`; 1 without them.
         rows: of `M` routes.
         gating: the activation.
         tiles: `columns` of `I`.
