@@ -29,6 +29,7 @@ class Tiles(NamedTuple):
         depth: values of the reduction per step, a power of two, 16 or more.
         num_warps: of 32 threads each, that compute it.
         num_stages: steps whose operands are on their way at once.
+        flatten: 1 where a program begins to load its next block while it stores one; else 0. Products with rows alone.
     """
 
     rows: int
@@ -36,6 +37,7 @@ class Tiles(NamedTuple):
     depth: int
     num_warps: int
     num_stages: int
+    flatten: int = 0
 
     @property
     def programs_per_sm(self) -> int:
@@ -67,9 +69,8 @@ class TileTable(Mapping[tuple[str, int], Tiles]):
                 raise ValueError(f"tiles for kernel {kernel!r}: there is none; valid: {', '.join(KERNELS)}")
             if bucket not in ROW_BUCKETS:
                 raise ValueError(f"tiles of {kernel} for {bucket} rows per slot: must be one of {ROW_BUCKETS}")
-            for name, value, least in zip(Tiles._fields, own, (16, 16, 16, 1, 1), strict=True):
-                power = name == "num_stages" or value & (value - 1) == 0
-                if type(value) is not int or value < least or not power:
+            for name, value, least in zip(Tiles._fields, own, (16, 16, 16, 1, 1, 0), strict=True):
+                if type(value) is not int or value < least or (name != "num_stages" and value & (value - 1)):
                     raise ValueError(f"tiles of {kernel} for {bucket} rows per slot: {name} = {value!r} cannot be")
         self._tiles = dict(tiles)
 
@@ -87,7 +88,7 @@ class TileTable(Mapping[tuple[str, int], Tiles]):
         return self._tiles.get((kernel, bucket_of(rows_per_slot))) or default_tiles(kernel, rows_per_slot, itemsize)
 
     def to_ints(self) -> tuple[int, ...]:
-        """As an operator's argument: seven numbers for each kernel and bucket."""
+        """As an operator's argument: eight numbers for each kernel and bucket."""
         return tuple(
             value
             for (kernel, bucket), tiles in self._tiles.items()
@@ -98,11 +99,11 @@ class TileTable(Mapping[tuple[str, int], Tiles]):
     @cache
     def from_ints(cls, ints: tuple[int, ...]) -> TileTable:
         """What `to_ints` gave."""
-        entries = (ints[first : first + 7] for first in range(0, len(ints), 7))
+        entries = (ints[first : first + 8] for first in range(0, len(ints), 8))
         return cls({(KERNELS[kernel], bucket): Tiles(*tiles) for kernel, bucket, *tiles in entries})
 
     def to_json(self) -> dict[str, dict[str, list[int]]]:
-        """`{kernel: {bucket: [rows, columns, depth, num_warps, num_stages]}}`."""
+        """`{kernel: {bucket: [rows, columns, depth, num_warps, num_stages, flatten]}}`."""
         table: dict[str, dict[str, list[int]]] = {}
         for (kernel, bucket), tiles in self._tiles.items():
             table.setdefault(kernel, {})[str(bucket)] = list(tiles)
@@ -141,7 +142,7 @@ def default_tiles(kernel: str, rows_per_slot: float, itemsize: int) -> Tiles:
         itemsize: bytes of a value: 2, or 4, whose products go without tensor cores.
     """
     if itemsize > 2:
-        return Tiles(min(64, bucket_of(rows_per_slot)), 64, 32, 4, 2)
+        return Tiles(min(64, bucket_of(rows_per_slot)), 64, 16, 8, 2)
     return candidates(kernel, rows_per_slot)[0]
 
 
@@ -151,11 +152,13 @@ def candidates(kernel: str, rows_per_slot: float) -> tuple[Tiles, ...]:
     if kernel in _WEIGHT_GRADS:
         depth = min(bucket, 64)
         return (
+            # Rows are found by an index, whose loading is a stage of its own.
+            Tiles(128, 256, depth, 8, 4),
             Tiles(128, 256, depth, 8, 3),
+            Tiles(256, 128, depth, 8, 4),
             Tiles(128, 128, depth, 8, 4),
             Tiles(128, 128, depth, 4, 4),
-            Tiles(256, 128, depth, 8, 3),
-            Tiles(128, 256, min(depth, 32), 8, 4),
+            Tiles(128, 256, min(depth, 32), 8, 5),
         )
     if bucket == 16:
         return tuple(Tiles(16, columns, depth, 4, 4) for columns, depth in ((128, 64), (64, 128), (128, 128), (64, 64)))
@@ -170,13 +173,15 @@ def candidates(kernel: str, rows_per_slot: float) -> tuple[Tiles, ...]:
     if kernel in ("up", "down_grad"):
         return (
             Tiles(128, 128, 64, 8, 3),
+            Tiles(128, 128, 64, 8, 3, 1),
             Tiles(128, 128, 64, 8, 4),
-            Tiles(128, 64, 64, 4, 4),
-            Tiles(64, 128, 64, 4, 3),
             Tiles(128, 64, 64, 8, 4),
+            Tiles(64, 128, 64, 4, 3),
+            Tiles(64, 128, 32, 4, 4),
         )
     return (
         Tiles(128, 256, 64, 8, 3),
+        Tiles(128, 256, 64, 8, 3, 1),
         Tiles(128, 256, 64, 8, 4),
         Tiles(128, 128, 64, 8, 4),
         Tiles(128, 128, 64, 4, 4),

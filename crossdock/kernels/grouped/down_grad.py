@@ -15,7 +15,7 @@ from crossdock.kernels.gating import Gating, gated_slopes
 from crossdock.kernels.grouped.matrices import SlotMatrices, load_block
 from crossdock.kernels.grouped.rows import RowTiles, SlotRows
 from crossdock.kernels.grouped.up import up_projection_reference
-from crossdock.kernels.runtime import INTERPRETED, buffer_dtype, cdiv, device_of, jit, num_sms, tl
+from crossdock.kernels.runtime import INTERPRETED, blocks_of, buffer_dtype, cdiv, device_of, jit, num_sms, tl
 from crossdock.kernels.tiles import Tiles
 
 __all__ = ["DownGradients", "down_gradient", "down_gradient_reference"]
@@ -69,8 +69,9 @@ def down_gradient(
         programs = min(row_tiles.max_tiles * column_blocks, num_sms(device) * tiles.programs_per_sm)
         with device_of(grad_y):
             _down_grad_kernel[(programs,)](
-                *(grad_y.contiguous(), matrices.blocks(tiles.depth, tiles.columns), weights, pre),
-                *(rows.order, rows.ends, row_tiles.slot, row_tiles.row, row_tiles.count, grad_pre, h, of_weights),
+                *(grad_y.contiguous(), matrices.blocks(tiles.depth, tiles.columns), weights),
+                blocks_of(pre, [tiles.rows, tiles.columns // 2]),
+                *(rows.order, rows.ends, row_tiles.slot, row_tiles.row, row_tiles.num_tiles, grad_pre, h, of_weights),
                 *(len(pre), hidden, inner),
                 TOP_K=rows.top_k,
                 TRANSPOSED=matrices.transposed,
@@ -79,6 +80,7 @@ def down_gradient(
                 COLUMNS=tiles.columns,
                 DEPTH=tiles.depth,
                 PROGRAMS=programs,
+                FLATTEN=bool(tiles.flatten),
                 UPCAST=INTERPRETED,
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
@@ -113,7 +115,7 @@ def _down_grad_kernel(
     grad_y_ptr,  # [U, hidden]
     blocks,  # of [S, hidden, inner]
     weights_ptr,  # [U K] or None
-    pre_ptr,  # [M, 2 inner]
+    pre,  # blocks of [M, 2 inner]
     order_ptr,  # [M]
     ends_ptr,  # [S]
     tile_slot_ptr,  # [max_tiles]
@@ -135,15 +137,16 @@ def _down_grad_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    FLATTEN: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     column_blocks = tl.cdiv(inner, COLUMNS)
-    width = inner * 2 if GATED else inner
-    for tile in range(tl.program_id(0), tl.load(tile_count_ptr) * column_blocks, PROGRAMS):
+    for tile in tl.range(tl.program_id(0), tl.load(tile_count_ptr) * column_blocks, PROGRAMS, flatten=FLATTEN):
         row_tile, column_block = tile // column_blocks, tile % column_blocks
         first_column = column_block * COLUMNS
         slot = tl.load(tile_slot_ptr + row_tile)
-        row = tl.load(tile_row_ptr + row_tile) + tl.arange(0, ROWS)
+        first_row = tl.load(tile_row_ptr + row_tile)
+        row = first_row + tl.arange(0, ROWS)
         is_own = row < tl.load(ends_ptr + slot)
         row = row.to(tl.int64)
         route = tl.load(order_ptr + row, mask=is_own, other=0)
@@ -158,21 +161,54 @@ def _down_grad_kernel(
             if UPCAST:
                 dy, w = dy.to(tl.float32), w.to(tl.float32)
             grad_h = tl.dot(dy, w, grad_h, input_precision="ieee")
-        column = first_column + tl.arange(0, COLUMNS)
-        mask = is_own[:, None] & (column < inner)[None, :]
-        at = row[:, None] * width + column[None, :]
-        gate = tl.load(pre_ptr + at, mask=mask, other=0).to(tl.float32)
-        up = gate
-        if GATED:
-            up = tl.load(pre_ptr + at + inner, mask=mask, other=0).to(tl.float32)
-        h, gate_slope, up_slope = gated_slopes(gate, up, ACTIVATION, LIMIT, OFFSET, GATED)
-        of_weights = tl.sum(tl.where(mask, h * grad_h, 0), axis=1)
-        tl.store(grad_weights_ptr + column_block.to(tl.int64) * num_rows + row, of_weights, mask=is_own)
+        weight = None
         if weights_ptr is not None:
             weight = tl.load(weights_ptr + route, mask=is_own, other=0).to(tl.float32)[:, None]
-            h *= weight
-            grad_h *= weight
-        tl.store(h_ptr + row[:, None] * inner + column[None, :], h, mask=mask)
-        tl.store(grad_pre_ptr + at, grad_h * gate_slope, mask=mask)
-        if GATED:
-            tl.store(grad_pre_ptr + at + inner, grad_h * up_slope, mask=mask)
+        # In two halves: all of what is elementwise at once does not fit a thread's registers.
+        left, right = tl.split(grad_h.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
+        out = (pre, first_row, row, is_own, weight, grad_pre_ptr, h_ptr, inner)
+        of_weights = _finish(left, first_column, *out, ACTIVATION, LIMIT, OFFSET, GATED, ROWS, COLUMNS // 2)
+        right_column = first_column + COLUMNS // 2
+        of_weights += _finish(right, right_column, *out, ACTIVATION, LIMIT, OFFSET, GATED, ROWS, COLUMNS // 2)
+        tl.store(grad_weights_ptr + column_block.to(tl.int64) * num_rows + row, of_weights, mask=is_own)
+
+
+@jit
+def _finish(
+    grad_h,  # [ROWS, COLUMNS]
+    first_column,
+    pre,
+    first_row,
+    row,
+    is_own,
+    weight,
+    grad_pre_ptr,
+    h_ptr,
+    inner,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """What follows from some columns of `grad_h`; returns their part of the routing weight's gradient."""
+    width = inner * 2 if GATED else inner
+    column = first_column + tl.arange(0, COLUMNS)
+    mask = is_own[:, None] & (column < inner)[None, :]
+    # A tile's end may be of the next slot, or of what nobody wrote: it is not stored.
+    gate = pre.load([first_row, first_column]).to(tl.float32)
+    up = gate
+    if GATED:
+        up = pre.load([first_row, inner + first_column]).to(tl.float32)
+    h, gate_slope, up_slope = gated_slopes(gate, up, ACTIVATION, LIMIT, OFFSET, GATED)
+    of_weights = tl.sum(tl.where(mask, h * grad_h, 0), axis=1)
+    if weight is not None:
+        h *= weight
+        grad_h *= weight
+    tl.store(h_ptr + row[:, None] * inner + column[None, :], h, mask=mask)
+    at = row[:, None] * width + column[None, :]
+    tl.store(grad_pre_ptr + at, grad_h * gate_slope, mask=mask)
+    if GATED:
+        tl.store(grad_pre_ptr + at + inner, grad_h * up_slope, mask=mask)
+    return of_weights

@@ -45,13 +45,14 @@ def multiply(
         with device_of(values):
             _multiply_kernel[(programs,)](
                 *(blocks_of(values, [tiles.rows, tiles.depth]), matrices.blocks(tiles.depth, tiles.columns)),
-                *(bias, weights, rows.order, rows.ends, row_tiles.slot, row_tiles.row, row_tiles.count, out),
+                *(bias, weights, rows.order, rows.ends, row_tiles.slot, row_tiles.row, row_tiles.num_tiles, out),
                 *(depth, width),
                 TRANSPOSED=matrices.transposed,
                 ROWS=tiles.rows,
                 COLUMNS=tiles.columns,
                 DEPTH=tiles.depth,
                 PROGRAMS=programs,
+                FLATTEN=bool(tiles.flatten),
                 UPCAST=INTERPRETED,
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
@@ -90,10 +91,11 @@ def _multiply_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    FLATTEN: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     column_blocks = tl.cdiv(width, COLUMNS)
-    for tile in range(tl.program_id(0), tl.load(tile_count_ptr) * column_blocks, PROGRAMS):
+    for tile in tl.range(tl.program_id(0), tl.load(tile_count_ptr) * column_blocks, PROGRAMS, flatten=FLATTEN):
         row_tile, first_column = tile // column_blocks, (tile % column_blocks) * COLUMNS
         slot = tl.load(tile_slot_ptr + row_tile)
         first_row = tl.load(tile_row_ptr + row_tile)

@@ -46,13 +46,13 @@ class RowTiles(NamedTuple):
 
     Attributes:
         slot, row: `[max_tiles]` int32, each tile's slot and first row; written for those that there are.
-        count: `[1]` int32, how many there are.
+        num_tiles: `[1]` int32, how many there are.
         block_rows: a power of two.
     """
 
     slot: Tensor
     row: Tensor
-    count: Tensor
+    num_tiles: Tensor
     block_rows: int
 
     @property

@@ -54,7 +54,7 @@ def up_projection(
         with device_of(tokens):
             _up_kernel[(programs,)](
                 *(tokens.contiguous(), matrices.blocks(tiles.depth, tiles.columns), bias, weights),
-                *(rows.order, rows.ends, row_tiles.slot, row_tiles.row, row_tiles.count, pre, h),
+                *(rows.order, rows.ends, row_tiles.slot, row_tiles.row, row_tiles.num_tiles, pre, h),
                 *(hidden, inner),
                 TOP_K=rows.top_k,
                 GATHER=gather,
@@ -64,6 +64,7 @@ def up_projection(
                 COLUMNS=tiles.columns,
                 DEPTH=tiles.depth,
                 PROGRAMS=programs,
+                FLATTEN=bool(tiles.flatten),
                 UPCAST=INTERPRETED,
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
@@ -124,11 +125,12 @@ def _up_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    FLATTEN: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     column_blocks = tl.cdiv(inner, COLUMNS)
     width = inner * 2 if GATED else inner
-    for tile in range(tl.program_id(0), tl.load(tile_count_ptr) * column_blocks, PROGRAMS):
+    for tile in tl.range(tl.program_id(0), tl.load(tile_count_ptr) * column_blocks, PROGRAMS, flatten=FLATTEN):
         # Neighbours share a slot's rows, which the L2 cache then has.
         row_tile, first_column = tile // column_blocks, (tile % column_blocks) * COLUMNS
         slot = tl.load(tile_slot_ptr + row_tile)
