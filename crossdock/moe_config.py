@@ -35,7 +35,7 @@ _NUMBERS = MappingProxyType(
 
 _ROUTER_SETTINGS = (
     "sequence_aux_loss_coeff batch_aux_loss_coeff global_aux_loss_coeff z_loss_coeff expert_bias expert_bias_rate "
-    "capacity_factor drop_policy input_jitter router_dtype debug_force_zipf debug_force_zipf_seed "
+    "capacity_factor drop_policy input_jitter router_dtype router_kernel debug_force_zipf debug_force_zipf_seed "
     "debug_force_zipf_drift"
 )
 
@@ -107,6 +107,10 @@ class MoEConfig:
     """In training, multiply the router's input by uniform noise in `1 +- input_jitter`."""
     router_dtype: Literal["float32", "input"] = "float32"
     """What the router's product is computed in; `input` is the activations' dtype."""
+    router_kernel: Literal["torch", "triton"] = "torch"
+    """What decides from the router's logits: operations of torch, or one kernel that computes scores, experts, weights
+    and counts (`triton`). That runs on a GPU, and not with groups of experts, a capacity or forced experts: there
+    torch decides. Not yet run on hardware."""
     gradient_scale: Literal["off", "output", "gradient"] = "off"
     """In training, multiply an expert's outputs, or its weights' gradients, by the mean number of routes of the rank's
     experts over its own. Depends on the layout and on gradient accumulation by definition."""
@@ -224,6 +228,7 @@ class MoEConfig:
             drop_policy=self.drop_policy if chosen_policy else family.drop_policy,
             input_jitter=self.input_jitter or family.input_jitter,
             router_dtype=family.router_dtype if self.router_dtype == "float32" else self.router_dtype,
+            kernel=self.router_kernel,
             force_zipf=family.force_zipf if self.debug_force_zipf < 0 else self.debug_force_zipf,
             force_zipf_seed=family.force_zipf_seed if self.debug_force_zipf_seed < 0 else self.debug_force_zipf_seed,
             force_zipf_drift=self.debug_force_zipf_drift or family.force_zipf_drift,

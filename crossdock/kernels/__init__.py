@@ -11,6 +11,7 @@ from crossdock.kernels.activations import (
 from crossdock.kernels.gating import Gating
 from crossdock.kernels.permute import permute, permute_reference, unpermute, unpermute_reference
 from crossdock.kernels.quantize import FP8_GROUP, dequantize_fp8, quantize_fp8, quantize_fp8_reference
+from crossdock.kernels.routing import Decision, Scoring, decide, decide_reference
 from crossdock.kernels.sort import (
     RouteOrder,
     counting_sort,
@@ -24,15 +25,19 @@ __all__ = [
     "FP8_GROUP",
     "KERNELS",
     "ROW_BUCKETS",
+    "Decision",
     "FusedActivation",
     "Gating",
     "RouteOrder",
+    "Scoring",
     "TileTable",
     "Tiles",
     "bucket_of",
     "candidates",
     "counting_sort",
     "counting_sort_reference",
+    "decide",
+    "decide_reference",
     "default_tiles",
     "dequantize_fp8",
     "fused_quick_geglu_prob",

@@ -198,7 +198,9 @@ def attach_losses(
     """
     weights = coefficients.active()
     total = sum((weights[name] * loss for name, loss in losses.items()), start=routing.logits.new_zeros(()))
-    routes = count_experts(routing.expert_ids, routing.logits.shape[-1])
+    routes = routing.counts
+    if routes is None:
+        routes = count_experts(routing.expert_ids, routing.logits.shape[-1])
     tokens = routes.new_full((), len(routing.logits)) if padding_mask is None else (~padding_mask).sum()
     observed = Observed(routes, tokens, routes.new_zeros(()) if routing.dropped is None else routing.dropped)
     return _attach(output, total, observed, {name: loss.detach() for name, loss in losses.items()}, load)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from crossdock.kernels import Scoring, decide
+from crossdock.kernels.runtime import runs
 from crossdock.routing.capacity import DropPolicy, expert_capacity, within_capacity
 from crossdock.routing.forced import deal_out, draw_zipf
 
@@ -42,6 +44,8 @@ class RouterConfig:
         group_score: a group's score: the sum of its two largest (`top2_sum`, DeepSeek-V3) or its largest (`max`, V2).
         bias: a learned bias on the logits (gpt-oss).
         router_dtype: of the product: `float32`, or the `input`'s.
+        kernel: what decides from the logits: operations of `torch`, or one kernel (`triton`) where it can: not in
+            float64, not with groups, a capacity or forced experts.
         expert_bias: keep a bias per expert that is added to the scores for the choice alone (aux-loss-free balancing).
         input_jitter: in training, multiply the router's input by uniform noise in `1 +- input_jitter` (Switch).
         capacity_factor: drop routes beyond `ceil(T K / E * capacity_factor)` per expert; `None` drops none.
@@ -68,6 +72,7 @@ class RouterConfig:
     group_score: Literal["top2_sum", "max"] = "top2_sum"
     bias: bool = False
     router_dtype: Literal["float32", "input"] = "float32"
+    kernel: Literal["torch", "triton"] = "torch"
     input_jitter: float = 0.0
     capacity_factor: float | None = None
     drop_policy: DropPolicy = "probs"
@@ -84,6 +89,7 @@ class RouterConfig:
             ("softmax_over", self.softmax_over, ("all", "chosen")),
             ("group_score", self.group_score, ("top2_sum", "max")),
             ("router_dtype", self.router_dtype, ("float32", "input")),
+            ("kernel", self.kernel, ("torch", "triton")),
             ("drop_policy", self.drop_policy, get_args(DropPolicy)),
         ):
             if value not in valid:
@@ -123,6 +129,7 @@ class Routing(NamedTuple):
         scores: `[T, E]` in the dtype of `weights`, without the expert bias.
         logits: `[T, E]` likewise.
         dropped: scalar int64, routes beyond the capacity; `None` where there is none.
+        counts: `[E]` int64, routes per expert, where they were counted on the way.
     """
 
     expert_ids: Tensor
@@ -130,6 +137,7 @@ class Routing(NamedTuple):
     scores: Tensor
     logits: Tensor
     dropped: Tensor | None = None
+    counts: Tensor | None = None
 
 
 class Router(nn.Module):
@@ -179,6 +187,16 @@ class Router(nn.Module):
         if self.training and config.input_jitter:
             x = x * torch.empty_like(x).uniform_(1 - config.input_jitter, 1 + config.input_jitter)
         logits = self._logits(x)
+        if self._decides_at_once() and runs(logits):
+            scoring = Scoring(
+                config.top_k,
+                config.score_function,
+                config.softmax_over == "chosen",
+                config.norm_topk_prob,
+                config.routed_scaling_factor,
+            )
+            expert_ids, weights, scores, counts = decide(logits, scoring, self.expert_bias, padding_mask)
+            return Routing(expert_ids, weights, scores, logits, counts=counts)
         scores = self._scores(logits)
         over_chosen = config.softmax_over == "chosen"
         expert_ids = self._choose((logits if over_chosen else scores).detach(), padding_mask)
@@ -198,6 +216,13 @@ class Router(nn.Module):
         return Routing(
             expert_ids.masked_fill(~stays, NO_EXPERT), weights.masked_fill(~stays, 0), scores, logits, dropped
         )
+
+    def _decides_at_once(self) -> bool:
+        """Whether one kernel is to decide, and knows how."""
+        config = self.config
+        forced = config.force_load_balance or config.force_zipf is not None
+        special = forced or config.topk_group < config.n_group or config.capacity_factor is not None
+        return config.kernel == "triton" and not special
 
     def _logits(self, x: Tensor) -> Tensor:
         """`x W^T (+ b)` `[T, E]` in fp32 (float64 where `x` is), under autocast too."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -377,3 +378,41 @@ def test_a_router_whose_weights_are_constant_warns_once(caplog: pytest.LogCaptur
         torch.testing.assert_close(routing.weights, torch.ones(T, 1))
     (said,) = caplog.messages
     assert "top_k = 1 with normalised weights" in said
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RouterConfig(8, 2),
+        RouterConfig(8, 3, "sigmoid", norm_topk_prob=False, routed_scaling_factor=2.5, expert_bias=True),
+        RouterConfig(8, 2, "sqrt_softplus"),
+        RouterConfig(8, 4, softmax_over="chosen", bias=True),
+        RouterConfig(8, 2, n_group=4, topk_group=2),
+        RouterConfig(8, 2, capacity_factor=1.0),
+        RouterConfig(8, 2, force_load_balance=True),
+    ],
+    ids=["softmax", "sigmoid", "sqrt_softplus", "chosen", "groups", "capacity", "forced"],
+)
+def test_one_kernel_decides_as_torch_does(config: RouterConfig) -> None:
+    """Where it cannot, torch does."""
+    torch.manual_seed(0)
+    ours, theirs = (Router(16, replace(config, kernel=kernel)) for kernel in ("triton", "torch"))
+    x, mask = torch.randn(40, 16), torch.rand(40) < 0.2
+    for router in (ours, theirs):
+        router.load_state_dict(theirs.state_dict())
+        if router.expert_bias is not None:
+            router.expert_bias.copy_(torch.linspace(-0.1, 0.1, 8))
+    results = []
+    for router in (ours, theirs):
+        routing = router(x, padding_mask=mask)
+        (routing.weights.square().sum() + routing.scores.square().sum() + routing.logits.square().sum()).backward()
+        results.append((routing, router.weight.grad))
+    (decided, grad), (wanted, wanted_grad) = results
+    assert torch.equal(decided.expert_ids, wanted.expert_ids)
+    torch.testing.assert_close(decided.weights, wanted.weights, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(decided.scores, wanted.scores, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, wanted_grad, rtol=1e-4, atol=1e-5)
+    plain = not (config.n_group > 1 or config.capacity_factor or config.force_load_balance)
+    assert (decided.counts is not None) == plain
+    if decided.counts is not None:
+        assert torch.equal(decided.counts, count_experts(wanted.expert_ids, 8))
