@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from crossdock.comm import Pending, run_beside
 from crossdock.experts import SWIGLU, ExpertsFormula, GroupedExperts, SharedExperts, UnpackedExperts, autocast_dtype
 from crossdock.moe_config import MoEConfig, MoEConfigError
 from crossdock.routed_experts import RoutedExperts
@@ -126,10 +127,10 @@ class MoE(RoutedExperts):
             self.refuse()
             raise
         arriving = self.dispatch(tokens, slot_ids, routing.weights)
-        shared = None if self.shared_experts is None else self.shared_experts(tokens)  # while tokens travel
+        shared = None if self.shared_experts is None else self._start_shared(self.shared_experts, tokens)
         output = self.compute(arriving)
         if shared is not None:
-            output = output + shared
+            output = output + shared.wait()
 
         if self.training and torch.is_grad_enabled():
             losses = router_losses(routing, self.coefficients, tuple(x.shape[:-1]), mask, self.batch_totals, self.load)
@@ -137,6 +138,13 @@ class MoE(RoutedExperts):
         else:
             self.load.record_evaluation(count_experts(routing.expert_ids, self.num_experts))
         return output.view(x.shape)
+
+    def _start_shared(self, shared_experts: SharedExperts, tokens: Tensor) -> Pending[Tensor]:
+        """Shared experts of `tokens`: while they travel, and where the setting says so, while experts compute."""
+        if self.config.shared_expert_overlap:
+            return run_beside(shared_experts, tokens)
+        shared = shared_experts(tokens)
+        return Pending(lambda: shared)
 
     def _route(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Routing, Tensor]:
         """The tokens `[T, H]` of `x`, their padding mask `[T]`, where they go, and the slots there `[T, K]`.

@@ -107,6 +107,9 @@ class MoEConfig:
     """In training, multiply the router's input by uniform noise in `1 +- input_jitter`."""
     router_dtype: Literal["float32", "input"] = "float32"
     """What the router's product is computed in; `input` is the activations' dtype."""
+    shared_expert_overlap: bool = False
+    """Compute shared experts on a second stream of the GPU, while routed experts compute on the first one. Not yet run
+    on hardware; on a CPU it changes nothing."""
     router_kernel: Literal["torch", "triton"] = "torch"
     """What decides from the router's logits: operations of torch, or one kernel that computes scores, experts, weights
     and counts (`triton`). That runs on a GPU, and not with groups of experts, a capacity or forced experts: there

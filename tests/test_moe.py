@@ -292,6 +292,12 @@ def _with_shared(gate: bool, **settings: Any) -> MoE:
     return layer.double()
 
 
+def test_shared_experts_on_a_stream_of_their_own_change_nothing() -> None:
+    x = torch.randn(7, H, dtype=torch.float64)
+    outputs = [_with_shared(False, shared_expert_overlap=overlap)(x) for overlap in (False, True)]
+    assert torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("gate", [False, True])
 def test_shared_experts_add_to_the_routed_ones(gate: bool) -> None:
     layer = _with_shared(gate)

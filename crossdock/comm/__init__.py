@@ -15,6 +15,7 @@ from crossdock.comm.collectives import (
     sum_over_ranks,
 )
 from crossdock.comm.shares import enter_parts, gather_parts, join_parts, scatter_terms, sum_terms, take_part
+from crossdock.comm.streams import run_beside
 from crossdock.comm.wire import UNTOUCHED, Wire, WireDtype
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "gather_rows",
     "join_parts",
     "raise_together",
+    "run_beside",
     "scatter_sum",
     "scatter_terms",
     "sum_over_ranks",
