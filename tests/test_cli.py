@@ -113,7 +113,7 @@ MISTAKES = [
     ("train --moe.wire-dtype fp4", "moe.wire_dtype", "'fp4'", "fp8"),
     ("train --moe.wire-directions back", "moe.wire_directions", "'back'", "tokens, both"),
     ("train --moe.static-shapes --moe.dispatcher hierarchical", "moe.static_shapes", "True", "allgather or alltoall"),
-    ("train --moe.static-shapes --moe.experts cpu", "moe.static_shapes", "True", "auto or grouped_mm"),
+    ("train --moe.static-shapes --moe.experts cpu", "moe.static_shapes", "True", "auto or grouped_mm or triton"),
     ("train --moe.static-shapes --training.dtype float64", "moe.static_shapes", "True", "float64"),
     ("train --moe.experts abacus", "moe.experts", "'abacus'", "cpu"),
     ("train --nproc 2 --training.global-batch-size 17", "training.global_batch_size", "17", "multiple of 16"),

@@ -79,7 +79,7 @@ TOGETHER: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "static, in a loop": (
         {"static_shapes": True, "experts": "eager"},
-        "needs experts = auto or grouped_mm, not eager",
+        "needs experts = auto or grouped_mm or triton, not eager",
         {"experts": "grouped_mm"},
     ),
 }

@@ -43,7 +43,8 @@ class PluginOptions:
     """Tokens per rank that deep_ep's buffer has room for from the start."""
     experts: str = "auto"
     """Backend of `experts_implementation="crossdock"`, of `crossdock.experts.EXPERTS_BACKENDS`, or `auto`: `cpu` on
-    a CPU, `grouped_mm` on a GPU, `eager` where that cannot. Looked up in every forward pass."""
+    a CPU, `grouped_mm` on a GPU, `eager` where that cannot. Looked up in every
+    forward pass."""
 
     def __post_init__(self) -> None:
         self._as_settings().check()
