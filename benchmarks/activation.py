@@ -1,4 +1,4 @@
-"""SwiGLU times the routing weight, forward and backward: the kernel beside eager torch and torch.compile.
+"""SwiGLU times the routing weight on `[N, 2I]`, forward and backward: the kernel beside eager and compiled torch.
 
     python -m benchmarks.activation [--rounds 21] [--shapes 16384x768 ...] [--activation silu] [--write]
 
@@ -22,27 +22,27 @@ from torch import Tensor
 from benchmarks.results_file import result_row, spread, write_results
 from crossdock.kernels import get_fused_activation_fn
 
-SHAPES = ["16384x768", "16384x1536", "65536x768", "16384x2048", "8192x14336", "1000x768"]
+SHAPES = ["16384x768", "131072x768", "16384x2048", "8192x14336", "1000x768"]
+NUM_LAYERS = 48
 OURS = "crossdock"
 # Relative norm of the difference: one rounding to bfloat16.
 TOLERANCE = 4e-3
 
-Activation = Callable[[Tensor, Tensor, Tensor], Tensor]
+Activation = Callable[[Tensor, None, Tensor], Tensor]
 Graphs = dict[str, Callable[[], None]]
 
 
 class Inputs(NamedTuple):
-    """One set: `gate`, `up` and `grad` `[N, I]` bfloat16, `prob [N]` fp32."""
+    """One set: `halves [N, 2I]` and `grad [N, I]` bfloat16, `prob [N]` fp32."""
 
-    gate: Tensor
-    up: Tensor
+    halves: Tensor
     prob: Tensor
     grad: Tensor
 
     @classmethod
     def draw(cls, rows: int, width: int) -> Inputs:
-        gate, up, grad = (torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-        return cls(gate.requires_grad_(), up.requires_grad_(), torch.rand(rows, device="cuda").requires_grad_(), grad)
+        halves, grad = (torch.randn(rows, each, device="cuda", dtype=torch.bfloat16) for each in (2 * width, width))
+        return cls(halves.requires_grad_(), torch.rand(rows, device="cuda").requires_grad_(), grad)
 
 
 def main() -> int:
@@ -101,15 +101,18 @@ def compare(
     num_sets = max(4, -(-4 * cache // (2 * values)))
     sets = [Inputs.draw(num_rows, width) for _ in range(num_sets)]
     differences = {name: difference(function, functions["eager"], sets[0]) for name, function in functions.items()}
-    # Gate, up and output; gate, up, the incoming gradient and two outgoing ones.
-    bounds = {"forward": (3 * values + 4 * num_rows) / bandwidth, "backward": (5 * values + 8 * num_rows) / bandwidth}
+    # Gate, up and output; gate, up, the incoming gradient and two outgoing ones; weights and their gradients.
+    moved = {"forward": 3 * values + 4 * num_rows, "backward": 5 * values + 8 * num_rows}
     rows = []
-    for direction, bound in bounds.items():
+    for direction, num_bytes in moved.items():
+        bound = num_bytes / bandwidth
         graphs = {name: capture(function, sets, direction == "backward") for name, function in functions.items()}
         seconds = interleaved(graphs, rounds, num_sets)
         seconds["bound"] = [bound] * rounds
         case = f"{activation} {num_rows} x {width} bfloat16, {direction}"
-        print(f"\n{case}, {num_sets} input sets", flush=True)
+        saved = statistics.median(seconds["eager"]) - statistics.median(seconds[OURS])
+        print(f"\n{case}, {num_sets} input sets, {num_bytes / 1e6:.1f} MB to be moved", flush=True)
+        print(f"{NUM_LAYERS} layers take {1e3 * NUM_LAYERS * saved:.2f} ms less than eager", flush=True)
         for name, taken in seconds.items():
             ratios = spread([theirs / own for theirs, own in zip(taken, seconds[OURS], strict=True)])
             agree = max(differences[OURS], differences.get(name, 0.0)) <= TOLERANCE
@@ -120,19 +123,26 @@ def compare(
             )
             if name == OURS:
                 continue
-            # Four fifths of the bound; of the others, not to be slower.
-            goal = 0.8 if name == "bound" else 1.0
+            goal = _goal(name, shape, direction)
             own, taken = ([1e6 * each for each in seconds[which]] for which in (OURS, name))
-            rows.append(result_row(case, "us", own, name, taken, ratios, agree=agree, goal=goal))
+            row = result_row(case, "us", own, name, taken, ratios, agree=agree, goal=goal)
+            rows.append(row | {"bytes": num_bytes, "saved_ms_48_layers": round(1e3 * NUM_LAYERS * saved, 3)})
     return rows
+
+
+def _goal(peer: str, shape: str, direction: str) -> float:
+    """Of many rows 85 % of the bandwidth of a copy, of the usual ones 80 %; of the others, not to be slower."""
+    if peer == "bound":
+        return 0.85 if shape == "131072x768" else 0.8
+    return 3.2 if (peer, shape, direction) == ("eager", "16384x768", "forward") else 1.0
 
 
 def difference(function: Activation, reference: Activation, inputs: Inputs) -> float:
     """The largest relative norm of the differences from float64, over output and gradients."""
-    out = function(inputs.gate, inputs.up, inputs.prob)
-    got = [out, *torch.autograd.grad(out, inputs[:3], inputs.grad)]
-    exact = [tensor.detach().double().requires_grad_() for tensor in inputs[:3]]
-    out = reference(*exact)
+    out = function(inputs.halves, None, inputs.prob)
+    got = [out, *torch.autograd.grad(out, inputs[:2], inputs.grad)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs[:2]]
+    out = reference(exact[0], None, exact[1])
     wanted = [out, *torch.autograd.grad(out, exact, inputs.grad.double())]
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, wanted, strict=True))
 
@@ -141,11 +151,11 @@ def capture(function: Activation, sets: list[Inputs], backward: bool) -> Callabl
     """A graph of one call per input set: forward alone, or the backward pass of calls that came before it."""
 
     def forward() -> list[Tensor]:
-        return [function(inputs.gate, inputs.up, inputs.prob) for inputs in sets]
+        return [function(inputs.halves, None, inputs.prob) for inputs in sets]
 
     def gradients(outs: list[Tensor]) -> None:
         for out, inputs in zip(outs, sets, strict=True):
-            torch.autograd.grad(out, inputs[:3], inputs.grad, retain_graph=True)
+            torch.autograd.grad(out, inputs[:2], inputs.grad, retain_graph=True)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
