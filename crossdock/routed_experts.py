@@ -126,6 +126,12 @@ class RoutedExperts(nn.Module):
             self.experts.is_whole = self.ep_world_size == 1
         self.replace(placement, None)
 
+    def reconfigure(self, config: MoEConfig) -> None:
+        """Take other settings of how tokens travel and experts compute; before `apply_ep`, which builds by them."""
+        self.config = config
+        if isinstance(self.experts, GroupedExperts):
+            self.experts.backend, self.experts.static_shapes = config.experts, config.static_shapes
+
     def replace(self, placement: Placement, relief: Relief | None) -> None:
         """Put another placement in force, of as many slots as the dispatcher knows, between steps and on all ranks."""
         self.placement, self.relief = placement, relief

@@ -7,12 +7,13 @@ import difflib
 import os
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from crossdock.train.launch import Machines
 
-__all__ = ["Parser", "check_gpus", "fail", "is_rank", "machine_options", "machines_of", "parse_bytes"]
+__all__ = ["Parser", "check_gpus", "fail", "is_rank", "machine_options", "machines_of", "parse_bytes", "split_path"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -69,6 +70,13 @@ def parse_bytes(text: str) -> int:
     if size <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} must be a size such as 500MB or 2GiB")
     return size
+
+
+def split_path(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """A first argument that is no option is the config file."""
+    if arguments and not arguments[0].startswith("-"):
+        return Path(arguments[0]), arguments[1:]
+    return None, arguments
 
 
 def is_rank() -> bool:

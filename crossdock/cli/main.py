@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from crossdock import __version__
-from crossdock.cli.common import Parser, check_gpus, fail, is_rank, machine_options, machines_of
+from crossdock.cli.common import Parser, check_gpus, fail, is_rank, machine_options, machines_of, split_path
 from crossdock.cli.convert import convert_command
 from crossdock.cli.model import evaluate_command, export_command, generate_command
+from crossdock.cli.tune import tune_command
 
 if TYPE_CHECKING:
     from crossdock.config import Config
@@ -31,10 +32,11 @@ crossdock: expert parallelism for PyTorch
   crossdock export RUN DESTINATION                           write a folder that transformers loads
   crossdock convert SRC DST                                  Hugging Face's format to a run folder, and back
   crossdock report RUN [--output FILE]                       write the report of a run folder, RUN/report.html
+  crossdock tune   [CONFIG.toml] [--section.key value ...]   measure settings that are left open, for `train` to take
   crossdock --version
 
 MODEL is a run folder (its newest checkpoint), one of its checkpoints, or a folder in Hugging Face's format. generate,
-eval, export and convert have a --help of their own.
+eval, export, convert and tune have a --help of their own.
 
 Ranks are started here, one per GPU or two on a machine without. Several machines run the same command:
   --nproc N          ranks on this machine
@@ -83,7 +85,7 @@ def _main(arguments: list[str]) -> NoReturn:
 def _config(arguments: list[str], options: argparse.Namespace) -> int:
     from crossdock.config import check_settings, load_config, to_toml, validate
 
-    config = load_config(*_split_path(arguments))
+    config = load_config(*split_path(arguments))
     if options.nproc is None:
         check_settings(config)
     else:
@@ -94,7 +96,7 @@ def _config(arguments: list[str], options: argparse.Namespace) -> int:
 
 
 def _train(arguments: list[str], options: argparse.Namespace) -> int:
-    path, overrides = _split_path(arguments)
+    path, overrides = split_path(arguments)
 
     from crossdock.checkpoint import CheckpointError
     from crossdock.config import load_config, validate
@@ -136,13 +138,6 @@ def _report(arguments: list[str], options: argparse.Namespace) -> int:
     return 0
 
 
-def _split_path(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """A first argument that is no option is the config file."""
-    if arguments and not arguments[0].startswith("-"):
-        return Path(arguments[0]), arguments[1:]
-    return None, arguments
-
-
 def _with_run_folder(config: Config, config_path: Path | None, *, first: bool) -> Config:
     """The settings with a run folder that exists: `job.dump_folder`, or a new `runs/<config>/<date-time>`.
 
@@ -175,4 +170,5 @@ _COMMANDS = {
     "export": export_command,
     "convert": convert_command,
     "report": _report,
+    "tune": tune_command,
 }

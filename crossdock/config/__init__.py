@@ -14,6 +14,7 @@ from crossdock.config.settings import (
     TrainingConfig,
     ValidationConfig,
 )
+from crossdock.config.tuned import TunedFileError, read_tuned, tuned_file
 from crossdock.config.validation import check_settings, validate
 
 __all__ = [
@@ -26,12 +27,15 @@ __all__ = [
     "MetricsConfig",
     "OptimizerConfig",
     "TrainingConfig",
+    "TunedFileError",
     "ValidationConfig",
     "check_settings",
     "check_writable",
     "expert_parallel_degrees",
     "load_config",
     "read_toml",
+    "read_tuned",
     "to_toml",
+    "tuned_file",
     "validate",
 ]

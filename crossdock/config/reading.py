@@ -58,7 +58,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     validation = replace(config.validation, data=_absolute_source(config.validation.data))
     job = replace(config.job, dump_folder=folder)
     lora = replace(config.lora, adapter_path=absolute(config.lora.adapter_path))
-    config = replace(config, job=job, model=model, data=data, moe=moe, lora=lora)
+    tuned = config.training.tuned
+    training = replace(config.training, tuned=tuned if tuned in ("auto", "off") else absolute(tuned))
+    config = replace(config, job=job, model=model, data=data, training=training, moe=moe, lora=lora)
     return replace(config, checkpoint=checkpoint, validation=validation)
 
 

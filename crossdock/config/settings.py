@@ -80,6 +80,10 @@ class TrainingConfig:
     """Keep the experts' weights as they are."""
     enable_cpu_offload: bool = False
     """Keep parameters, gradients and the optimizer's state in the machine's memory instead of the GPU's."""
+    tuned: str = "auto"
+    """What `crossdock tune` has measured, for settings that are left to be chosen. auto: of
+    $XDG_CACHE_HOME/crossdock/tuned.json (~/.cache), where that has anything for this device, model and layout; off:
+    nothing; else of this file."""
     debug_moe_force_load_balance: bool = False
     """Deal tokens out to experts in turn, whatever the router says; for measurements."""
 

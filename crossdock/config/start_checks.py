@@ -13,12 +13,13 @@ from crossdock.checkpoint import CheckpointError, HFCheckpoint, find_checkpoint,
 from crossdock.config.reading import RUN_CONFIG_FILE, read_toml
 from crossdock.config.requirements import check_writable, require
 from crossdock.config.settings import Config, ConfigError
+from crossdock.config.tuned import TunedFileError, read_tuned
 from crossdock.lora import LoRAError, add_lora
 from crossdock.models import FAMILIES, PeftAdapter, build_model
 from crossdock.models.family import DEEPEP_SUFFIX
 from crossdock.models.generic import Generic
 
-__all__ = ["check_initial_weights", "check_lora", "check_run_folder"]
+__all__ = ["check_initial_weights", "check_lora", "check_run_folder", "check_tuned"]
 
 
 def check_initial_weights(config: Config, hf_config: PreTrainedConfig) -> None:
@@ -83,6 +84,20 @@ def check_lora(config: Config, hf_config: PreTrainedConfig) -> None:
         raise ConfigError(f"lora.{error.field}", error.value, error.valid) from None
     except CheckpointError as error:
         raise ConfigError("lora.adapter_path", lora.adapter_path, str(error)) from None
+
+
+def check_tuned(config: Config) -> None:
+    """A file of measurements that is named must be one; of `auto`, there need not be any."""
+    tuned = config.training.tuned
+    require(config, "training.tuned", bool(tuned), "must be auto, off or a file of `crossdock tune`")
+    if tuned in ("auto", "off"):
+        return
+    try:
+        read_tuned(Path(tuned))
+    except TunedFileError as error:
+        raise ConfigError(
+            "training.tuned", tuned, f"must be auto, off or a file of `crossdock tune`: {error}"
+        ) from None
 
 
 _FIXED = (

@@ -17,7 +17,7 @@ from crossdock.config.data_checks import check_data, check_tokenizer
 from crossdock.config.layout_checks import check_layout
 from crossdock.config.requirements import check_writable, require
 from crossdock.config.settings import Config, ConfigError, setting_types
-from crossdock.config.start_checks import check_initial_weights, check_lora, check_run_folder
+from crossdock.config.start_checks import check_initial_weights, check_lora, check_run_folder, check_tuned
 from crossdock.dispatch import choose_deepep_api, load_deepep
 from crossdock.models import (
     FAMILIES,
@@ -80,6 +80,7 @@ def check_settings(config: Config) -> PreTrainedConfig:
     in_background = config.checkpoint.async_mode == "async" or config.checkpoint.async_when_busy == "wait"
     require(config, "checkpoint.async_when_busy", in_background, "needs checkpoint.async_mode = async")
     check_run_folder(config)
+    check_tuned(config)
     check_initial_weights(config, model)
     check_lora(config, model)
     check_data(config)

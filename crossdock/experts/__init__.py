@@ -1,7 +1,7 @@
 """Experts: their parameters and the backends that compute with them."""
 
 from crossdock.experts.autocast import autocast_dtype
-from crossdock.experts.choice import AUTO, EXPERTS_BACKENDS, choose_backend
+from crossdock.experts.choice import AUTO, EXPERTS_BACKENDS, backend_problem, choose_backend, pick_backend
 from crossdock.experts.clock import ExpertClock
 from crossdock.experts.cpu import cpu
 from crossdock.experts.eager import eager
@@ -45,6 +45,7 @@ __all__ = [
     "SharedExperts",
     "UnpackedExperts",
     "autocast_dtype",
+    "backend_problem",
     "choose_backend",
     "cpu",
     "eager",
@@ -55,6 +56,7 @@ __all__ = [
     "halves_interleaved",
     "load_factors",
     "lora_experts",
+    "pick_backend",
     "ranks_apart",
     "triton",
 ]

@@ -16,7 +16,7 @@ from crossdock.experts.grouped_mm import grouped_mm, grouped_mm_problem
 from crossdock.experts.triton import triton, triton_problem
 from crossdock.kernels import TileTable
 
-__all__ = ["AUTO", "EXPERTS_BACKENDS", "choose_backend"]
+__all__ = ["AUTO", "EXPERTS_BACKENDS", "backend_problem", "choose_backend", "pick_backend"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,17 +53,27 @@ def choose_backend(
     """
     if static:
         name = "triton" if name == "triton" else "grouped_mm"
-        if problem := _PROBLEMS[name](tokens, params):
+        if problem := backend_problem(name, tokens, params):
             raise ValueError(f"static_shapes computes experts by {name!r}, which {problem}; use static_shapes = false")
     elif name == AUTO:
-        name = next((each for each in _AUTOMATIC if _PROBLEMS[each](tokens, params) is None), "eager")
-    elif name in _PROBLEMS and (problem := _PROBLEMS[name](tokens, params)):
+        name = pick_backend(tokens, params)
+    elif problem := backend_problem(name, tokens, params):
         _say_once(f"experts backend {name!r} {problem}; computing with 'eager'")
         name = "eager"
     if name == "triton":
         # Without a sync where that takes no more memory.
         return partial(triton, static=static or is_whole, tiles=tiles)
     return partial(grouped_mm, static=True) if static else EXPERTS_BACKENDS[name]
+
+
+def pick_backend(tokens: Tensor, params: ExpertParams) -> str:
+    """What `auto` comes to for `tokens [U, H]`."""
+    return next((name for name in _AUTOMATIC if backend_problem(name, tokens, params) is None), "eager")
+
+
+def backend_problem(name: str, tokens: Tensor, params: ExpertParams) -> str | None:
+    """Why the backend `name` cannot compute `tokens [U, H]`, or `None` where it can."""
+    return _PROBLEMS[name](tokens, params) if name in _PROBLEMS else None
 
 
 @cache

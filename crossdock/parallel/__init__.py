@@ -3,7 +3,7 @@
 from crossdock.parallel.blocks import plain_name, transformer_blocks
 from crossdock.parallel.compile import CompileConfig, apply_compile
 from crossdock.parallel.context import SequenceContext, apply_cp, check_heads
-from crossdock.parallel.expert import ExpertParallel, apply_ep
+from crossdock.parallel.expert import ExpertParallel, apply_ep, layer_dispatcher
 from crossdock.parallel.fsdp import apply_fsdp
 from crossdock.parallel.gradients import GradientManager
 from crossdock.parallel.mesh import (
@@ -62,6 +62,7 @@ __all__ = [
     "clip_grad_norm_",
     "cut_blocks",
     "global_grad_norm",
+    "layer_dispatcher",
     "local_part",
     "local_with_offsets",
     "nearest",

@@ -13,14 +13,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from crossdock.dispatch import DispatchSituation, build_dispatcher, plan_dispatch
+from crossdock.dispatch import Dispatcher, DispatchPlan, DispatchSituation, build_dispatcher, plan_dispatch
 from crossdock.experts import GroupedExperts, UnpackedExperts
 from crossdock.moe import moe_layer_places, moe_layers
 from crossdock.parallel.mesh import Meshes
 from crossdock.placement import EMPTY, Placement
 from crossdock.routed_experts import RoutedExperts
 
-__all__ = ["ExpertParallel", "apply_ep"]
+__all__ = ["ExpertParallel", "apply_ep", "layer_dispatcher"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,30 +49,47 @@ class ExpertParallel(ParallelStyle):
             raise ValueError("expert parallelism has been applied to this layer already")
         if device_mesh.size() == 1:
             return module
-        group = device_mesh.get_group()
         placement = Placement.contiguous(module.num_experts, device_mesh.size())
-        config = module.config
-        options = config.dispatch_options()
-        situation = DispatchSituation(
-            device_mesh.size(),
-            module.num_experts,
-            module.top_k,
-            module.hidden_size,
-            self.dtype or module.example().dtype,
-            torch.device(device_mesh.device_type),
-            self.tokens_per_rank,
-            tuple(dist.get_process_group_ranks(group)),
-        )
-        plan = plan_dispatch(config.dispatcher, config.overlap_chunks, situation, options)
-        options = replace(options, overlap_chunks=plan.overlap_chunks)
-        dispatcher = build_dispatcher(plan.dispatcher, group, placement.slots_per_rank, options)
+        dispatcher, plan = layer_dispatcher(module, device_mesh, self.tokens_per_rank, self.dtype)
         own = placement.experts_on(device_mesh.get_local_rank())
         if isinstance(module.experts, UnpackedExperts):
             module.experts.keep(own, device_mesh.size())
         else:
             _shard_rows(module.experts, own, device_mesh)
-        module.place(placement, dispatcher, group, plan)
+        module.place(placement, dispatcher, device_mesh.get_group(), plan)
         return module
+
+
+def layer_dispatcher(
+    layer: RoutedExperts,
+    device_mesh: DeviceMesh,
+    tokens_per_rank: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Dispatcher, DispatchPlan]:
+    """What moves the tokens of a layer whose experts are spread over `device_mesh`, by `layer.config`, and why so.
+
+    Args:
+        layer: spread or not.
+        device_mesh: of one dimension.
+        tokens_per_rank: see `ExpertParallel`.
+        dtype: likewise.
+    """
+    group, config = device_mesh.get_group(), layer.config
+    options = config.dispatch_options()
+    situation = DispatchSituation(
+        device_mesh.size(),
+        layer.num_experts,
+        layer.top_k,
+        layer.hidden_size,
+        dtype or layer.example().dtype,
+        torch.device(device_mesh.device_type),
+        tokens_per_rank,
+        tuple(dist.get_process_group_ranks(group)),
+    )
+    plan = plan_dispatch(config.dispatcher, config.overlap_chunks, situation, options)
+    options = replace(options, overlap_chunks=plan.overlap_chunks)
+    slots_per_rank = Placement.contiguous(layer.num_experts, device_mesh.size()).slots_per_rank
+    return build_dispatcher(plan.dispatcher, group, slots_per_rank, options), plan
 
 
 def _shard_rows(experts: GroupedExperts, own: tuple[int, ...], device_mesh: DeviceMesh) -> None:

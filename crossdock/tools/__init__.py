@@ -1,1 +1,1 @@
-"""Tools around a trained model: generate, evaluate, export, report."""
+"""Tools around a trained model: generate, evaluate, export, convert, report, tune."""

@@ -21,12 +21,23 @@ from crossdock.config import Config, ConfigError, validate
 from crossdock.dispatch import free_deepep_buffers
 from crossdock.train.trainer import StopSignal, Trainer, TrainingStopped
 
-__all__ = ["ENDED_FOLDER", "Machines", "default_nproc", "memory_settings", "run_rank", "start_ranks", "train_rank"]
+__all__ = [
+    "ENDED_FOLDER",
+    "Machines",
+    "default_nproc",
+    "memory_settings",
+    "run_rank",
+    "start_ranks",
+    "threads_are_open",
+    "train_rank",
+]
 
 # A stopped run writes a checkpoint first; only after this is it killed.
 _SHUTDOWN_SECONDS = 600
 # Names the folder where each rank leaves a file when it has ended well; the launcher sets it.
 ENDED_FOLDER = "CROSSDOCK_ENDED_FOLDER"
+# The number of threads that the launcher has chosen, where nobody else had.
+_CHOSEN_THREADS = "CROSSDOCK_CHOSEN_THREADS"
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,9 @@ def start_ranks(arguments: list[str], machines: Machines) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // machines.nproc)))
+    if "OMP_NUM_THREADS" not in os.environ:
+        threads = str(max(1, (os.cpu_count() or 1) // machines.nproc))
+        os.environ["OMP_NUM_THREADS"] = os.environ[_CHOSEN_THREADS] = threads
     for name, value in memory_settings().items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_SECONDS))
@@ -137,6 +150,12 @@ def start_ranks(arguments: list[str], machines: Machines) -> int:
     return 0
 
 
+def threads_are_open(environment: Mapping[str, str]) -> bool:
+    """Whether a rank's number of threads is the launcher's choice, which a better one may take the place of."""
+    chosen = environment.get(_CHOSEN_THREADS)
+    return chosen is not None and chosen == environment.get("OMP_NUM_THREADS")
+
+
 def train_rank(config: Config, environment: Mapping[str, str]) -> int:
     """Be one rank of a run.
 
@@ -156,7 +175,7 @@ def train_rank(config: Config, environment: Mapping[str, str]) -> int:
 
     def train(device: torch.device) -> int:
         try:
-            Trainer(config, dims, device, first_on_machine, stop).train()
+            Trainer(config, dims, device, first_on_machine, stop, threads=threads_are_open(environment)).train()
         except RuntimeError as error:
             if not stop.requested or isinstance(error, (CheckpointError, TrainingStopped)):
                 raise

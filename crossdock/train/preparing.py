@@ -30,6 +30,7 @@ from crossdock.moe import MoE, moe_layers
 from crossdock.parallel import Meshes, parallelize
 from crossdock.train.flops import Speed
 from crossdock.train.together import TrainingStopped, patient_group, together
+from crossdock.train.tuned import take_tuned
 
 __all__ = ["RunTokens", "TrainingModel", "build_training_model", "prepare_run_tokens", "write_settings"]
 
@@ -120,14 +121,22 @@ def write_settings(config: Config, folder: Path) -> None:
 
 
 def build_training_model(
-    config: Config, meshes: Meshes, device: torch.device, folder: Path, tokens: Tokens, *, is_new: bool
+    config: Config,
+    meshes: Meshes,
+    device: torch.device,
+    folder: Path,
+    tokens: Tokens,
+    *,
+    is_new: bool,
+    threads: bool = False,
 ) -> TrainingModel:
     """The model on its layout; of a run that `is_new`, with its first values: drawn, or those it starts from.
 
     With LoRA, the weights beside the adapters are read in any case: no checkpoint of the run holds them. A new run's
-    folder gets what an export needs beside weights, when these are there. Collective.
+    folder gets what an export needs beside weights, when these are there. `threads`: see `take_tuned`. Collective.
 
     Raises:
+        ConfigError: see `take_tuned`.
         CheckpointError: on all ranks, where weights could not be read.
         TrainingStopped: on all ranks, where the run folder could not be written.
     """
@@ -141,6 +150,7 @@ def build_training_model(
         kernels=config.model.kernels,
         force_load_balance=training.debug_moe_force_load_balance,
     )
+    take_tuned(model, config, meshes, device, threads=threads)
     if meshes.cp is not None or (meshes.size("tp") > 1 and family.own_attention):
         accept_context_parallel(model, config.parallelism.context_parallel_method)
     for layer in moe_layers(model).values():

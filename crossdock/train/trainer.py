@@ -68,10 +68,18 @@ class Trainer:
         device: of this rank.
         first_on_machine: this rank prepares the data for the others of its machine.
         stop: asks for an early end.
+        threads: whether a tuned number of threads may take the place of this process's.
     """
 
     def __init__(
-        self, config: Config, dims: ParallelDims, device: torch.device, first_on_machine: bool, stop: StopSignal
+        self,
+        config: Config,
+        dims: ParallelDims,
+        device: torch.device,
+        first_on_machine: bool,
+        stop: StopSignal,
+        *,
+        threads: bool = False,
     ) -> None:
         self.device = device
         self.stop = stop
@@ -97,7 +105,9 @@ class Trainer:
             self._tell(str(too_long))
         newest = from_first_rank(lambda: latest_step(self.folder / CHECKPOINT_FOLDER))
         self.meshes = meshes = dims.build_mesh(device.type, timedelta(seconds=config.job.comm_timeout_seconds))
-        self.whole = whole = build_training_model(config, meshes, device, self.folder, tokens, is_new=newest is None)
+        self.whole = whole = build_training_model(
+            config, meshes, device, self.folder, tokens, is_new=newest is None, threads=threads
+        )
         self.model = whole.model
         of_adapters = f", {whole.in_adapters / 1e6:,.2f} M of them in adapters" if whole.in_adapters else ""
         self._tell(

@@ -1,0 +1,137 @@
+"""What is swept: the settings that are open, and the values that each could have here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from crossdock.comm import Wire, WireDtype
+from crossdock.config.tuned import AUTOMATIC, THREADS
+from crossdock.dispatch import load_deepep
+from crossdock.experts import EXPERTS_BACKENDS, ExpertParams, backend_problem, pick_backend
+from crossdock.moe_config import MoEConfig
+from crossdock.routed_experts import RoutedExperts
+
+__all__ = ["Dimension", "dimensions"]
+
+_CHUNKS = (1, 2, 4)
+# Of 132 on an H100 or H200; DeepEP's own choices lie between.
+_DEEPEP_SMS = (8, 12, 16, 20, 24, 32, 48)
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One setting and its candidates.
+
+    Attributes:
+        name: of the setting, as in `TunedEntry.settings`.
+        candidates: values, that of the default first; none where it is skipped.
+        skipped: why it is not swept here; empty where it is.
+        lossy: whether other values than the default change what is computed, not how.
+        part: what is timed: the whole layer, or its experts alone.
+    """
+
+    name: str
+    candidates: tuple[Any, ...] = ()
+    skipped: str = ""
+    lossy: bool = False
+    part: Literal["layer", "experts"] = "layer"
+
+
+def dimensions(
+    layer: RoutedExperts,
+    config: MoEConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    threads: int,
+    own_threads: bool,
+) -> list[Dimension]:
+    """All of them, in the order in which they are swept: each is measured with what was chosen before it.
+
+    Args:
+        layer: spread over its ranks, on `device`.
+        config: the user's; what it sets is not swept.
+        dtype: of activations.
+        device: of this rank.
+        threads: of this rank at present.
+        own_threads: whether the number of threads was left open.
+    """
+    swept = [
+        _threads(device, threads, own_threads),
+        _experts(layer, dtype, device),
+        _overlap_chunks(layer),
+        _deepep_num_sms(layer, device),
+        _wire_dtype(layer, dtype),
+    ]
+    return [_unless_set(each, config) for each in swept]
+
+
+def _unless_set(dimension: Dimension, config: MoEConfig) -> Dimension:
+    name = dimension.name
+    if name not in AUTOMATIC or getattr(config, name) == AUTOMATIC[name]:
+        return dimension
+    return Dimension(name, skipped=f"moe.{name} = {getattr(config, name)} is set", lossy=dimension.lossy)
+
+
+def _dimension(name: str, default: Any, others: Iterable[Any], alone: str, *, lossy: bool = False) -> Dimension:
+    candidates = tuple(dict.fromkeys((default, *others)))
+    if len(candidates) == 1:
+        return Dimension(name, skipped=alone, lossy=lossy)
+    return Dimension(name, candidates, lossy=lossy)
+
+
+def _threads(device: torch.device, threads: int, own_threads: bool) -> Dimension:
+    cores = os.cpu_count() or 1
+    if device.type != "cpu":
+        return Dimension(THREADS, skipped="for CPUs alone")
+    if not own_threads:
+        return Dimension(THREADS, skipped="OMP_NUM_THREADS is set")
+    others = (each for each in (1, threads // 2, 2 * threads) if 1 <= each <= cores)
+    return _dimension(THREADS, threads, others, "there is one core")
+
+
+def _experts(layer: RoutedExperts, dtype: torch.dtype, device: torch.device) -> Dimension:
+    if layer.config.static_shapes:
+        return Dimension("experts", skipped="static_shapes computes by grouped_mm")
+    rows = layer.experts.local_rows()
+    params = ExpertParams(*(rows.get(name) for name in ExpertParams._fields))  # type: ignore[arg-type]
+    tokens = torch.empty(0, layer.hidden_size, dtype=dtype, device=device)
+    picked = pick_backend(tokens, params)
+    # `eager` is the reference: no one's fastest, at six times the memory.
+    others = [name for name in EXPERTS_BACKENDS if name != "eager" and not backend_problem(name, tokens, params)]
+    return _dimension("experts", picked, others, f"no other backend than {picked} computes this")
+
+
+def _overlap_chunks(layer: RoutedExperts) -> Dimension:
+    if layer.ep_world_size == 1:
+        return Dimension("overlap_chunks", skipped="nothing travels: one rank holds all experts")
+    picked = layer.dispatch_plan.overlap_chunks
+    return _dimension("overlap_chunks", picked, _CHUNKS, "")
+
+
+def _deepep_num_sms(layer: RoutedExperts, device: torch.device) -> Dimension:
+    name = "deepep_num_sms"
+    try:
+        load_deepep()
+    except ValueError as error:
+        missing = isinstance(error.__cause__, ImportError)
+        return Dimension(name, skipped="deep_ep is not installed" if missing else str(error))
+    if layer.dispatch_plan.dispatcher != "deepep":
+        return Dimension(name, skipped=f"tokens travel by {layer.dispatch_plan.dispatcher}")
+    most = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else max(_DEEPEP_SMS)
+    return _dimension(name, 0, (each for each in _DEEPEP_SMS if each <= most), "")
+
+
+def _wire_dtype(layer: RoutedExperts, dtype: torch.dtype) -> Dimension:
+    name = "wire_dtype"
+    if layer.ep_world_size == 1:
+        return Dimension(name, skipped="nothing travels: one rank holds all experts", lossy=True)
+    if layer.dispatch_plan.dispatcher == "deepep":
+        return Dimension(name, skipped="deepep has none; its own is moe.deepep_fp8_dispatch", lossy=True)
+    narrower = [each for each in get_args(WireDtype) if not Wire(each).leaves(layer.hidden_size, dtype)]
+    return _dimension(name, "same", narrower, f"none is narrower than {dtype}", lossy=True)
