@@ -43,9 +43,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture
-def only_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+def only_rank(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., int]]:
     """`only_rank("eval", folder, ...)`: the command line, within this process, as the only rank; its exit code."""
     environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    environment["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))  # nothing that was tuned on this machine
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

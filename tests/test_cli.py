@@ -52,7 +52,7 @@ def panels(text: str) -> int:
 
 # What is typed, and words that the message must hold: field, value, what would be valid.
 MISTAKES = [
-    ("trian", "command", "'trian'", "train, config, generate, eval, export, convert, report"),
+    ("trian", "command", "'trian'", "train, config, generate, eval, export, convert, report, tune"),
     ("train nofile.toml", "config file", "'nofile.toml'", "No such file"),
     ("train folder", "config file", "'folder'", "directory"),
     ("train binary.toml", "config file", "'binary.toml'", "valid TOML"),
@@ -137,6 +137,15 @@ MISTAKES = [
     ("train --nproc", "--nproc", "one argument", ""),
     ("train --nprocs 2", "--nprocs", "--nproc?", ""),
     ("train --node-rank 3", "--node-rank", "3", "0"),
+    ("train --training.tuned nowhere.json", "training.tuned", "nowhere.json'", "No such file"),
+    ("train --training.tuned binary.toml", "training.tuned", "binary.toml'", "damaged"),
+    ("tune --training.stepz 5", "training.stepz", "'5'", "training.steps"),
+    ("tune --seconds 0", "--seconds", "positive", ""),
+    ("tune --seconds nan", "--seconds", "positive", ""),
+    ("tune --rounds 2", "--rounds", "3 or more", ""),
+    ("tune --output syntax.toml", "--output", "syntax.toml'", "move it away"),
+    ("tune --output file/below/tuned.json", "--output", "file/below'", "folder"),
+    ("tune --nproc 2 --parallelism.expert-parallel-degree 3", "expert_parallel_degree", "3", "1, 2"),
     ("config --training.stepz 5", "training.stepz", "'5'", "training.steps"),
     ("config --model.flavor debugg", "model.flavor", "'debugg'", "30B-A3B"),
     ("config --job.dump-folder foreign", "job.dump_folder", "foreign'", "of a run"),

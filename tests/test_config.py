@@ -376,6 +376,7 @@ def test_data_may_be_cached_in_a_folder_that_can_only_be_read(tmp_path: Path, mo
         ("training.max_norm", ["1e-30"], ["0", "nan", "inf"]),
         ("training.max_skipped_steps", ["1"], ["0"]),
         ("training.global_batch_size", ["-1", "16", "48"], ["-16", "0", "8", "24"]),
+        ("training.tuned", ["auto", "off"], ["", "/no/such.json", __file__]),
         ("optimizer.momentum", ["0", "0.99"], ["1", "-0.1", "nan"]),
         ("optimizer.lr", ["0"], ["-1e-9", "nan", "-inf"]),
         ("optimizer.beta1", ["0", "0.999"], ["1", "-0.1", "nan"]),

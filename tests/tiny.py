@@ -101,6 +101,7 @@ def run_trainer(assets: str, run_folder: str, cache_folder: str, overrides: Sequ
         *("--training.steps", "20"),
         *("--lr-scheduler.warmup-steps", "10"),
         *("--optimizer.lr", "3e-3"),
+        *("--training.tuned", "off"),  # whatever this machine's cache has
     ]
     config = load_config(None, [*settings, *overrides])
     dims = validate(config, dist.get_world_size())

@@ -88,7 +88,7 @@ class Outcome:
         rows: of its candidates, the default's first.
         chosen: the value.
         verdict: why that one, in words.
-        finished: false where time was too short, or the sweep was stopped.
+        finished: false where there were too few rounds to decide, the time being over or a stop asked for.
     """
 
     dimension: Dimension
@@ -146,9 +146,11 @@ class Sweep:
         Raises:
             SweepFailed: where the default cannot be measured.
         """
-        now = self._clock()
-        self._share_ends = now + max(0.0, self._deadline - now) / left
         rows = [Row(value) for value in dimension.candidates]
+        now = self._clock()
+        share = max(0.0, self._deadline - now) / left
+        # The rest is for winning a second time.
+        self._share_ends = now + share * len(rows) / (len(rows) + 2)
         default = rows[0]
         course = _Course(dimension, base, len(rows) * (1 + self._rounds) + 2 * self._rounds)
         repeats = self._warm_up(course, rows)
@@ -158,12 +160,13 @@ class Sweep:
         if best is None:
             return Outcome(dimension, tuple(rows), default.value, "not measured in time: the default stays", False)
         if best is default or not _wins(best.speed):
-            return Outcome(dimension, tuple(rows), default.value, _stays(best, default), not self.stopped)
+            return Outcome(dimension, tuple(rows), default.value, _stays(best, default))
         if dimension.lossy and not self._allow_lossy:
             verdict = f"{best.value} is {_percent(best.speed)} faster, but changes numbers: the default stays"
-            return Outcome(dimension, tuple(rows), default.value, verdict, not self.stopped)
+            return Outcome(dimension, tuple(rows), default.value, verdict)
         # The best of many has had luck: it must win anew.
         again = [Row(default.value), Row(best.value)]
+        self._share_ends = now + share
         if not self.stopped:
             self._measure_rounds(course, again, repeats)
         confirmed = again[1].speed
@@ -172,7 +175,7 @@ class Sweep:
             verdict = f"{best.value} {why}: the default stays"
             return Outcome(dimension, tuple(rows), default.value, verdict, confirmed is not None)
         verdict = f"{best.value} is {_percent(confirmed)} faster than {default.value}"
-        return Outcome(dimension, tuple(rows), best.value, verdict, not self.stopped)
+        return Outcome(dimension, tuple(rows), best.value, verdict)
 
     def _warm_up(self, course: _Course, rows: list[Row]) -> int:
         """Each candidate once, which may compile; leaves out those that fail. How often to repeat for a measurement."""
