@@ -143,6 +143,7 @@ MISTAKES = [
     ("tune --seconds 0", "--seconds", "positive", ""),
     ("tune --seconds nan", "--seconds", "positive", ""),
     ("tune --rounds 2", "--rounds", "3 or more", ""),
+    ("tune --lora.rank 4", "lora.rank", "4", "must be 0"),
     ("tune --output syntax.toml", "--output", "syntax.toml'", "move it away"),
     ("tune --output file/below/tuned.json", "--output", "file/below'", "folder"),
     ("tune --nproc 2 --parallelism.expert-parallel-degree 3", "expert_parallel_degree", "3", "1, 2"),

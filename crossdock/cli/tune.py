@@ -74,10 +74,10 @@ def _check(config: Config, output: Path, machines: Machines) -> None:
     """Everything that can be wrong, before anything is measured."""
     from crossdock.config import ConfigError, TunedFileError, check_writable, read_tuned, validate
 
-    validate(config, machines.world_size, machines.nproc)
-    check_gpus(machines, config.training.dtype)
     if config.lora.rank:
         raise ConfigError("lora.rank", config.lora.rank, "must be 0: experts with adapters are not tuned")
+    validate(config, machines.world_size, machines.nproc)
+    check_gpus(machines, config.training.dtype)
     try:
         if output.exists():
             read_tuned(output)
