@@ -28,6 +28,7 @@ _NUMBERS = MappingProxyType(
             "global_aux_loss_coeff z_loss_coeff expert_bias_rate capacity_factor debug_force_zipf_drift",
         ),
         "at least 0 and below 1": (lambda value: 0 <= value < 1, "input_jitter"),
+        "0 to 255": (lambda value: 0 <= value < 256, "deepep_dispatch_chunk deepep_combine_chunk"),
         "0, or an even number above": (lambda value: value >= 0 and value % 2 == 0, "deepep_num_sms"),
         "0 or more, or -1": (lambda value: value >= 0 or value == -1, "debug_force_zipf debug_force_zipf_seed"),
     }
@@ -67,6 +68,10 @@ class MoEConfig:
     """Of deep_ep: `ElasticBuffer`, the older `Buffer`, or the first of them that there is."""
     deepep_num_sms: int = 0
     """SMs that an exchange of deep_ep may take, even; 0: its choice."""
+    deepep_dispatch_chunk: int = 0
+    """Tokens that deep_ep's `Buffer` sends at a time over NVLink, to experts; 0: its choice."""
+    deepep_combine_chunk: int = 0
+    """Likewise, on their way back."""
     deepep_fp8_dispatch: bool = False
     """Let deep_ep send tokens in FP8; results and gradients stay in bfloat16."""
     deepep_expand: bool = False
@@ -165,6 +170,10 @@ class MoEConfig:
         self._require("wire_dtype", self.dispatcher != "deepep" or self.wire_dtype == "same", valid)
         valid = "auto or elastic with deepep_expand: Buffer has no expand mode"
         self._require("deepep_api", not self.deepep_expand or self.deepep_api != "buffer", valid)
+        for name in ("deepep_dispatch_chunk", "deepep_combine_chunk"):
+            buffer = self.deepep_api != "elastic" and not self.deepep_expand
+            valid = "needs deepep_api = auto or buffer, without deepep_expand: ElasticBuffer has no chunks"
+            self._require(name, not getattr(self, name) or buffer, valid)
         both = self.wire_directions == "both"
         self._require("wire_directions", not both or self.wire_dtype != "same", "needs a wire_dtype other than same")
         seeded = self.debug_force_zipf_seed >= 0
@@ -215,6 +224,8 @@ class MoEConfig:
                 self.deepep_fp8_dispatch,
                 self.deepep_expand,
                 self.deepep_max_tokens_per_rank,
+                self.deepep_dispatch_chunk,
+                self.deepep_combine_chunk,
             ),
         )
 

@@ -28,6 +28,8 @@ ROUTER = RouterConfig(4, 2)
         ("input_jitter", 1.0, "at least 0 and below 1"),
         ("deepep_num_sms", 3, "even"),
         ("deepep_max_tokens_per_rank", -1, "0 or more"),
+        ("deepep_dispatch_chunk", 256, "0 to 255"),
+        ("deepep_combine_chunk", -1, "0 to 255"),
     ],
 )
 def test_a_value_that_cannot_be_names_the_field_and_what_is_valid(name: str, value: Any, valid: str) -> None:
@@ -46,6 +48,8 @@ TOGETHER: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         for name, value in {
             "deepep_api": "elastic",
             "deepep_num_sms": 8,
+            "deepep_dispatch_chunk": 8,
+            "deepep_combine_chunk": 4,
             "deepep_fp8_dispatch": True,
             "deepep_expand": True,
             "deepep_max_tokens_per_rank": 64,
@@ -53,6 +57,11 @@ TOGETHER: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         for dispatcher, right in (("alltoall", "auto"), ("local", "deepep"))
     },
     "expand of Buffer": ({"deepep_api": "buffer", "deepep_expand": True}, "elastic", {"deepep_api": "elastic"}),
+    "chunks of ElasticBuffer": (
+        {"deepep_dispatch_chunk": 8, "deepep_api": "elastic"},
+        "ElasticBuffer has no chunks",
+        {"deepep_api": "buffer"},
+    ),
     "both directions of nothing": (
         {"wire_directions": "both"},
         "needs a wire_dtype other than same",

@@ -33,13 +33,22 @@ __all__ = [
 ]
 
 AUTOMATIC: Mapping[str, Any] = MappingProxyType(
-    {"experts": "auto", "overlap_chunks": 0, "deepep_num_sms": 0, "wire_dtype": "same"}
+    {
+        "experts": "auto",
+        "overlap_chunks": 0,
+        "deepep_num_sms": 0,
+        "deepep_dispatch_chunk": 0,
+        "deepep_combine_chunk": 0,
+        "wire_dtype": "same",
+    }
 )
 """Settings of `[moe]` that a tuned value may take the place of, and the value that leaves them open."""
 THREADS = "threads"
 """The one setting besides: threads of a rank on a CPU."""
 
 _FORMAT, _VERSION = "crossdock tuned", 1
+# What else of `[moe]` has a part in how fast tokens travel.
+_TRAVEL = ("ranks_per_node", "deepep_api", "deepep_fp8_dispatch", "deepep_expand", "wire_directions")
 # An entry that differs in so many fields is worth a word.
 _NEAR = 2
 
@@ -60,7 +69,7 @@ class TunedKey:
         ep: ranks that together hold all experts.
         ranks_per_machine: that share its cores and links.
         dtype: of activations.
-        dispatcher, static_shapes: as set, of `[moe]`.
+        dispatcher, static_shapes: as set, of `[moe]`; the former with what else is set of how tokens travel.
     """
 
     device: str
@@ -96,7 +105,7 @@ class TunedKey:
             ep=ep,
             ranks_per_machine=find_nodes(range(dist.get_world_size()), 0).of_ranks.count(0),
             dtype=dtype,
-            dispatcher=layer.config.dispatcher,
+            dispatcher=_travel(layer.config),
             static_shapes=layer.config.static_shapes,
         )
 
@@ -114,6 +123,11 @@ def device_name(device: torch.device) -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return f"{next(names, platform.machine())}, {os.cpu_count()} cores"
+
+
+def _travel(config: MoEConfig) -> str:
+    set_beside = [name for name in _TRAVEL if getattr(config, name) != getattr(MoEConfig, name)]
+    return ", ".join([config.dispatcher, *(f"{name} = {getattr(config, name)}" for name in set_beside)])
 
 
 def _version(package: str) -> str:

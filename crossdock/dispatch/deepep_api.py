@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ __all__ = ["Buffers", "DeepEPOptions", "ElasticBuffers", "PlainBuffers", "Receiv
 
 # Beyond one NVLink domain of this size, `Buffer` needs room for RDMA; below, to ask for its size can fail.
 _NVLINK_RANKS = 8
+# Tokens that a channel of `Buffer` has room for, in the library's own configurations of one domain.
+_NVLINK_ROOM = 256
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class DeepEPOptions:
     """Let rows arrive once per route, sorted by slot. Needs `ElasticBuffer`."""
     max_tokens_per_rank: int = 0
     """Room for so many tokens per rank from the start; a buffer that is too small is followed by a larger one."""
+    dispatch_chunk: int = 0
+    """Tokens that `Buffer` sends at a time over NVLink, to experts; 0: the library's choice."""
+    combine_chunk: int = 0
+    """Likewise, on their way back."""
 
     def __post_init__(self) -> None:
         if self.num_sms < 0 or self.num_sms % 2:
@@ -41,6 +47,18 @@ class DeepEPOptions:
             raise ValueError(f"max_tokens_per_rank = {self.max_tokens_per_rank} must be 0 or more")
         if self.expand and self.api == "buffer":
             raise ValueError("expand needs api = 'elastic': DeepEP's Buffer has no expand mode")
+        for name in ("dispatch_chunk", "combine_chunk"):
+            if not 0 <= getattr(self, name) < _NVLINK_ROOM:
+                raise ValueError(f"{name} = {getattr(self, name)} must be below {_NVLINK_ROOM}, or 0")
+        if self.has_chunks and (self.expand or self.api == "elastic"):
+            raise ValueError(
+                "dispatch_chunk and combine_chunk need api = 'buffer': DeepEP's ElasticBuffer has no chunks"
+            )
+
+    @property
+    def has_chunks(self) -> bool:
+        """Whether a size of chunks is set, which `Buffer` alone has."""
+        return bool(self.dispatch_chunk or self.combine_chunk)
 
 
 class Template(NamedTuple):
@@ -103,7 +121,12 @@ class Buffers:
         library: the module `deep_ep`.
         group: the expert-parallel ranks.
         options: the same on all ranks.
+
+    Attributes:
+        takes_chunks: whether it sends in chunks, whose sizes can be set.
     """
+
+    takes_chunks: ClassVar[bool] = False
 
     def __init__(self, library: Any, group: dist.ProcessGroup, options: DeepEPOptions) -> None:
         self.library, self.group, self.options = library, group, options
@@ -238,6 +261,8 @@ class ElasticBuffers(Buffers):
 class PlainBuffers(Buffers):
     """`Buffer`; its size depends on `H` alone."""
 
+    takes_chunks = True
+
     def __init__(self, library: Any, group: dist.ProcessGroup, options: DeepEPOptions) -> None:
         super().__init__(library, group, options)
         if options.num_sms:
@@ -245,6 +270,16 @@ class PlainBuffers(Buffers):
         self.check_ranks(library, group.size())
         self.dispatch_config = library.Buffer.get_dispatch_config(group.size())
         self.combine_config = library.Buffer.get_combine_config(group.size())
+        if options.has_chunks and group.size() > _NVLINK_RANKS:
+            raise ValueError(
+                f"dispatcher 'deepep': dispatch_chunk and combine_chunk are for {_NVLINK_RANKS} ranks at most, one "
+                f"NVLink domain, not for {group.size()}"
+            )
+        sms = options.num_sms or library.Buffer.num_sms
+        if options.dispatch_chunk:
+            self.dispatch_config = library.Config(sms, options.dispatch_chunk, _NVLINK_ROOM)
+        if options.combine_chunk:
+            self.combine_config = library.Config(sms, options.combine_chunk, _NVLINK_ROOM)
 
     @staticmethod
     def check_ranks(library: Any, num_ranks: int) -> None:

@@ -47,7 +47,11 @@ def choose_deepep_api(library: Any, options: DeepEPOptions) -> type[Buffers]:
     version = getattr(library, "__version__", "of unknown version")
     if not there:
         raise ValueError(f"{_NEEDS} (deep_ep {version} has neither)")
-    wanted, asking = ("elastic", "expand") if options.expand else (options.api, f"api = {options.api!r}")
+    wanted, asking = options.api, f"api = {options.api!r}"
+    if options.expand:
+        wanted, asking = "elastic", "expand"
+    elif options.has_chunks:
+        wanted, asking = "buffer", "a size of chunks"
     name = there[0] if wanted == "auto" else wanted
     if name not in there:
         raise ValueError(

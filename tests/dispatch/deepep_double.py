@@ -46,9 +46,11 @@ class EventOverlap:
 class Config:
     """Chunk sizes; `Buffer`'s."""
 
-    def __init__(self, num_sms: int, nvl_send: int, nvl_recv: int, rdma_send: int, rdma_recv: int) -> None:
+    def __init__(self, num_sms: int, nvl_send: int, nvl_recv: int, rdma_send: int = 6, rdma_recv: int = 128) -> None:
         _check(num_sms % 2 == 0, "an even number of SMs")
+        _check(0 < nvl_send < nvl_recv, "chunks that the receiver has room for")
         self._num_sms, self._nvl_recv, self._rdma_recv = num_sms, nvl_recv, rdma_recv
+        self._nvl_send = nvl_send
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         return self._num_sms // 2 * min(num_ranks, 8) * self._nvl_recv * hidden_bytes
@@ -81,6 +83,7 @@ class Double:
         outstanding: asynchronous calls whose event has not been waited for.
         alive: handles that something still refers to.
         num_sms: of each call that has them.
+        chunks: of each call of `Buffer`, by name of the method.
     """
 
     __version__ = "2.1.0"
@@ -93,6 +96,7 @@ class Double:
         self.buffers: list[_Base] = []
         self.outstanding = 0
         self.num_sms: set[int] = set()
+        self.chunks: set[tuple[str, int]] = set()
         # Recompute restores torch's own generator, and would see the same order.
         self.arrivals = torch.Generator().manual_seed(0)
         self._layouts: list[weakref.ref[Tensor]] = []
@@ -488,6 +492,7 @@ class _Buffer(_Base):
         values, scales = self.tokens(x)
         config = config or self.get_dispatch_config(self.num_ranks)
         self.double.num_sms.add(config._num_sms)
+        self.double.chunks.add(("dispatch", config._nvl_send))
         needed = config.get_nvl_buffer_size_hint(values.shape[1] * min(2, values.dtype.itemsize), self.num_ranks)
         _check(needed <= self.num_nvl_bytes, "rows that the buffer has room for")
         if handle is not None:
@@ -553,7 +558,9 @@ class _Buffer(_Base):
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Any, ...]:
         self.begin("combine" if topk_weights is None else "combine with weights")
-        recv, in_rank = self.owns(handle, config or self.get_combine_config(self.num_ranks))
+        config = config or self.get_combine_config(self.num_ranks)
+        self.double.chunks.add(("combine", config._nvl_send))
+        recv, in_rank = self.owns(handle, config)
         _data(x, self.double.dtypes, sum(recv), None)
         if topk_weights is not None:
             _data(topk_weights, self.weight_dtypes, len(x), None)

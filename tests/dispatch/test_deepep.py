@@ -261,6 +261,31 @@ def test_a_model_in_bf16_trains_by_name_as_with_alltoall(ranks: RankPool) -> Non
                 np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-2 * np.abs(theirs).max(initial=1e-9))
 
 
+def _chunks() -> tuple[set[tuple[str, int]], list[Any], list[Any]]:
+    """What `Buffer` was asked for with sizes of chunks, and the gradients with and without."""
+    results = []
+    asked: set[tuple[str, int]] = set()
+    chunked = MoEConfig(dispatcher="deepep", deepep_dispatch_chunk=12, deepep_combine_chunk=3, deepep_num_sms=8)
+    for config in (MoEConfig(dispatcher="deepep"), chunked):
+        double = Double(elastic=config is chunked)  # a size of chunks asks for Buffer, beside ElasticBuffer too
+        sys.modules["deep_ep"] = cast(Any, double)
+        try:
+            results.append(_train(_blocks(config, torch.bfloat16)))
+        finally:
+            del sys.modules["deep_ep"]
+        free_deepep_buffers()
+        asked = double.chunks
+        assert config is not chunked or double.num_sms == {8}
+    return asked, *results
+
+
+def test_chunks_of_buffer_are_as_they_are_set_with_the_same_numbers(ranks: RankPool) -> None:
+    for asked, plain, chunked in ranks.run(2, _chunks):
+        assert asked == {("dispatch", 12), ("combine", 3)}
+        for ours, theirs in zip(chunked, plain, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-2 * np.abs(theirs).max(initial=1e-9))
+
+
 def _overlap() -> list[tuple[list[int], list[int]]]:
     results = []
     for api in ("elastic", "buffer"):
@@ -407,6 +432,10 @@ def test_a_missing_or_too_old_library_says_what_to_install(monkeypatch: pytest.M
     ("settings", "part"),
     [
         ({"num_sms": 7}, "even"),
+        ({"dispatch_chunk": 256}, "below 256"),
+        ({"combine_chunk": -1}, "below 256"),
+        ({"combine_chunk": 4, "api": "elastic"}, "no chunks"),
+        ({"dispatch_chunk": 4, "expand": True}, "no chunks"),
         ({"max_tokens_per_rank": -1}, "0 or more"),
         ({"api": "buffer", "expand": True}, "no expand"),
     ],

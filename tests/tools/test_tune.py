@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -12,13 +13,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
 import torch
+from rich.console import Console
 
+from crossdock.config import load_config
 from crossdock.config.tuned import TunedEntry, read_tuned
+from crossdock.dispatch import free_deepep_buffers
+from crossdock.parallel import ParallelDims
+from crossdock.tools.tune import TuneOptions, tune
+from tests.dispatch.deepep_double import Double
 from tests.ranks import RankPool
 from tests.tiny import run_trainer, speeches, write_assets
 
@@ -86,7 +93,7 @@ def test_two_ranks_measure_what_is_open_and_write_it(tuned: tuple[str, TunedEntr
     assert set(entry.settings) <= measured
     assert "overlap_chunks" in entry.settings
     assert measured == set(re.findall(r"^(\w+): (?!skipped)", output, re.MULTILINE)) & measured
-    assert "deepep_num_sms: skipped, deep_ep is not installed" in output
+    assert output.count("skipped, deep_ep is not installed") == 3
     assert f"written: {folder / 'xdg/crossdock/tuned.json'}" in output
     assert output.count("tuning qwen3") == 1, "one rank speaks"
     key = entry.key
@@ -260,6 +267,46 @@ def test_every_kind_of_layer_is_measured(
     if "--moe.static-shapes" in overrides:
         assert "experts: skipped, static_shapes" in output
     assert "fails" not in output
+
+
+def _tune_deepep(folder: str, api: str) -> tuple[dict[str, Any], str, set[int], set[tuple[str, int]], int]:
+    """What was measured with the double of DeepEP, what was said, what the library was asked for, and its buffers."""
+    config = load_config(
+        None,
+        [
+            *("--model.hf-assets-path", f"{folder}/wide", "--training.seq-len", "32", *EP2),
+            *("--training.dtype", "bfloat16", "--moe.dispatcher", "deepep", "--moe.deepep-api", api),
+        ],
+    )
+    double, console = Double(), Console(file=io.StringIO(), width=200)
+    sys.modules["deep_ep"] = cast(Any, double)
+    try:
+        dims = ParallelDims.from_config(config.parallelism, 2)
+        options = TuneOptions(Path(folder, f"{api}.json"), seconds=60, rounds=3)
+        entry = tune(config, dims, torch.device("cpu"), options, console=console)
+        free_deepep_buffers()
+    finally:
+        del sys.modules["deep_ep"]
+    said = cast(io.StringIO, console.file).getvalue()
+    return dict(entry.settings), said, double.num_sms, double.chunks, double.outstanding
+
+
+@pytest.mark.parametrize("api", ["elastic", "buffer"])
+def test_what_deep_ep_leaves_open_is_measured(api: str, ranks: RankPool, folder: Path) -> None:
+    write_assets(folder / "wide", hidden_size=256)
+    first, second = ranks.run(2, _tune_deepep, str(folder), api)
+    assert first[0] == second[0]
+    settings, said, num_sms, chunks, outstanding = first
+    assert {8, 12, 16, 20, 24, 32, 48} <= num_sms
+    assert outstanding == 0
+    assert "wire_dtype: skipped, deepep has none" in said
+    if api == "elastic":
+        assert said.count("skipped, ElasticBuffer has no chunks") == 2
+        assert set(settings) == {"experts", "overlap_chunks", "deepep_num_sms"}
+    else:
+        assert {("dispatch", size) for size in (4, 6, 8, 12, 16, 24, 32)} <= chunks
+        assert {("combine", size) for size in (1, 2, 3, 4, 5, 6)} <= chunks
+        assert {"deepep_dispatch_chunk", "deepep_combine_chunk"} <= set(settings)
 
 
 COMMANDS = re.findall(r"^    crossdock (.+)$", (ROOT / "docs/tune.md").read_text(), re.MULTILINE)

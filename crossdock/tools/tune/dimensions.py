@@ -11,7 +11,7 @@ import torch
 
 from crossdock.comm import Wire, WireDtype
 from crossdock.config.tuned import AUTOMATIC, THREADS
-from crossdock.dispatch import load_deepep
+from crossdock.dispatch import choose_deepep_api, load_deepep
 from crossdock.experts import EXPERTS_BACKENDS, ExpertParams, backend_problem, pick_backend
 from crossdock.moe_config import MoEConfig
 from crossdock.routed_experts import RoutedExperts
@@ -21,6 +21,9 @@ __all__ = ["Dimension", "dimensions"]
 _CHUNKS = (1, 2, 4)
 # Of 132 on an H100 or H200; DeepEP's own choices lie between.
 _DEEPEP_SMS = (8, 12, 16, 20, 24, 32, 48)
+# As in the library's own tests of its `Buffer`, which is for so many ranks within one NVLink domain.
+_DISPATCH_CHUNKS, _COMBINE_CHUNKS = (4, 6, 8, 12, 16, 24, 32), (1, 2, 3, 4, 5, 6)
+_NVLINK_RANKS = 8
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def dimensions(
         _threads(device, threads, own_threads),
         _experts(layer, dtype, device),
         _overlap_chunks(layer),
-        _deepep_num_sms(layer, device),
+        *_deepep(layer, device),
         _wire_dtype(layer, dtype),
     ]
     return [_unless_set(each, config) for each in swept]
@@ -114,17 +117,27 @@ def _overlap_chunks(layer: RoutedExperts) -> Dimension:
     return _dimension("overlap_chunks", picked, _CHUNKS, "")
 
 
-def _deepep_num_sms(layer: RoutedExperts, device: torch.device) -> Dimension:
-    name = "deepep_num_sms"
+def _deepep(layer: RoutedExperts, device: torch.device) -> list[Dimension]:
+    """What the library leaves open; of its `Buffer` alone, chunks."""
+    names = ("deepep_num_sms", "deepep_dispatch_chunk", "deepep_combine_chunk")
     try:
-        load_deepep()
+        library = load_deepep()
     except ValueError as error:
         missing = isinstance(error.__cause__, ImportError)
-        return Dimension(name, skipped="deep_ep is not installed" if missing else str(error))
-    if layer.dispatch_plan.dispatcher != "deepep":
-        return Dimension(name, skipped=f"tokens travel by {layer.dispatch_plan.dispatcher}")
+        return [Dimension(name, skipped="deep_ep is not installed" if missing else str(error)) for name in names]
+    if (dispatcher := layer.dispatch_plan.dispatcher) != "deepep":
+        return [Dimension(name, skipped=f"tokens travel by {dispatcher}") for name in names]
+    sms, dispatch_chunk, combine_chunk = names
     most = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else max(_DEEPEP_SMS)
-    return _dimension(name, 0, (each for each in _DEEPEP_SMS if each <= most), "")
+    swept = [_dimension(sms, 0, (each for each in _DEEPEP_SMS if each <= most), "")]
+    if not choose_deepep_api(library, layer.config.dispatch_options().deepep).takes_chunks:
+        why = "ElasticBuffer has no chunks"
+    elif layer.ep_world_size > _NVLINK_RANKS:
+        why = f"for {_NVLINK_RANKS} expert-parallel ranks at most"
+    else:
+        chunks = [(dispatch_chunk, _DISPATCH_CHUNKS), (combine_chunk, _COMBINE_CHUNKS)]
+        return [*swept, *(_dimension(name, 0, sizes, "") for name, sizes in chunks)]
+    return [*swept, Dimension(dispatch_chunk, skipped=why), Dimension(combine_chunk, skipped=why)]
 
 
 def _wire_dtype(layer: RoutedExperts, dtype: torch.dtype) -> Dimension:

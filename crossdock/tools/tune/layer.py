@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from crossdock.config import Config
 from crossdock.config.tuned import AUTOMATIC, THREADS, TunedKey
-from crossdock.dispatch import Dispatched, Dispatcher, DispatchPlan
+from crossdock.dispatch import Dispatched, Dispatcher, DispatchPlan, free_deepep_buffers
 from crossdock.models import FAMILIES, build_model, resolve_hf_config
 from crossdock.moe import MoE, moe_layers
 from crossdock.moe_config import MoEConfig
@@ -104,6 +104,11 @@ class MeasuredLayer:
                 self._dispatchers[config] = layer_dispatcher(self.layer, self._mesh, self._tokens, self.dtype)
             dispatcher, plan = self._dispatchers[config]
             self.layer.place(self.layer.placement, dispatcher, self._mesh.get_group(), plan)
+
+    def forget(self) -> None:
+        """Free what values that were put in force hold, such as buffers of deep_ep. Collective."""
+        self._dispatchers.clear()
+        free_deepep_buffers()
 
     def run(self, part: str, repeats: int) -> float:
         """Seconds of a forward and a backward pass of the `layer` or its `experts`, the mean of `repeats` of them."""

@@ -104,6 +104,7 @@ def tune(
             outcomes.append(outcome)
             base[dimension.name] = outcome.chosen
             say(f"{dimension.name}: {outcome.verdict}")
+            subject.forget()
             _write(options.output, _entry(subject, outcomes), writes=display is not None)
     finally:
         subject.apply({})
