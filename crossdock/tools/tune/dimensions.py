@@ -13,7 +13,7 @@ from crossdock.comm import Wire, WireDtype
 from crossdock.config.tuned import AUTOMATIC, THREADS
 from crossdock.dispatch import choose_deepep_api, load_deepep
 from crossdock.experts import EXPERTS_BACKENDS, ExpertParams, backend_problem, pick_backend
-from crossdock.moe_config import MoEConfig
+from crossdock.moe_config import STATIC_EXPERTS, MoEConfig
 from crossdock.routed_experts import RoutedExperts
 
 __all__ = ["Dimension", "dimensions"]
@@ -99,14 +99,14 @@ def _threads(device: torch.device, threads: int, own_threads: bool) -> Dimension
 
 
 def _experts(layer: RoutedExperts, dtype: torch.dtype, device: torch.device) -> Dimension:
-    if layer.config.static_shapes:
-        return Dimension("experts", skipped="static_shapes computes by grouped_mm")
     rows = layer.experts.local_rows()
     params = ExpertParams(*(rows.get(name) for name in ExpertParams._fields))  # type: ignore[arg-type]
     tokens = torch.empty(0, layer.hidden_size, dtype=dtype, device=device)
-    picked = pick_backend(tokens, params)
+    static = layer.config.static_shapes
+    picked = "grouped_mm" if static else pick_backend(tokens, params)
     # `eager` is the reference: no one's fastest, at six times the memory.
-    others = [name for name in EXPERTS_BACKENDS if name != "eager" and not backend_problem(name, tokens, params)]
+    names = [name for name in EXPERTS_BACKENDS if name != "eager" and (not static or name in STATIC_EXPERTS)]
+    others = [name for name in names if not backend_problem(name, tokens, params)]
     return _dimension("experts", picked, others, f"no other backend than {picked} computes this")
 
 
