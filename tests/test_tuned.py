@@ -16,9 +16,12 @@ from crossdock.config.tuned import (
     find_entry,
     near_miss,
     read_tuned,
+    tile_setting,
+    tile_table,
     tuned_file,
     write_entry,
 )
+from crossdock.kernels import Tiles
 
 KEY = TunedKey(
     device="Some GPU",
@@ -82,6 +85,24 @@ def test_an_entry_of_quite_another_run_is_no_near_miss() -> None:
     assert near_miss([], KEY) == ""
 
 
+def tiles(name: str, values: Any = (64, 128, 64, 4, 3, 0)) -> TunedEntry:
+    """An entry with tiles of a kernel, and the default for another one."""
+    usual = {"kernel_tiles.down.64": {"default": [64, 64, 64, 4, 3, 0], "chosen": [64, 64, 64, 4, 3, 0]}}
+    own = {f"kernel_tiles.{name}": {"default": [16, 16, 16, 4, 3, 0], "chosen": list(values)}}
+    return TunedEntry(KEY, "2026-11-22T12:00:00", usual | own)
+
+
+def test_tiles_are_for_their_kernel_and_the_buckets_in_their_name(tmp_path: Path) -> None:
+    name = tile_setting("up", (64, 256))
+    assert name == "kernel_tiles.up.64.256"
+    write_entry(tmp_path / "tuned.json", tiles("up.64.256"))
+    (read,) = read_tuned(tmp_path / "tuned.json")
+    table = tile_table(read.choices)
+    assert table is not None
+    assert dict(table) == {("up", bucket): Tiles(64, 128, 64, 4, 3, 0) for bucket in (64, 256)}
+    assert tile_table({"experts": "triton"}) is None
+
+
 def document(**changes: Any) -> str:
     whole = {"format": "crossdock tuned", "version": 1, "entries": [asdict(entry(overlap_chunks=4))]}
     return json.dumps(whole | changes)
@@ -109,6 +130,11 @@ DAMAGED = {
     "chunks": (document(entries=[asdict(entry(overlap_chunks=-1))]), "overlap_chunks"),
     "chunks' type": (document(entries=[asdict(entry(overlap_chunks="4"))]), "overlap_chunks"),
     "threads": (document(entries=[asdict(entry(threads=0))]), "threads is 0"),
+    "kernel": (document(entries=[asdict(tiles("sideways.64"))]), "there is none"),
+    "bucket": (document(entries=[asdict(tiles("up.63"))]), "63 rows per slot"),
+    "no bucket": (document(entries=[asdict(tiles("up.many"))]), "many"),
+    "tiles": (document(entries=[asdict(tiles("up.64", values=[64, 64]))]), "no tiles"),
+    "tiles' size": (document(entries=[asdict(tiles("up.64", values=[63, 64, 64, 4, 3, 0]))]), "rows = 63"),
     "wire": (document(entries=[asdict(entry(wire_dtype="fp4"))]), "wire_dtype"),
 }
 

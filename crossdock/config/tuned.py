@@ -16,11 +16,13 @@ import torch
 import torch.distributed as dist
 
 from crossdock.dispatch import find_nodes
+from crossdock.kernels import Tiles, TileTable
 from crossdock.moe_config import MoEConfig
 from crossdock.routed_experts import RoutedExperts
 
 __all__ = [
     "AUTOMATIC",
+    "KERNEL_TILES",
     "THREADS",
     "TunedEntry",
     "TunedFileError",
@@ -28,6 +30,8 @@ __all__ = [
     "find_entry",
     "near_miss",
     "read_tuned",
+    "tile_setting",
+    "tile_table",
     "tuned_file",
     "write_entry",
 ]
@@ -44,7 +48,9 @@ AUTOMATIC: Mapping[str, Any] = MappingProxyType(
 )
 """Settings of `[moe]` that a tuned value may take the place of, and the value that leaves them open."""
 THREADS = "threads"
-"""The one setting besides: threads of a rank on a CPU."""
+"""A setting besides: threads of a rank on a CPU."""
+KERNEL_TILES = "kernel_tiles"
+"""What names of settings begin with that are tiles of backend `triton`, see `tile_setting`."""
 
 _FORMAT, _VERSION = "crossdock tuned", 1
 # What else of `[moe]` has a part in how fast tokens travel.
@@ -210,7 +216,27 @@ def _check_choices(choices: Mapping[str, Any]) -> None:
     threads = choices.get(THREADS, 1)
     if type(threads) is not int or threads < 1:
         raise ValueError(f"{THREADS} is {threads!r}; it must be 1 or more")
+    tile_table(choices)
     MoEConfig(**{name: value for name, value in choices.items() if name in AUTOMATIC}).check()
+
+
+def tile_setting(kernel: str, buckets: Sequence[int]) -> str:
+    """The name under which tiles of a kernel are kept that are for these buckets of rows per slot."""
+    return ".".join([KERNEL_TILES, kernel, *map(str, buckets)])
+
+
+def tile_table(choices: Mapping[str, Any]) -> TileTable | None:
+    """The tiles of `choices`, `None` without any. Raises ValueError for what is no kernel, bucket or tiles."""
+    tiles: dict[tuple[str, int], Tiles] = {}
+    for name, values in choices.items():
+        prefix, *rest = name.split(".")
+        if prefix == KERNEL_TILES:
+            try:
+                kernel, *buckets = rest
+                tiles |= {(kernel, int(bucket)): Tiles(*values) for bucket in buckets}
+            except TypeError as error:
+                raise ValueError(f"{name} is {values!r}: no tiles ({error})") from None
+    return TileTable(tiles) if tiles else None
 
 
 def find_entry(entries: Sequence[TunedEntry], key: TunedKey) -> TunedEntry | None:

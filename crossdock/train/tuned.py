@@ -21,6 +21,7 @@ from crossdock.config.tuned import (
     find_entry,
     near_miss,
     read_tuned,
+    tile_table,
     tuned_file,
 )
 from crossdock.moe import moe_layers
@@ -74,7 +75,12 @@ def take_tuned(model: nn.Module, config: Config, meshes: Meshes, device: torch.d
         (logger.warning if found.is_damaged else logger.info)(found.message)
         return
     taken = _open_settings(found.entry.choices, config, device, threads)
-    said = ", ".join(f"{name} = {value}" for name, value in taken.items())
+    backend = taken.get("experts", config.moe.experts)
+    tiles = tile_table(found.entry.choices) if backend == "triton" else None
+    words = [f"{name} = {value}" for name, value in taken.items()]
+    if tiles is not None:
+        words.append(f"tiles of {', '.join(dict.fromkeys(kernel for kernel, _ in tiles))}")
+    said = ", ".join(words)
     if not said:
         defaults = "the defaults won, or what won is set otherwise"
         logger.info(f"tuned: nothing taken from {found.path} (measured {found.entry.date}): {defaults}")
@@ -83,6 +89,7 @@ def take_tuned(model: nn.Module, config: Config, meshes: Meshes, device: torch.d
         torch.set_num_threads(taken.pop(THREADS))
     for layer in layers:
         layer.reconfigure(replace(layer.config, **taken))
+        layer.experts.kernel_tiles = tiles
     logger.info(f"tuned: {said}, from {found.path} (measured {found.entry.date})")
 
 

@@ -23,8 +23,11 @@ from rich.console import Console
 from crossdock.config import load_config
 from crossdock.config.tuned import TunedEntry, read_tuned
 from crossdock.dispatch import free_deepep_buffers
+from crossdock.kernels import KERNELS, Tiles
 from crossdock.parallel import ParallelDims
 from crossdock.tools.tune import TuneOptions, tune
+from crossdock.tools.tune.dimensions import kernel_tiles
+from crossdock.tools.tune.layer import MeasuredLayer
 from tests.dispatch.deepep_double import Double
 from tests.ranks import RankPool
 from tests.tiny import run_trainer, speeches, write_assets
@@ -53,7 +56,7 @@ def settings(folder: Path, *overrides: str) -> list[str]:
 
 def start_tune(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """`crossdock tune` on two ranks, in a process of its own."""
-    taken_out = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
+    taken_out = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "TRITON_INTERPRET")
     environment = {name: value for name, value in os.environ.items() if name not in taken_out}
     environment |= {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "XDG_CACHE_HOME": str(folder / "xdg")}
     command = [sys.executable, "-m", "crossdock", "tune", *settings(folder, *EP2), "--nproc", "2", *arguments]
@@ -153,6 +156,45 @@ def test_training_takes_what_won_and_says_so_with_the_same_numbers(
     assert losses == pytest.approx(plain, rel=1e-5)
     saved = (tmp_path / "run/config.toml").read_text()
     assert "overlap_chunks = 0" in saved, "the run's settings stay open"
+
+
+def test_training_takes_tiles_where_their_kernels_compute(
+    tuned: tuple[str, TunedEntry], train: Any, plain: list[float], folder: Path, tmp_path: Path
+) -> None:
+    """In Triton's interpreter."""
+    tiles = {"kernel_tiles.up.64.256": [16, 32, 16, 4, 2, 0], "kernel_tiles.down_grad.256": [32, 16, 16, 4, 2, 0]}
+    one_step = ["--training.steps", "1", "--training.local-batch-size", "8"]
+    path = chosen(folder, tuned[1], "tiles", experts="triton", **tiles)
+    losses, notes = train(path, *one_step)
+    assert f"tuned: experts = triton, tiles of up, down_grad, from {path} (measured {tuned[1].date})" in notes
+    assert losses == pytest.approx(plain[:1], rel=1e-5)
+    losses, notes = train(path, *one_step, "--moe.experts", "cpu", "--job.dump-folder", str(tmp_path / "second"))
+    assert any(note.startswith("tuned: nothing taken") for note in notes)
+
+
+def _tiles(folder: str) -> tuple[list[str], list[Any]]:
+    """What is swept of the kernels' tiles, and tiles that the experts have with some of them put in force."""
+    overrides = ("--training.local-batch-size", "1", "--training.dtype", "bfloat16", "--training.tuned", "off")
+    config = load_config(None, settings(Path(folder), *overrides))
+    measured = MeasuredLayer(config, ParallelDims(1), torch.device("cpu"))
+    swept = kernel_tiles(measured.layer, tokens_per_rank=1000)
+    seen: list[Any] = []
+    for dimension in swept[:2]:
+        small = Tiles(16, 16, 16, 4, 2)
+        measured.apply({**dimension.given, dimension.name: small})
+        assert measured.run(dimension.part, 1) > 0
+        seen += [measured.layer.experts.backend, dict(measured.layer.experts.kernel_tiles)]
+    measured.apply({})
+    return [dimension.name for dimension in swept], [*seen, measured.layer.experts.kernel_tiles]
+
+
+def test_tiles_of_every_kernel_are_swept_for_the_rows_that_an_expert_has(ranks: RankPool, folder: Path) -> None:
+    ((names, seen),) = ranks.run(1, _tiles, str(folder))
+    # 1000 tokens, 2 of 8 experts each: 250 rows, beside the boundary of 256.
+    assert names == [f"kernel_tiles.{kernel}.256.1024" for kernel in KERNELS]
+    small = (16, 16, 16, 4, 2, 0)
+    of_up, of_down = ({(kernel, 256): small, (kernel, 1024): small} for kernel in ("up", "down"))
+    assert seen == ["triton", of_up, "triton", of_down, None]
 
 
 def test_what_the_run_sets_stays_as_it_is_set(tuned: tuple[str, TunedEntry], train: Any, folder: Path) -> None:

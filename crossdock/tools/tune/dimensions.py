@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from crossdock.comm import Wire, WireDtype
-from crossdock.config.tuned import AUTOMATIC, THREADS
+from crossdock.config.tuned import AUTOMATIC, KERNEL_TILES, THREADS, tile_setting
 from crossdock.dispatch import choose_deepep_api, load_deepep
 from crossdock.experts import EXPERTS_BACKENDS, ExpertParams, backend_problem, pick_backend
+from crossdock.kernels import KERNELS, bucket_of, candidates
 from crossdock.moe_config import STATIC_EXPERTS, MoEConfig
 from crossdock.routed_experts import RoutedExperts
 
-__all__ = ["Dimension", "dimensions"]
+__all__ = ["Dimension", "dimensions", "kernel_tiles"]
 
 _CHUNKS = (1, 2, 4)
 # Of 132 on an H100 or H200; DeepEP's own choices lie between.
@@ -36,6 +38,7 @@ class Dimension:
         skipped: why it is not swept here; empty where it is.
         lossy: whether other values than the default change what is computed, not how.
         part: what is timed: the whole layer, or its experts alone.
+        given: values of other settings, without which this one has no part in anything.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Dimension:
     skipped: str = ""
     lossy: bool = False
     part: Literal["layer", "experts"] = "layer"
+    given: Mapping[str, Any] = field(default_factory=dict)
 
 
 def dimensions(
@@ -51,6 +55,7 @@ def dimensions(
     dtype: torch.dtype,
     device: torch.device,
     *,
+    tokens_per_rank: int,
     threads: int,
     own_threads: bool,
 ) -> list[Dimension]:
@@ -61,11 +66,13 @@ def dimensions(
         config: the user's; what it sets is not swept.
         dtype: of activations.
         device: of this rank.
+        tokens_per_rank: `T`.
         threads: of this rank at present.
         own_threads: whether the number of threads was left open.
     """
     swept = [
         _threads(device, threads, own_threads),
+        *_kernel_tiles(layer, config, dtype, device, tokens_per_rank),
         _experts(layer, dtype, device),
         _overlap_chunks(layer),
         *_deepep(layer, device),
@@ -98,14 +105,51 @@ def _threads(device: torch.device, threads: int, own_threads: bool) -> Dimension
     return _dimension(THREADS, threads, others, "there is one core")
 
 
-def _experts(layer: RoutedExperts, dtype: torch.dtype, device: torch.device) -> Dimension:
+def _kernel_tiles(
+    layer: RoutedExperts, config: MoEConfig, dtype: torch.dtype, device: torch.device, tokens_per_rank: int
+) -> list[Dimension]:
+    """One for each of the kernels of backend `triton`."""
+    if device.type == "cpu":
+        return [Dimension(KERNEL_TILES, skipped="for GPUs alone")]
+    if config.experts not in ("auto", "triton"):
+        return [Dimension(KERNEL_TILES, skipped=f"moe.experts = {config.experts} is set")]
+    if problem := backend_problem("triton", *_computed(layer, dtype, device)):
+        return [Dimension(KERNEL_TILES, skipped=f"experts backend triton {problem}")]
+    if dtype.itemsize != 2:
+        return [Dimension(KERNEL_TILES, skipped=f"for bfloat16 and float16, not {dtype}")]
+    return kernel_tiles(layer, tokens_per_rank)
+
+
+def kernel_tiles(layer: RoutedExperts, tokens_per_rank: int) -> list[Dimension]:
+    """Tiles of each kernel, for the buckets that the average rows of a slot may fall into."""
+    ranks = layer.ep_world_size
+    tokens = tokens_per_rank * ranks / layer.dispatch_plan.overlap_chunks
+    routes = tokens * layer.top_k * (ranks if layer.config.static_shapes else 1)
+    rows_per_slot = routes / (layer.placement.slots_per_rank * ranks)
+    # Routing varies: beside a boundary, either bucket may be the one of a step.
+    buckets = tuple(dict.fromkeys(bucket_of(rows_per_slot * factor) for factor in (0.8, 1.0, 1.25)))
+    return [
+        Dimension(tile_setting(kernel, buckets), values, part="experts", given={"experts": "triton"})
+        for kernel in KERNELS
+        if len(values := candidates(kernel, rows_per_slot)) > 1
+    ]
+
+
+def _computed(layer: RoutedExperts, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ExpertParams]:
+    """What a backend is asked about."""
     rows = layer.experts.local_rows()
     params = ExpertParams(*(rows.get(name) for name in ExpertParams._fields))  # type: ignore[arg-type]
-    tokens = torch.empty(0, layer.hidden_size, dtype=dtype, device=device)
+    return torch.empty(0, layer.hidden_size, dtype=dtype, device=device), params
+
+
+def _experts(layer: RoutedExperts, dtype: torch.dtype, device: torch.device) -> Dimension:
+    tokens, params = _computed(layer, dtype, device)
     static = layer.config.static_shapes
     picked = "grouped_mm" if static else pick_backend(tokens, params)
     # `eager` is the reference: no one's fastest, at six times the memory.
     names = [name for name in EXPERTS_BACKENDS if name != "eager" and (not static or name in STATIC_EXPERTS)]
+    if device.type == "cpu":  # Triton's interpreter is for tests.
+        names.remove("triton")
     others = [name for name in names if not backend_problem(name, tokens, params)]
     return _dimension("experts", picked, others, f"no other backend than {picked} computes this")
 

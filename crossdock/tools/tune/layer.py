@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from crossdock.config import Config
-from crossdock.config.tuned import AUTOMATIC, THREADS, TunedKey
+from crossdock.config.tuned import AUTOMATIC, THREADS, TunedKey, tile_table
 from crossdock.dispatch import Dispatched, Dispatcher, DispatchPlan, free_deepep_buffers
 from crossdock.models import FAMILIES, build_model, resolve_hf_config
 from crossdock.moe import MoE, moe_layers
@@ -99,6 +99,7 @@ class MeasuredLayer:
         if self.device.type == "cpu":
             torch.set_num_threads(choices.get(THREADS, self.threads))
         self.layer.reconfigure(config)
+        self.layer.experts.kernel_tiles = tile_table(choices)
         if self._mesh.size() > 1:
             if config not in self._dispatchers:
                 self._dispatchers[config] = layer_dispatcher(self.layer, self._mesh, self._tokens, self.dtype)

@@ -218,7 +218,7 @@ class Sweep:
     def _measure(self, course: _Course, value: Any, repeats: int) -> Reading:
         problem, seconds = "", 0.0
         try:
-            self._subject.apply({**course.base, course.dimension.name: value})
+            self._subject.apply({**course.base, **course.dimension.given, course.dimension.name: value})
             seconds = self._subject.run(course.dimension.part, repeats)
         except Exception as error:  # noqa: BLE001 (out of memory, a kernel that does not compile: all ranks must know)
             problem = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -73,7 +73,13 @@ def tune(
     subject = MeasuredLayer(config, dims, device)
     layer, key = subject.layer, subject.key
     swept = dimensions(
-        layer, config.moe, subject.dtype, device, threads=subject.threads, own_threads=options.own_threads
+        layer,
+        config.moe,
+        subject.dtype,
+        device,
+        tokens_per_rank=key.tokens_per_rank,
+        threads=subject.threads,
+        own_threads=options.own_threads,
     )
     display = SweepDisplay(console or Console()) if dist.get_rank() == 0 else None
     say: Callable[[str], None] = display.say if display is not None else lambda _: None
