@@ -56,6 +56,7 @@ def dimensions(
     device: torch.device,
     *,
     tokens_per_rank: int,
+    ranks_per_machine: int,
     threads: int,
     own_threads: bool,
 ) -> list[Dimension]:
@@ -67,11 +68,12 @@ def dimensions(
         dtype: of activations.
         device: of this rank.
         tokens_per_rank: `T`.
+        ranks_per_machine: that share its cores.
         threads: of this rank at present.
         own_threads: whether the number of threads was left open.
     """
     swept = [
-        _threads(device, threads, own_threads),
+        _threads(device, threads, own_threads, ranks_per_machine),
         *_kernel_tiles(layer, config, dtype, device, tokens_per_rank),
         _experts(layer, dtype, device),
         _overlap_chunks(layer),
@@ -95,14 +97,15 @@ def _dimension(name: str, default: Any, others: Iterable[Any], alone: str, *, lo
     return Dimension(name, candidates, lossy=lossy)
 
 
-def _threads(device: torch.device, threads: int, own_threads: bool) -> Dimension:
-    cores = os.cpu_count() or 1
+def _threads(device: torch.device, threads: int, own_threads: bool, ranks_per_machine: int) -> Dimension:
     if device.type != "cpu":
         return Dimension(THREADS, skipped="for CPUs alone")
     if not own_threads:
         return Dimension(THREADS, skipped="OMP_NUM_THREADS is set")
-    others = (each for each in (1, threads // 2, 2 * threads) if 1 <= each <= cores)
-    return _dimension(THREADS, threads, others, "there is one core")
+    # More threads than cores wait for one another, ten times as long.
+    most = (os.cpu_count() or 1) // ranks_per_machine
+    others = (each for each in (1, threads // 2, 2 * threads) if 1 <= each <= most)
+    return _dimension(THREADS, threads, others, f"{ranks_per_machine} ranks share {os.cpu_count()} cores")
 
 
 def _kernel_tiles(

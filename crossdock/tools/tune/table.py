@@ -14,7 +14,17 @@ from rich.table import Table
 from crossdock.tools.tune.dimensions import Dimension
 from crossdock.tools.tune.sweep import Outcome, Row
 
-__all__ = ["SweepDisplay", "outcome_table", "remarks"]
+__all__ = ["SweepDisplay", "outcome_table", "output_console", "remarks"]
+
+
+# Of a file or a pipe, which have none of their own: the table fits.
+_WIDTH = 120
+
+
+def output_console() -> Console:
+    """Standard output, as wide as it is."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH)
 
 
 class SweepDisplay:

@@ -20,7 +20,7 @@ from crossdock.tools.tune.dimensions import Dimension, dimensions
 from crossdock.tools.tune.layer import MeasuredLayer
 from crossdock.tools.tune.ranks import ProcessGroupAgreement
 from crossdock.tools.tune.sweep import Outcome, Sweep
-from crossdock.tools.tune.table import SweepDisplay, outcome_table, remarks
+from crossdock.tools.tune.table import SweepDisplay, outcome_table, output_console, remarks
 
 __all__ = ["TuneOptions", "tune"]
 
@@ -78,10 +78,11 @@ def tune(
         subject.dtype,
         device,
         tokens_per_rank=key.tokens_per_rank,
+        ranks_per_machine=key.ranks_per_machine,
         threads=subject.threads,
         own_threads=options.own_threads,
     )
-    display = SweepDisplay(console or Console()) if dist.get_rank() == 0 else None
+    display = SweepDisplay(console or output_console()) if dist.get_rank() == 0 else None
     say: Callable[[str], None] = display.say if display is not None else lambda _: None
     say(
         f"tuning {config.model.name}: H {key.hidden_size}, I {key.intermediate_size}, E {key.num_experts}, "
