@@ -56,10 +56,11 @@ class MoEConfigError(ValueError):
 class MoEConfig:
     """Settings of the MoE layers that a user chooses; what a model family fixes is in `RouterConfig`."""
 
-    dispatcher: Literal["auto", "local", "allgather", "alltoall", "hierarchical", "deepep"] = "auto"
+    dispatcher: Literal["auto", "local", "allgather", "alltoall", "hierarchical", "deepep", "symmetric"] = "auto"
     """How tokens travel between expert-parallel ranks: all of them to all ranks (`allgather`), each once to every rank
     that it needs (`alltoall`), or once to every node and on from there (`hierarchical`). `deepep` is as `alltoall`, by
-    the library deep_ep on GPUs. `local`: not at all, with one rank. `auto` picks, and says why."""
+    the library deep_ep on GPUs, `symmetric` by kernels of ours that write into the memory of GPUs on one NVLink.
+    `local`: not at all, with one rank. `auto` picks, and says why."""
     overlap_chunks: int = 0
     """Parts of a rank's tokens, one of which travels while experts compute another; 0: picked as `auto` is."""
     ranks_per_node: int = 0
@@ -86,7 +87,7 @@ class MoEConfig:
     static_shapes: bool = False
     """Worst-case buffers and no sync of the GPU in a layer: every rank gets room for the tokens of all ranks, as many
     as any had in the first step, and every token for all its experts. With `allgather` or `alltoall`, which are the
-    same then, and experts by `grouped_mm` or `triton`."""
+    same then, or `symmetric`, which sends no padding; and experts by `grouped_mm` or `triton`."""
     experts: Literal["auto", "cpu", "eager", "grouped_mm", "triton"] = "auto"
     """How experts are computed. `auto`: `cpu` on a CPU, `grouped_mm` on a GPU, and `eager`, a plain loop, where that
     cannot. `triton`: kernels that do everything around the products within them; not yet run on hardware."""

@@ -14,6 +14,7 @@ from crossdock.comm.collectives import (
     scatter_sum,
     sum_over_ranks,
 )
+from crossdock.comm.peer_memory import GpuMemory, PeerMemory, SharedFiles, VirtualRanks, peer_memory
 from crossdock.comm.shares import enter_parts, gather_parts, join_parts, scatter_terms, sum_terms, take_part
 from crossdock.comm.streams import run_beside
 from crossdock.comm.wire import UNTOUCHED, Wire, WireDtype
@@ -21,9 +22,13 @@ from crossdock.comm.wire import UNTOUCHED, Wire, WireDtype
 __all__ = [
     "EXCHANGE_OPS",
     "UNTOUCHED",
+    "GpuMemory",
+    "PeerMemory",
     "Pending",
+    "SharedFiles",
     "Splits",
     "Tally",
+    "VirtualRanks",
     "Wire",
     "WireDtype",
     "attach_exchange",
@@ -34,6 +39,7 @@ __all__ = [
     "gather_parts",
     "gather_rows",
     "join_parts",
+    "peer_memory",
     "raise_together",
     "run_beside",
     "scatter_sum",

@@ -15,6 +15,9 @@ from crossdock.dispatch.nodes import Nodes, find_nodes
 from crossdock.dispatch.options import DispatchOptions
 from crossdock.dispatch.plan import AUTO_DISPATCHER, LOCAL_PLAN, DispatchPlan, DispatchSituation, plan_dispatch
 from crossdock.dispatch.static import StaticDispatcher
+from crossdock.dispatch.symmetric import SymmetricDispatcher, symmetric_problem
+from crossdock.dispatch.symmetric_buffers import ExchangeBuffers, RankTimeout
+from crossdock.dispatch.symmetric_ops import SYMMETRIC_OPS
 from crossdock.dispatch.traffic import Traffic
 
 __all__ = [
@@ -23,6 +26,7 @@ __all__ = [
     "DISPATCHERS",
     "LOCAL_PLAN",
     "STATIC_DISPATCHERS",
+    "SYMMETRIC_OPS",
     "AllGatherDispatcher",
     "AllToAllDispatcher",
     "DeepEPDispatcher",
@@ -32,12 +36,15 @@ __all__ = [
     "DispatchSituation",
     "Dispatched",
     "Dispatcher",
+    "ExchangeBuffers",
     "HierarchicalDispatcher",
     "LocalDispatcher",
     "Nodes",
     "RankFailure",
     "RankMismatch",
+    "RankTimeout",
     "StaticDispatcher",
+    "SymmetricDispatcher",
     "Traffic",
     "build_dispatcher",
     "choose_deepep_api",
@@ -45,5 +52,6 @@ __all__ = [
     "free_deepep_buffers",
     "load_deepep",
     "plan_dispatch",
+    "symmetric_problem",
     "wrong_id",
 ]

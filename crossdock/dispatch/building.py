@@ -16,6 +16,7 @@ from crossdock.dispatch.local import LocalDispatcher
 from crossdock.dispatch.nodes import Nodes, find_nodes
 from crossdock.dispatch.options import DispatchOptions
 from crossdock.dispatch.static import StaticDispatcher
+from crossdock.dispatch.symmetric import SymmetricDispatcher
 
 __all__ = ["DISPATCHERS", "STATIC_DISPATCHERS", "build_dispatcher"]
 
@@ -72,6 +73,18 @@ def _deepep(group: dist.ProcessGroup, slots: int, nodes: Nodes, options: Dispatc
     )
 
 
+def _symmetric(group: dist.ProcessGroup, slots: int, nodes: Nodes, options: DispatchOptions) -> Dispatcher:
+    return SymmetricDispatcher.of_group(
+        group,
+        slots,
+        nodes,
+        wire=options.wire,
+        chunks=options.overlap_chunks,
+        static_shapes=options.static_shapes,
+        debug_checks=options.debug_checks,
+    )
+
+
 DISPATCHERS: Mapping[str, DispatcherBuilder] = MappingProxyType(
     {
         "allgather": _allgather,
@@ -79,11 +92,12 @@ DISPATCHERS: Mapping[str, DispatcherBuilder] = MappingProxyType(
         "deepep": _deepep,
         "hierarchical": _hierarchical,
         "local": _local,
+        "symmetric": _symmetric,
     }
 )
 
-STATIC_DISPATCHERS = ("allgather", "alltoall")
-"""Those of `DISPATCHERS` that `static_shapes` goes with; with worst-case buffers they are one."""
+STATIC_DISPATCHERS = ("allgather", "alltoall", "symmetric")
+"""Those of `DISPATCHERS` that `static_shapes` goes with; with worst-case buffers the first two are one."""
 
 
 def build_dispatcher(
@@ -99,7 +113,7 @@ def build_dispatcher(
 
     Raises:
         ValueError: for an unknown name, `local` with several ranks, options that it does not have, where nodes that are
-            not alike matter, or where `deepep` lacks its library.
+            not alike matter, or where `deepep` lacks its library or `symmetric` cannot run.
     """
     options = options or DispatchOptions()
     if name not in DISPATCHERS:

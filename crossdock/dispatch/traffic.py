@@ -68,15 +68,31 @@ class TrafficMeter:
     """
 
     def __init__(self, group: dist.ProcessGroup, nodes: Nodes | None = None) -> None:
-        self.rank, self.nodes = group.rank(), nodes or Nodes.consecutive(group.size(), group.size())
+        self._begin(group.rank(), nodes or Nodes.consecutive(group.size(), group.size()))
+
+    @classmethod
+    def of_rank(cls, rank: int, nodes: Nodes) -> TrafficMeter:
+        """For a rank that is in no process group."""
+        meter = cls.__new__(cls)
+        meter._begin(rank, nodes)
+        return meter
+
+    def _begin(self, rank: int, nodes: Nodes) -> None:
+        self.rank, self.nodes = rank, nodes
         self._sent = Traffic()
         self._least = Needs(0, 0)
+        # Of rows that the host has not counted, by the bytes of each and of its metadata.
+        self._rows_on_device: dict[tuple[int, int], Tensor] = {}
 
     @property
     def traffic(self) -> Traffic:
         """So far. May wait for the GPU."""
         rows, between = (int(of_bytes) for of_bytes in self._least)
-        return self._sent + Traffic(least_within=rows - between, least_between=between)
+        total = self._sent + Traffic(least_within=rows - between, least_between=between)
+        for (row_bytes, metadata_bytes), of_size in self._rows_on_device.items():
+            sent = int(of_size)
+            total += Traffic(sent * row_bytes, 0, sent * metadata_bytes, sent * row_bytes)
+        return total
 
     def needs(self, needed: Tensor, rows: int | Tensor | None = None) -> Needs:
         """What tokens need. No sync.
@@ -114,6 +130,21 @@ class TrafficMeter:
     def metadata(self, per_rank: Sequence[int], row_bytes: int) -> None:
         """Count what goes along with rows: a `Tally`."""
         self._sent.metadata += (sum(per_rank) - per_rank[self.rank]) * row_bytes
+
+    def rows_within(self, counts: Tensor, row_bytes: int, metadata_bytes: int) -> None:
+        """Count rows to ranks of one node, each as little as could be, of which the host knows no number. No sync.
+
+        Added up in place: what a CUDA graph replays counts again.
+
+        Args:
+            counts: `[R]` int64, to each rank, this one included.
+            row_bytes: of a row.
+            metadata_bytes: that go along with each.
+        """
+        total = self._rows_on_device.get((row_bytes, metadata_bytes))
+        if total is None:
+            total = self._rows_on_device[row_bytes, metadata_bytes] = counts.new_zeros(())
+        total += counts.sum() - counts[self.rank]
 
     def _count(self, per_rank: Sequence[int], row_bytes: int) -> None:
         node = self.nodes.of_ranks[self.rank]

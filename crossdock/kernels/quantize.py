@@ -10,17 +10,31 @@ is NaN.
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 
 from crossdock.kernels.runtime import cdiv, device_of, jit, runs, tl
 
-__all__ = ["FP8_GROUP", "dequantize_fp8", "quantize_fp8", "quantize_fp8_reference"]
+__all__ = [
+    "FP8_GROUP",
+    "FP8_LIMITS",
+    "dequantize_fp8",
+    "e4m3_values",
+    "quantize_fp8",
+    "quantize_fp8_reference",
+    "quantize_groups",
+]
 
 FP8_GROUP = 128
 _LARGEST = 448.0
 _SMALLEST_SCALE, _LARGEST_FINITE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _BLOCK_ROWS, _NUM_WARPS = 16, 4
+FP8_LIMITS = MappingProxyType(
+    {"LARGEST": _LARGEST, "SMALLEST_SCALE": _SMALLEST_SCALE, "LARGEST_FINITE": _LARGEST_FINITE}
+)
+"""What `quantize_groups` needs to know in a kernel."""
 
 
 @torch.no_grad()
@@ -102,6 +116,40 @@ def _e4m3_bits(x):
 
 
 @jit
+def quantize_groups(
+    x,
+    LARGEST: tl.constexpr,
+    SMALLEST_SCALE: tl.constexpr,
+    LARGEST_FINITE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """In a kernel: fp32 `[BLOCK_ROWS, GROUP]`, a group per row, to the bytes of e4m3 numbers and scales `[BLOCK_ROWS]`.
+
+    `LARGEST`, `SMALLEST_SCALE` and `LARGEST_FINITE` are `FP8_LIMITS`.
+    """
+    finite = tl.abs(x) <= LARGEST_FINITE  # false for NaN
+    largest = tl.max(tl.where(finite, tl.abs(x), 0), axis=1)
+    # A plain division is a few units in the last place off, and its flushing of small numbers would make NaN.
+    scale = tl.div_rn(largest, tl.full([BLOCK_ROWS], LARGEST, tl.float32))
+    bits = tl.maximum(scale, SMALLEST_SCALE).to(tl.uint32, bitcast=True)
+    scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)  # as `_power_of_two`
+    quotient = tl.div_rn(x, tl.broadcast_to(scale[:, None], [BLOCK_ROWS, GROUP]))
+    return _e4m3_bits(tl.where(finite, quotient, float("nan"))), scale
+
+
+@jit
+def e4m3_values(numbers):
+    """In a kernel: bytes of e4m3 numbers to fp32, exactly."""
+    bits = numbers.to(tl.uint32)
+    magnitude = bits & 0x7F
+    normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
+    value = tl.where(magnitude == 0x7F, float("nan"), value)
+    return tl.where(bits >= 128, -value, value)
+
+
+@jit
 def _quantize_kernel(
     x_ptr,  # [num_rows, width]
     values_ptr,  # [num_rows, width] bytes, contiguous
@@ -122,13 +170,6 @@ def _quantize_kernel(
     column = (group * GROUP + tl.arange(0, GROUP))[None, :]
     mask = (row < num_rows)[:, None] & (column < width)
     x = tl.load(x_ptr + row[:, None] * row_stride + column * column_stride, mask=mask, other=0).to(tl.float32)
-    finite = tl.abs(x) <= LARGEST_FINITE  # false for NaN
-    largest = tl.max(tl.where(finite, tl.abs(x), 0), axis=1)
-    # A plain division is a few units in the last place off, and its flushing of small numbers would make NaN.
-    scale = tl.div_rn(largest, tl.full([BLOCK_ROWS], LARGEST, tl.float32))
-    bits = tl.maximum(scale, SMALLEST_SCALE).to(tl.uint32, bitcast=True)
-    scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)  # as `_power_of_two`
-    quotient = tl.div_rn(x, tl.broadcast_to(scale[:, None], [BLOCK_ROWS, GROUP]))
-    values = _e4m3_bits(tl.where(finite, quotient, float("nan")))
+    values, scale = quantize_groups(x, LARGEST, SMALLEST_SCALE, LARGEST_FINITE, BLOCK_ROWS, GROUP)
     tl.store(values_ptr + row[:, None] * width + column, values, mask=mask)
     tl.store(scales_ptr + row * num_groups + group, scale, mask=row < num_rows)

@@ -12,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from crossdock.comm import EXCHANGE_OPS
-from crossdock.dispatch import DEEPEP_OPS
+from crossdock.dispatch import DEEPEP_OPS, SYMMETRIC_OPS
 from crossdock.experts import EXPERTS_OPS
 from crossdock.parallel.blocks import block_lists
 
@@ -53,5 +53,5 @@ def apply_activation_checkpoint(model: nn.Module, config: ActivationCheckpointCo
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    saved = op in EXCHANGE_OPS or op in DEEPEP_OPS or op in EXPERTS_OPS or op in _PRODUCTS
+    saved = any(op in ops for ops in (EXCHANGE_OPS, DEEPEP_OPS, SYMMETRIC_OPS, EXPERTS_OPS, _PRODUCTS))
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
