@@ -225,8 +225,7 @@ class ExchangeBuffers:
         Raises:
             RankTimeout: names the rank.
         """
-        code = int(self.status.on_host)
-        if code:
+        if code := self.status.code:
             released, rank = divmod(code - 1, NEVER_RELEASED)
             raise RankTimeout(rank, self.ring.num_ranks, self.timeout, released=released > 0)
 

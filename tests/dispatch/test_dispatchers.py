@@ -176,9 +176,9 @@ def _all_cases(dispatcher_name: str) -> list[dict[str, Any]]:
     results = []
     for name, case in CASES.items():
         slots_per_rank = case.slots_per_rank(world_size)
-        dispatcher = build_dispatcher(
-            dispatcher_name, dist.group.WORLD, slots_per_rank, DispatchOptions(RANKS_PER_NODE)
-        )
+        # `symmetric` is for one node.
+        options = DispatchOptions(0 if dispatcher_name == "symmetric" else RANKS_PER_NODE)
+        dispatcher = build_dispatcher(dispatcher_name, dist.group.WORLD, slots_per_rank, options)
         for dtype in DTYPES:
             inputs = _inputs(name, dtype, world_size, rank)
             first, second = (_round_trip(dispatcher, inputs, rank * slots_per_rank) for _ in range(2))
@@ -203,7 +203,7 @@ Results = tuple[int, list[list[dict[str, Any]]], str]
 
 @pytest.fixture(
     scope="module",
-    params=[("allgather", 3), ("alltoall", 2), ("alltoall", 3), ("alltoall", 4), ("hierarchical", 4)],
+    params=[("allgather", 3), ("alltoall", 2), ("alltoall", 3), ("alltoall", 4), ("hierarchical", 4), ("symmetric", 2)],
     ids=lambda param: f"{param[0]}-{param[1]}-ranks",
 )
 def results(request: pytest.FixtureRequest, ranks: RankPool) -> Results:
@@ -281,7 +281,9 @@ def test_number_of_collectives_does_not_depend_on_the_routing(results: Results) 
     _, by_rank, dispatcher_name = results
     all_results = [result for rank_results in by_rank for result in rank_results]
     counts = Counter(tuple(len(names) for names in result["collectives"]) for result in all_results)
+    # `symmetric` exchanges counts alone.
     expected = {"allgather": (4, 0, 1, 0, 3), "alltoall": (3, 0, 1, 0, 3), "hierarchical": (3, 3, 2, 0, 6)}
+    expected["symmetric"] = (1, 0, 0, 0, 0)
     assert list(counts) == [expected[dispatcher_name]], "dispatch, its wait, combine, its wait, backward"
     for result in all_results:
         *_, backward = result["collectives"]

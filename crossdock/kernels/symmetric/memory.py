@@ -9,6 +9,7 @@ change from one exchange to the next are in device memory, so that a CUDA graph 
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field
 
 import torch
@@ -67,6 +68,11 @@ class Status:
 
     on_device: Tensor
     on_host: Tensor
+
+    @property
+    def code(self) -> int:
+        """As the host sees it now: no operation of torch, and so no sync, and none that a capture or a mode sees."""
+        return ctypes.c_int32.from_address(self.on_host.data_ptr()).value
 
     @classmethod
     def fresh(cls, device: torch.device) -> Status:

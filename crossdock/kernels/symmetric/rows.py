@@ -272,6 +272,12 @@ def slot_begin(ticket_ptr, first_byte, slot_bytes, NUM_SLOTS: tl.constexpr):
 
 
 @jit
+def _peer_slot(addresses_ptr, peer, slot):
+    """Where a slot of a peer's buffer begins. What is loaded is not known to be aligned, unless the pointer says so."""
+    return tl.multiple_of((tl.load(addresses_ptr + peer) + slot).to(tl.pointer_type(tl.uint8)), 16)
+
+
+@jit
 def row_in_slot(row, num_rows, segments_ptr, capacity, NUM_RANKS: tl.constexpr, BLOCK_RANKS: tl.constexpr):
     """Where in the slot the rows that `segments` describes are, -1 for those that no token has."""
     source = tl.arange(0, BLOCK_RANKS)
@@ -322,8 +328,7 @@ def _push_kernel(
         peer = (rank + step) % NUM_RANKS
         row = tl.load(row_ptr + token * NUM_RANKS + peer, mask=writes, other=-1).to(tl.int64)
         row = tl.where(row >= 0, first_row + row, -1)
-        address = tl.multiple_of(tl.load(addresses_ptr + peer) + slot, 16)
-        slot_ptr = address.to(tl.pointer_type(tl.uint8))
+        slot_ptr = _peer_slot(addresses_ptr, peer, slot)
         _store_tile(slot_ptr, row, column, values, scale, mask, row_stride, scale_stride, first_scale, ELEMENT, FP8)
 
 
@@ -431,8 +436,7 @@ def _pull_kernel(
     for peer in tl.static_range(NUM_RANKS):
         row = tl.load(row_ptr + token * NUM_RANKS + peer, mask=token < num_tokens, other=-1).to(tl.int64)
         row = tl.where(row >= 0, first_row + row, -1)
-        address = tl.multiple_of(tl.load(addresses_ptr + peer) + slot, 16)
-        slot_ptr = address.to(tl.pointer_type(tl.uint8))
+        slot_ptr = _peer_slot(addresses_ptr, peer, slot)
         total += _load_tile(
             slot_ptr, row, column, mask, row_stride, scale_stride, first_scale, ELEMENT, FP8, LARGEST
         ).to(SUM)

@@ -18,10 +18,11 @@ def push_rows_reference(
     x: Tensor, row: Tensor, buffers: Sequence[Tensor], rank: int, ring: Ring, layout: RowLayout, ticket: int
 ) -> None:
     """What `push_rows` of `rank` writes to all ranks' `buffers [bytes]`, in torch's own operations."""
-    encoded = _encode(x, layout)
     for peer, buffer in enumerate(buffers):
         needs = row[:, peer] >= 0
-        _rows(buffer, ring, layout, ticket)[rank, row[needs, peer].long(), : encoded.shape[1]] = encoded[needs]
+        rows = _rows(buffer, ring, layout, ticket)[rank]
+        for first, encoded in _encode(x, layout):
+            rows[row[needs, peer].long(), first : first + encoded.shape[1]] = encoded[needs]
 
 
 def take_rows_reference(
@@ -45,10 +46,10 @@ def offer_rows_reference(
     y: Tensor, buffer: Tensor, ring: Ring, layout: RowLayout, ticket: int, segments: Tensor
 ) -> None:
     """What `offer_rows` writes to a rank's `buffer [bytes]`."""
-    encoded = _encode(y, layout)
     rows = _rows(buffer, ring, layout, ticket)
     for source, (start, count) in enumerate(segments.t().tolist()):
-        rows[source, :count, : encoded.shape[1]] = encoded[start : start + count]
+        for first, encoded in _encode(y, layout):
+            rows[source, :count, first : first + encoded.shape[1]] = encoded[start : start + count]
 
 
 def pull_rows_reference(
@@ -77,13 +78,12 @@ def _rows(buffer: Tensor, ring: Ring, layout: RowLayout, ticket: int) -> Tensor:
     return buffer[first : first + layout.num_rows * layout.row_bytes].view(shape)
 
 
-def _encode(rows: Tensor, layout: RowLayout) -> Tensor:
-    """`rows [S, H]` as bytes, `[S, used bytes of a row]`."""
+def _encode(rows: Tensor, layout: RowLayout) -> list[tuple[int, Tensor]]:
+    """`rows [S, H]` as bytes `[S, ...]`, each with where in a row they begin."""
     if not layout.is_fp8:
-        return rows.to(layout.wire).contiguous().view(torch.uint8)
+        return [(0, rows.to(layout.wire).contiguous().view(torch.uint8))]
     values, scales = quantize_fp8_reference(rows)
-    padding = values.new_empty(len(rows), layout.scales_byte - layout.hidden_size).view(torch.uint8)
-    return torch.cat([values.view(torch.uint8), padding, scales.view(torch.uint8)], dim=1)
+    return [(0, values.view(torch.uint8)), (layout.scales_byte, scales.view(torch.uint8))]
 
 
 def _decode(rows: Tensor, layout: RowLayout, dtype: torch.dtype) -> Tensor:
