@@ -21,9 +21,12 @@ step() {
 
 step "$python" -m pytest tests/kernels -m 'not slow'
 step "$python" -m pytest tests -m gpu --ignore=tests/kernels
+step "$python" -m pytest tests/dispatch/test_symmetric.py -m 'not gpu'
 step "$python" -m benchmarks.moe_layer --dtypes bfloat16 --write
 step "$python" -m benchmarks.activation --write
 step "$python" -m benchmarks.activation --activation quick_geglu
+step "$python" -m benchmarks.symmetric --write
+step "$python" -m benchmarks.symmetric --processes 4
 
 if ((${#failed[@]})); then
     printf '\n== FAILED:'

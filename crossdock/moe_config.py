@@ -64,7 +64,8 @@ class MoEConfig:
     overlap_chunks: int = 0
     """Parts of a rank's tokens, one of which travels while experts compute another; 0: picked as `auto` is."""
     ranks_per_node: int = 0
-    """Consecutive expert-parallel ranks that make a node, for `hierarchical`; 0: those launched on one machine."""
+    """Consecutive expert-parallel ranks that make a node, for `hierarchical`, or one NVLink domain, for `symmetric`; 0:
+    those launched on one machine."""
     deepep_api: Literal["auto", "elastic", "buffer"] = "auto"
     """Of deep_ep: `ElasticBuffer`, the older `Buffer`, or the first of them that there is."""
     deepep_num_sms: int = 0

@@ -75,6 +75,14 @@ def _check_experts(config: Config, dims: ParallelDims, model: PreTrainedConfig, 
                 f"on machines {nodes}; use alltoall, or set moe.ranks_per_node"
             )
             require(config, "moe.dispatcher", nodes.size is not None, valid)
+    if config.moe.dispatcher == "symmetric" and dims.ep > 1:
+        for first in range(0, dims.world_size, dims.ep):
+            nodes = find_nodes(range(first, first + dims.ep), config.moe.ranks_per_node, ranks_per_machine)
+            valid = (
+                f"needs expert-parallel ranks that share memory, but ranks {first} to {first + dims.ep - 1} are on "
+                f"machines {nodes}; use alltoall, or, where NVLink joins them, set moe.ranks_per_node = {dims.ep}"
+            )
+            require(config, "moe.dispatcher", nodes.count == 1, valid)
     require(config, ep, dims.ep <= most, f"at most {most}, the model's experts")
     try:
         check_sizes(config.balance, config.moe, most, dims.ep)

@@ -18,7 +18,7 @@ from crossdock.config.layout_checks import check_layout
 from crossdock.config.requirements import check_writable, require
 from crossdock.config.settings import Config, ConfigError, setting_types
 from crossdock.config.start_checks import check_initial_weights, check_lora, check_run_folder, check_tuned
-from crossdock.dispatch import choose_deepep_api, load_deepep
+from crossdock.dispatch import choose_deepep_api, load_deepep, symmetric_problem
 from crossdock.models import (
     FAMILIES,
     ModelError,
@@ -122,6 +122,10 @@ def _check_dispatcher(config: Config) -> None:
     require(config, "moe.static_shapes", not (config.moe.static_shapes and wide), valid)
     if config.moe.dispatcher == "deepep":
         _check_deepep(config)
+    if config.moe.dispatcher == "symmetric":
+        problem = symmetric_problem(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        valid = f"dispatcher 'symmetric' {problem}; use moe.dispatcher = alltoall"
+        require(config, "moe.dispatcher", problem is None, valid)
 
 
 def _check_deepep(config: Config) -> None:

@@ -18,7 +18,8 @@ class DispatchOptions:
         ranks_per_node: consecutive ranks of the group that make a node; 0: as they were launched (`find_nodes`). More
             than the group has: all of them.
         wire: what rows look like while they travel; `deepep` has options of its own.
-        static_shapes: worst-case buffers and no host sync, for `allgather` and `alltoall` (`StaticDispatcher`).
+        static_shapes: worst-case buffers and no host sync, for `allgather` and `alltoall` (`StaticDispatcher`), and
+            `symmetric`.
         debug_checks: look at ids on a GPU too, where it costs a sync.
         deepep: of dispatcher `deepep`.
         overlap_chunks: parts that a rank's tokens are dispatched in, on which all ranks must agree.

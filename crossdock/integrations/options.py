@@ -21,7 +21,7 @@ class PluginOptions:
     """
 
     dispatcher: str = "alltoall"
-    """How tokens travel: `auto`, `alltoall`, `allgather`, `hierarchical` or `deepep`."""
+    """How tokens travel: `auto`, `alltoall`, `allgather`, `hierarchical`, `deepep` or `symmetric`."""
     ranks_per_node: int = 0
     """Consecutive expert-parallel ranks that make a node, for `hierarchical`; 0: those launched on one machine."""
     wire_dtype: WireDtype = "same"
@@ -29,7 +29,7 @@ class PluginOptions:
     wire_directions: Literal["tokens", "both"] = "tokens"
     """What `wire_dtype` applies to: the forward pass's tokens alone, or results and gradients as well (`both`)."""
     static_shapes: bool = False
-    """Worst-case buffers and no sync of the GPU, with `auto`, `alltoall` or `allgather`; needs
+    """Worst-case buffers and no sync of the GPU, with `auto`, `alltoall`, `allgather` or `symmetric`; needs
     `experts_implementation="crossdock"`."""
     deepep_api: Literal["auto", "elastic", "buffer"] = "auto"
     """Of deep_ep: `ElasticBuffer`, the older `Buffer`, or the first of them that there is."""
