@@ -83,7 +83,7 @@ TOGETHER: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "static, in two hops": (
         {"static_shapes": True, "dispatcher": "hierarchical"},
-        "needs dispatcher = auto or local or allgather or alltoall, not hierarchical",
+        "needs dispatcher = auto or local or allgather or alltoall or symmetric, not hierarchical",
         {"dispatcher": "local"},
     ),
     "static, in a loop": (

@@ -296,7 +296,7 @@ class SymmetricDispatcher:
         row_bytes = self.wire.back.row_bytes(hidden_size, dtype)
         flight = Flight()
         sent: Any = Send.apply(flight, y)
-        going = begin_exchange(lambda tensors: buffers.offer(*tensors, layout), y.detach(), segments)
+        going = begin_exchange(lambda tensors: buffers.offer(tensors[0], tensors[1], layout), y.detach(), segments)
         if going.ran:
             self._count(segments[1], splits and splits.recv, needs, row_bytes, 0)
 

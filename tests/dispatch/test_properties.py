@@ -33,6 +33,7 @@ from crossdock.dispatch import (
     plan_dispatch,
 )
 from crossdock.experts import GPT_OSS, SWIGLU, ExpertParams, ExpertsBackend, ExpertsFormula, cpu, eager, grouped_mm
+from crossdock.kernels import runtime
 from tests.dispatch.deepep_double import Double
 from tests.experts.oracle import experts_forward, experts_gradients
 from tests.ranks import RankPool
@@ -156,6 +157,10 @@ def _dispatchers(case: Case) -> Iterator[tuple[str, Dispatcher]]:
         if name != "hierarchical" or case.num_ranks == 2 * NODES_OF:
             yield name, build_dispatcher(name, group, case.slots, options)
     yield "static", build_dispatcher("alltoall", group, case.slots, DispatchOptions(0, options.wire, True))
+    if runtime.INTERPRETED:
+        for static in (False, True):
+            name = f"symmetric{', static' * static}"
+            yield name, build_dispatcher("symmetric", group, case.slots, DispatchOptions(0, options.wire, static))
     experts = case.num_ranks * case.slots
     situation = DispatchSituation(
         case.num_ranks, experts, case.top_k, case.hidden_size, case.dtype, torch.device("cpu")

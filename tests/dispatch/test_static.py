@@ -146,7 +146,7 @@ def _build(dispatcher_name: str) -> str:
 def test_what_cannot_have_static_shapes_is_refused(ranks: RankPool) -> None:
     assert ranks.run(2, _build, "alltoall") == ["StaticDispatcher"] * 2
     for message in ranks.run(2, _build, "hierarchical"):
-        assert message == "static_shapes needs dispatcher allgather or alltoall, not hierarchical"
+        assert message == "static_shapes needs dispatcher allgather or alltoall or symmetric, not hierarchical"
     for experts in ("cpu", "eager"):
         with pytest.raises(ValueError, match=f"static_shapes = True: needs experts = .*, not {experts}"):
             MoE(H, I, RouterConfig(E, K), MoEConfig(experts=experts, static_shapes=True))

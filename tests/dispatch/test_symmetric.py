@@ -417,11 +417,11 @@ class _Block(nn.Module):
         return x + self.moe(self.norm(x))
 
 
-def _training(settings: dict[str, Any], mode: Any, dtype: torch.dtype) -> dict[str, Any]:
+def _training(settings: dict[str, Any], mode: Any, dtype: torch.dtype) -> dict[Any, Any]:
     """Two layers of 5 experts, three micro-batches, the last rank without tokens in one: outputs and all gradients."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("ep",))
-    results: dict[str, Any] = {}
+    results: dict[Any, Any] = {}
     for name in ("alltoall", "symmetric"):
         torch.manual_seed(0)
         blocks = nn.ModuleList([_Block(MoEConfig(name, **settings), dtype) for _ in range(2)])  # type: ignore[arg-type]

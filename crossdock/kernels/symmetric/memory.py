@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from crossdock.kernels.quantize import FP8_GROUP
-from crossdock.kernels.runtime import INTERPRETED, cdiv, tl
+from crossdock.kernels.runtime import INTERPRETED, cdiv, jit, tl
 
 __all__ = [
     "Ring",
     "RowLayout",
     "Status",
     "Window",
+    "as_pointer",
     "as_words",
     "kernels_run",
     "next_power_of_two",
@@ -199,3 +200,9 @@ def next_power_of_two(number: int) -> int:
 def kernels_run(device: torch.device) -> bool:
     """Whether kernels can follow addresses of memory on `device`."""
     return tl is not None and (device.type == "cuda" or (INTERPRETED and device.type == "cpu"))
+
+
+@jit
+def as_pointer(address, ELEMENT: tl.constexpr):
+    """In a kernel: an address, or a pointer to something else, as a pointer to values of a dtype."""
+    return address.to(tl.pointer_type(ELEMENT), bitcast=True)  # pyright: ignore[reportArgumentType]

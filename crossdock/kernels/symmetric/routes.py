@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from crossdock.kernels.runtime import cdiv, device_of, jit, tl
-from crossdock.kernels.symmetric.memory import Ring, RowLayout, Status, Window, next_power_of_two, triton_dtype
+from crossdock.kernels.symmetric.memory import (
+    Ring,
+    RowLayout,
+    Status,
+    Window,
+    as_pointer,
+    next_power_of_two,
+    triton_dtype,
+)
 from crossdock.kernels.symmetric.rows import row_in_slot, slot_begin
 
 __all__ = [
@@ -241,9 +249,9 @@ def _push_kernel(
         local = slot_id - peer * slots_per_rank
         own = (slot_id >= 0) & (local >= 0) & (local < slots_per_rank)
         address = tl.multiple_of(tl.load(addresses_ptr + peer) + slot, 16)
-        ids_ptr = (address + ids_byte).to(tl.pointer_type(tl.int32))
+        ids_ptr = as_pointer(address + ids_byte, tl.int32)
         tl.store(ids_ptr + place, tl.where(own, local, -1).to(tl.int32), mask=here)
-        tl.store((address + weights_byte).to(tl.pointer_type(WEIGHT)) + place, tl.where(own, weight, 0.0), mask=here)
+        tl.store(as_pointer(address + weights_byte, WEIGHT) + place, tl.where(own, weight, 0.0), mask=here)
 
 
 @jit
@@ -273,8 +281,8 @@ def _take_kernel(
     mask = (in_slot >= 0)[:, None] & (k < TOP_K)
     slot_ptr = own_ptr + slot_begin(ticket_ptr, first_byte, slot_bytes, NUM_SLOTS)
     place = in_slot[:, None] * TOP_K + k
-    ids = tl.load((slot_ptr + ids_byte).to(tl.pointer_type(tl.int32), bitcast=True) + place, mask=mask, other=-1)
-    weights = tl.load((slot_ptr + weights_byte).to(tl.pointer_type(WEIGHT), bitcast=True) + place, mask=mask, other=0)
+    ids = tl.load(as_pointer(slot_ptr + ids_byte, tl.int32) + place, mask=mask, other=-1)
+    weights = tl.load(as_pointer(slot_ptr + weights_byte, WEIGHT) + place, mask=mask, other=0)
     mask = (row < num_rows)[:, None] & (k < TOP_K)
     tl.store(ids_ptr + row[:, None] * TOP_K + k, ids.to(tl.int64), mask=mask)
     tl.store(weights_ptr + row[:, None] * TOP_K + k, weights, mask=mask)
@@ -307,7 +315,7 @@ def _offer_kernel(
     mask = (in_slot >= 0)[:, None] & (k < TOP_K) & (tl.load(status_ptr) == 0)
     grads = tl.load(grads_ptr + row[:, None] * TOP_K + k, mask=mask, other=0)
     slot_ptr = own_ptr + slot_begin(ticket_ptr, first_byte, slot_bytes, NUM_SLOTS) + weights_byte
-    tl.store(slot_ptr.to(tl.pointer_type(WEIGHT), bitcast=True) + in_slot[:, None] * TOP_K + k, grads, mask=mask)
+    tl.store(as_pointer(slot_ptr, WEIGHT) + in_slot[:, None] * TOP_K + k, grads, mask=mask)
 
 
 @jit
@@ -340,5 +348,5 @@ def _pull_kernel(
     row = tl.load(row_ptr + token[:, None] * NUM_RANKS + peer, mask=real, other=0).to(tl.int64)
     address = tl.load(addresses_ptr + peer, mask=real, other=0) + weights_byte
     address += slot_begin(ticket_ptr, first_byte, slot_bytes, NUM_SLOTS)
-    grad_ptr = address.to(tl.pointer_type(WEIGHT)) + (first_row + row) * TOP_K + k
+    grad_ptr = as_pointer(address, WEIGHT) + (first_row + row) * TOP_K + k
     tl.store(grads_ptr + token[:, None] * TOP_K + k, tl.load(grad_ptr, mask=real, other=0), mask=mask)

@@ -23,6 +23,7 @@ from crossdock.kernels.symmetric.memory import (
     RowLayout,
     Status,
     Window,
+    as_pointer,
     as_words,
     next_power_of_two,
     triton_dtype,
@@ -230,10 +231,10 @@ def _store_tile(
 ):
     """Store to the rows of a slot; `row` is -1 for none, `mask` is of the columns."""
     here = row >= 0
-    values_ptr = slot_ptr.to(tl.pointer_type(ELEMENT), bitcast=True) + row[:, None] * row_stride + column
+    values_ptr = as_pointer(slot_ptr, ELEMENT) + row[:, None] * row_stride + column
     tl.store(values_ptr, values, mask=here[:, None] & mask)
     if FP8:
-        scale_ptr = slot_ptr.to(tl.pointer_type(tl.float32), bitcast=True) + row * scale_stride + first_scale
+        scale_ptr = as_pointer(slot_ptr, tl.float32) + row * scale_stride + first_scale
         tl.store(scale_ptr + tl.program_id(1), scale, mask=here)
 
 
@@ -252,10 +253,10 @@ def _load_tile(
 ):
     """Load from the rows of a slot: values as they are stored, of FP8 in fp32; 0 where `row` is -1."""
     here = row >= 0
-    values_ptr = slot_ptr.to(tl.pointer_type(ELEMENT), bitcast=True) + row[:, None] * row_stride + column
+    values_ptr = as_pointer(slot_ptr, ELEMENT) + row[:, None] * row_stride + column
     values = tl.load(values_ptr, mask=here[:, None] & mask, other=0)
     if FP8:
-        scale_ptr = slot_ptr.to(tl.pointer_type(tl.float32), bitcast=True) + row * scale_stride + first_scale
+        scale_ptr = as_pointer(slot_ptr, tl.float32) + row * scale_stride + first_scale
         scale = tl.load(scale_ptr + tl.program_id(1), mask=here, other=0)
         product = e4m3_values(values) * scale[:, None]
         # NaN is neither above nor below.
@@ -274,7 +275,9 @@ def slot_begin(ticket_ptr, first_byte, slot_bytes, NUM_SLOTS: tl.constexpr):
 @jit
 def _peer_slot(addresses_ptr, peer, slot):
     """Where a slot of a peer's buffer begins. What is loaded is not known to be aligned, unless the pointer says so."""
-    return tl.multiple_of((tl.load(addresses_ptr + peer) + slot).to(tl.pointer_type(tl.uint8)), 16)
+    # Here and not by a function: inlining one drops what is said of its result.
+    slot_ptr = (tl.load(addresses_ptr + peer) + slot).to(tl.pointer_type(tl.uint8))
+    return tl.multiple_of(slot_ptr, 16)
 
 
 @jit

@@ -30,12 +30,13 @@ A wait gives up after `timeout` seconds (`Status`).
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from crossdock.kernels.runtime import INTERPRETED, device_of, jit, tl
-from crossdock.kernels.symmetric.memory import Ring, Status, Window, next_power_of_two
+from crossdock.kernels.symmetric.memory import Ring, Status, Window, as_pointer, next_power_of_two
 
 __all__ = [
     "NEVER_RELEASED",
@@ -146,14 +147,14 @@ def await_arrivals_reference(buffer: Tensor, ring: Ring, ticket: int, stride: in
 
 if INTERPRETED:
 
-    def _nanoseconds():
+    def _nanoseconds() -> Any:  # pyright: ignore[reportRedeclaration]
         time.sleep(1e-4)  # what is waited for may need this processor
         return time.monotonic_ns()
 
 else:
 
     @jit
-    def _nanoseconds():  # pyright: ignore[reportRedeclaration]
+    def _nanoseconds() -> Any:
         return tl.extra.cuda.globaltimer()  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -221,7 +222,7 @@ def _signal_kernel(
         value = (value << 32) | tl.load(counts_ptr + peer, mask=mask, other=0)
     address = tl.load(addresses_ptr + peer, mask=mask, other=0)
     address += first_byte + ((ticket % NUM_SLOTS) * num_ranks + rank) * 8
-    tl.atomic_xchg(address.to(tl.pointer_type(tl.int64)), value, mask=mask, sem="release", scope="sys")
+    tl.atomic_xchg(as_pointer(address, tl.int64), value, mask=mask, sem="release", scope="sys")
 
 
 @jit
