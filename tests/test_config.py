@@ -268,6 +268,22 @@ def test_deepep_with_its_library_needs_a_gpu_and_bfloat16(monkeypatch: pytest.Mo
     assert "it has the API 'elastic' alone" in refusal(without).valid
 
 
+def test_symmetric_needs_kernels_and_ranks_of_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(None, ["--moe.dispatcher", "symmetric", "--parallelism.expert-parallel-degree", "4"])
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr("crossdock.dispatch.symmetric.kernels_run", lambda device: True)
+    validate(config, 8, 4)
+    with pytest.raises(ConfigError, match=r"ranks 0 to 3 are on machines 0 0 1 1; use alltoall") as caught:
+        validate(config, 8, 2)
+    assert caught.value.field == "moe.dispatcher"
+    joined = replace(config, moe=replace(config.moe, ranks_per_node=4))
+    validate(joined, 8, 2)
+    monkeypatch.setattr("crossdock.dispatch.symmetric.kernels_run", lambda device: False)
+    error = refusal(config)
+    assert error.field == "moe.dispatcher"
+    assert error.valid.endswith("use moe.dispatcher = alltoall")
+
+
 def test_paths_of_the_run_do_not_depend_on_where_it_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/some")

@@ -27,6 +27,7 @@ from crossdock.kernels.symmetric import Places, RowLayout, kernels_run, place_to
 
 __all__ = ["SymmetricDispatcher", "SymmetricHandle", "symmetric_problem"]
 
+_TIMEOUT = timedelta(minutes=10)
 _WIRES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 
 
@@ -384,5 +385,6 @@ def _others(counts: Sequence[int], rank: int) -> int:
 
 def _timeout_of(group: dist.ProcessGroup, device: torch.device) -> float:
     """Seconds that collectives of `group` may take."""
-    timeout: timedelta = group._get_backend(device).options._timeout
+    options = getattr(group._get_backend(device), "options", None)
+    timeout: timedelta = getattr(options, "_timeout", _TIMEOUT)
     return timeout.total_seconds()

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crossdock.dispatch import Dispatcher, DispatchOptions, LocalDispatcher, build_dispatcher
+from crossdock.kernels import runtime
 from tests.dispatch.recorder import Recorder
 from tests.ranks import RankPool
 
@@ -203,7 +204,8 @@ Results = tuple[int, list[list[dict[str, Any]]], str]
 
 @pytest.fixture(
     scope="module",
-    params=[("allgather", 3), ("alltoall", 2), ("alltoall", 3), ("alltoall", 4), ("hierarchical", 4), ("symmetric", 2)],
+    params=[("allgather", 3), ("alltoall", 2), ("alltoall", 3), ("alltoall", 4), ("hierarchical", 4)]
+    + [("symmetric", 2)] * runtime.INTERPRETED,
     ids=lambda param: f"{param[0]}-{param[1]}-ranks",
 )
 def results(request: pytest.FixtureRequest, ranks: RankPool) -> Results:

@@ -14,12 +14,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from crossdock import MoE, MoEConfig, RouterConfig, apply_ep
 from crossdock.comm import Wire
 from crossdock.dispatch import DispatchOptions, LocalDispatcher, RankMismatch, build_dispatcher
+from crossdock.kernels import runtime
 from crossdock.routing import Routing
 from tests.ranks import RankPool
 
 H, K, SLOTS, RANKS_PER_NODE = 8, 2, 3, 2
 WRONG = 1
-WORLDS = [("allgather", 3), ("alltoall", 2), ("hierarchical", 4)]
+WORLDS = [("allgather", 3), ("alltoall", 2), ("hierarchical", 4)] + [("symmetric", 2)] * runtime.INTERPRETED
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 

@@ -53,6 +53,12 @@ virtual = pytest.mark.skipif(not HAS_DEVICE, reason="needs a GPU, or TRITON_INTE
 processes = pytest.mark.skipif(not runtime.INTERPRETED, reason="needs TRITON_INTERPRET=1: processes over gloo")
 
 
+def settle() -> None:
+    """Let the GPU finish what was launched."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 class Inputs(NamedTuple):
     """Of all ranks: `x [T, H]`, `slot_ids [T, K]`, `weights [T, K]`, and the gradient of the output `[T, H]`."""
 
@@ -254,6 +260,7 @@ def test_a_fast_rank_does_not_overwrite_what_a_slow_one_still_reads(num_slots: i
         mine.receive(layout, None, 2, torch.float32, with_routes=False)
     assert fast.status.code == 0
     begin(fast, 99.0)  # waits for rank 1, and gives up
+    settle()
     with pytest.raises(
         RankTimeout, match=r"rank 1 of the 2 .* did not finish reading an earlier exchange's rows within 0\.3 s"
     ):
@@ -300,7 +307,7 @@ def test_a_rank_that_never_comes_is_given_up_on_and_named() -> None:
                 pending.wait()
         else:
             pending.wait()
-            torch.cuda.synchronize()
+            settle()
     for dispatcher, x, ids, weights in zip(dispatchers[:2], *inputs[:3], strict=False):
         with pytest.raises(RankTimeout, match="rank 2"):
             dispatcher.dispatch(x, ids, weights)

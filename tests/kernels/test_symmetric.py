@@ -19,7 +19,6 @@ from crossdock.kernels.symmetric import (
     Ring,
     RowLayout,
     Status,
-    Window,
     await_arrivals,
     await_arrivals_reference,
     offer_rows,
@@ -184,8 +183,22 @@ def test_routes_travel_as_the_references_say(top_k: int, device: torch.device) -
         assert (wanted[slot_ids < 0] == 0).all()
 
 
-def signals_of(window: Window, ring: Ring) -> Tensor:
-    return window.own.cpu()[: ring.first_byte].view(torch.int64)
+def test_an_id_beyond_all_slots_reaches_no_memory(device: torch.device) -> None:
+    """Nothing looks at ids on a GPU: such a token has no row, and its weight no gradient."""
+    layout = RowLayout(R, 4, 8, 2, torch.float32)
+    world = World(layout, device)
+    slot_ids = torch.tensor([[1, R * SLOTS], [10**12, 2**40]], device=device)
+    row, counts = place_tokens(slot_ids, SLOTS, R)
+    assert counts.tolist() == [1, 0, 0]
+    weights = torch.ones(2, 2, device=device)
+    of_rank = (world.windows[0], world.ring, layout, world.ticket)
+    push_routes(slot_ids, weights, SLOTS, row, *of_rank, world.status)
+    push_routes_reference(
+        slot_ids.cpu(), weights.cpu(), SLOTS, row.cpu(), world.references, 0, world.ring, layout, TICKET
+    )
+    world.assert_same()
+    grads = pull_weights(slot_ids, SLOTS, row, *of_rank)
+    assert grads.tolist() == [[1, 0], [0, 0]]
 
 
 def test_tickets_and_signals_are_those_of_the_references(device: torch.device) -> None:

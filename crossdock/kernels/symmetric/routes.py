@@ -343,7 +343,8 @@ def _pull_kernel(
     k = tl.arange(0, BLOCK_K)[None, :]
     mask = (token < num_tokens)[:, None] & (k < TOP_K)
     slot_id = tl.load(slots_ptr + token[:, None] * TOP_K + k, mask=mask, other=-1)
-    real = mask & (slot_id >= 0)
+    # An id beyond all slots, which nothing looks at on a GPU, must not become an address.
+    real = mask & (slot_id >= 0) & (slot_id < slots_per_rank * NUM_RANKS)
     peer = tl.where(real, slot_id // slots_per_rank, 0)
     row = tl.load(row_ptr + token[:, None] * NUM_RANKS + peer, mask=real, other=0).to(tl.int64)
     address = tl.load(addresses_ptr + peer, mask=real, other=0) + weights_byte
