@@ -17,7 +17,7 @@ from crossdock.kernels.symmetric.memory import (
     next_power_of_two,
     triton_dtype,
 )
-from crossdock.kernels.symmetric.rows import row_in_slot, slot_begin
+from crossdock.kernels.symmetric.tiles import row_in_slot, slot_begin
 
 __all__ = [
     "offer_weights",

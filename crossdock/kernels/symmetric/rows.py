@@ -14,8 +14,6 @@ from torch import Tensor
 from crossdock.kernels.quantize import (
     FP8_GROUP,
     FP8_LIMITS,
-    e4m3_values,
-    quantize_groups,
 )
 from crossdock.kernels.runtime import buffer_dtype, cdiv, device_of, jit, tl
 from crossdock.kernels.symmetric.memory import (
@@ -23,13 +21,20 @@ from crossdock.kernels.symmetric.memory import (
     RowLayout,
     Status,
     Window,
-    as_pointer,
     as_words,
     next_power_of_two,
     triton_dtype,
 )
+from crossdock.kernels.symmetric.tiles import (
+    encode_tile,
+    load_tile,
+    peer_slot,
+    row_in_slot,
+    slot_begin,
+    store_tile,
+)
 
-__all__ = ["offer_rows", "pull_rows", "push_rows", "row_in_slot", "slot_begin", "take_rows"]
+__all__ = ["offer_rows", "pull_rows", "push_rows", "take_rows"]
 
 _NUM_WARPS, _TILE, _MOST_COLUMNS, _MOST_ROWS = 4, 4096, 1024, 64
 
@@ -197,103 +202,6 @@ def _largest(dtype: torch.dtype) -> float:
 
 
 @jit
-def _encode_tile(
-    values,
-    LARGEST: tl.constexpr,
-    SMALLEST_SCALE: tl.constexpr,
-    LARGEST_FINITE: tl.constexpr,
-    FP8: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """What is stored of values, and the scale of each row."""
-    if FP8:
-        return quantize_groups(
-            values.to(tl.float32), LARGEST, SMALLEST_SCALE, LARGEST_FINITE, BLOCK_ROWS, BLOCK_COLUMNS
-        )
-    else:
-        return values, tl.zeros([BLOCK_ROWS], dtype=tl.float32)
-
-
-@jit
-def _store_tile(
-    slot_ptr,
-    row,
-    column,
-    values,
-    scale,
-    mask,
-    row_stride,
-    scale_stride,
-    first_scale,
-    ELEMENT: tl.constexpr,
-    FP8: tl.constexpr,
-):
-    """Store to the rows of a slot; `row` is -1 for none, `mask` is of the columns."""
-    here = row >= 0
-    values_ptr = as_pointer(slot_ptr, ELEMENT) + row[:, None] * row_stride + column
-    tl.store(values_ptr, values, mask=here[:, None] & mask)
-    if FP8:
-        scale_ptr = as_pointer(slot_ptr, tl.float32) + row * scale_stride + first_scale
-        tl.store(scale_ptr + tl.program_id(1), scale, mask=here)
-
-
-@jit
-def _load_tile(
-    slot_ptr,
-    row,
-    column,
-    mask,
-    row_stride,
-    scale_stride,
-    first_scale,
-    ELEMENT: tl.constexpr,
-    FP8: tl.constexpr,
-    LARGEST: tl.constexpr,
-):
-    """Load from the rows of a slot: values as they are stored, of FP8 in fp32; 0 where `row` is -1."""
-    here = row >= 0
-    values_ptr = as_pointer(slot_ptr, ELEMENT) + row[:, None] * row_stride + column
-    values = tl.load(values_ptr, mask=here[:, None] & mask, other=0)
-    if FP8:
-        scale_ptr = as_pointer(slot_ptr, tl.float32) + row * scale_stride + first_scale
-        scale = tl.load(scale_ptr + tl.program_id(1), mask=here, other=0)
-        product = e4m3_values(values) * scale[:, None]
-        # NaN is neither above nor below.
-        product = tl.where(product > LARGEST, LARGEST, product)
-        return tl.where(product < -LARGEST, -LARGEST, product)
-    else:
-        return values
-
-
-@jit
-def slot_begin(ticket_ptr, first_byte, slot_bytes, NUM_SLOTS: tl.constexpr):
-    """Where the slot of an exchange begins in every buffer."""
-    return first_byte + (tl.load(ticket_ptr) % NUM_SLOTS) * slot_bytes
-
-
-@jit
-def _peer_slot(addresses_ptr, peer, slot):
-    """Where a slot of a peer's buffer begins. What is loaded is not known to be aligned, unless the pointer says so."""
-    # Here and not by a function: inlining one drops what is said of its result.
-    slot_ptr = (tl.load(addresses_ptr + peer) + slot).to(tl.pointer_type(tl.uint8))
-    return tl.multiple_of(slot_ptr, 16)
-
-
-@jit
-def row_in_slot(row, num_rows, segments_ptr, capacity, NUM_RANKS: tl.constexpr, BLOCK_RANKS: tl.constexpr):
-    """Where in the slot the rows that `segments` describes are, -1 for those that no token has."""
-    source = tl.arange(0, BLOCK_RANKS)
-    starts = tl.load(segments_ptr + source, mask=source < NUM_RANKS, other=2**62)
-    # The last source that begins here or before: those without rows begin where the next one does.
-    source = tl.sum((row[:, None] >= starts[None, :]).to(tl.int32), axis=1) - 1
-    here = (row < num_rows) & (source >= 0)
-    place = row - tl.load(segments_ptr + source, mask=here, other=0)
-    here = here & (place < tl.load(segments_ptr + NUM_RANKS + source, mask=here, other=0))
-    return tl.where(here, source.to(tl.int64) * capacity + place, -1)
-
-
-@jit
 def _push_kernel(
     x_ptr,  # [num_tokens, hidden]
     row_ptr,  # [num_tokens, NUM_RANKS]
@@ -323,7 +231,7 @@ def _push_kernel(
     column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
     mask = (token < num_tokens)[:, None] & (column < hidden)
     values = tl.load(x_ptr + token[:, None] * hidden + column, mask=mask, other=0)
-    values, scale = _encode_tile(values, LARGEST, SMALLEST_SCALE, LARGEST_FINITE, FP8, BLOCK_ROWS, BLOCK_COLUMNS)
+    values, scale = encode_tile(values, LARGEST, SMALLEST_SCALE, LARGEST_FINITE, FP8, BLOCK_ROWS, BLOCK_COLUMNS)
     slot = slot_begin(ticket_ptr, first_byte, slot_bytes, NUM_SLOTS)
     writes = (token < num_tokens) & (tl.load(status_ptr) == 0)
     for step in tl.static_range(NUM_RANKS):  # pyright: ignore[reportGeneralTypeIssues]
@@ -331,8 +239,8 @@ def _push_kernel(
         peer = (rank + step) % NUM_RANKS
         row = tl.load(row_ptr + token * NUM_RANKS + peer, mask=writes, other=-1).to(tl.int64)
         row = tl.where(row >= 0, first_row + row, -1)
-        slot_ptr = _peer_slot(addresses_ptr, peer, slot)
-        _store_tile(slot_ptr, row, column, values, scale, mask, row_stride, scale_stride, first_scale, ELEMENT, FP8)
+        slot_ptr = peer_slot(addresses_ptr, peer, slot)
+        store_tile(slot_ptr, row, column, values, scale, mask, row_stride, scale_stride, first_scale, ELEMENT, FP8)
 
 
 @jit
@@ -364,7 +272,7 @@ def _take_kernel(
     in_slot = row_in_slot(row, num_rows, segments_ptr, capacity, NUM_RANKS, BLOCK_RANKS)
     mask = column < hidden
     slot_ptr = own_ptr + tl.multiple_of(slot_begin(ticket_ptr, first_byte, slot_bytes, NUM_SLOTS), 16)
-    values = _load_tile(slot_ptr, in_slot, column, mask, row_stride, scale_stride, first_scale, ELEMENT, FP8, LARGEST)
+    values = load_tile(slot_ptr, in_slot, column, mask, row_stride, scale_stride, first_scale, ELEMENT, FP8, LARGEST)
     if CONVERT:
         values = values.to(tl.float32)
     tl.store(values_ptr + row[:, None] * hidden + column, values, mask=(row < num_rows)[:, None] & mask)
@@ -402,9 +310,9 @@ def _offer_kernel(
     in_slot = tl.where(tl.load(status_ptr) == 0, in_slot, -1)
     mask = column < hidden
     values = tl.load(y_ptr + row[:, None] * hidden + column, mask=(in_slot >= 0)[:, None] & mask, other=0)
-    values, scale = _encode_tile(values, LARGEST, SMALLEST_SCALE, LARGEST_FINITE, FP8, BLOCK_ROWS, BLOCK_COLUMNS)
+    values, scale = encode_tile(values, LARGEST, SMALLEST_SCALE, LARGEST_FINITE, FP8, BLOCK_ROWS, BLOCK_COLUMNS)
     slot_ptr = own_ptr + tl.multiple_of(slot_begin(ticket_ptr, first_byte, slot_bytes, NUM_SLOTS), 16)
-    _store_tile(slot_ptr, in_slot, column, values, scale, mask, row_stride, scale_stride, first_scale, ELEMENT, FP8)
+    store_tile(slot_ptr, in_slot, column, values, scale, mask, row_stride, scale_stride, first_scale, ELEMENT, FP8)
 
 
 @jit
@@ -439,8 +347,8 @@ def _pull_kernel(
     for peer in tl.static_range(NUM_RANKS):
         row = tl.load(row_ptr + token * NUM_RANKS + peer, mask=token < num_tokens, other=-1).to(tl.int64)
         row = tl.where(row >= 0, first_row + row, -1)
-        slot_ptr = _peer_slot(addresses_ptr, peer, slot)
-        total += _load_tile(
+        slot_ptr = peer_slot(addresses_ptr, peer, slot)
+        total += load_tile(
             slot_ptr, row, column, mask, row_stride, scale_stride, first_scale, ELEMENT, FP8, LARGEST
         ).to(SUM)
     total = tl.where(tl.load(status_ptr) == 0, total, float("nan"))
