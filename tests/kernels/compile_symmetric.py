@@ -21,6 +21,7 @@ ROUTES = RANKS | {"TOP_K": 8, "BLOCK_K": 8, "BLOCK_ROWS": 64}
 LAYOUT = {"TOP_K": 8, "BLOCK_RANKS": 8, "BLOCK": 64}
 SIGNALS = {"NUM_SLOTS": 2, "BLOCK_RANKS": 8}
 
+DIVISIBLE = ("hidden", "row_stride", "first_byte", "slot_bytes")
 POINTERS = {
     **dict.fromkeys(("row_ptr", "per_block_ptr", "status_ptr", "host_status_ptr"), "*i32"),
     **dict.fromkeys(("weights_ptr", "grads_ptr"), "*fp32"),
@@ -70,10 +71,18 @@ def compile_case(module: str, name: str, constants: dict[str, Any], rows: str) -
             signature[argument] = POINTERS.get(argument, rows if is_row else "*i64")
         else:
             signature[argument] = "i64" if argument in ("timeout", "slot_bytes") else "i32"
-        if signature[argument].startswith("*") or argument in ("hidden", "row_stride", "first_byte", "slot_bytes"):
+        divisible = signature[argument].startswith("*") or argument in DIVISIBLE
+        if divisible and argument not in constants:
             attributes[(place,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
     return triton.compile(ASTSource(kernel, signature, places, attributes), target=TARGET)
+
+
+def sizes_of_one(module: str, name: str, constants: dict[str, Any]) -> dict[str, int]:
+    """Numbers that are 1 at a launch are constants to the compiler, which types them otherwise."""
+    arguments = getattr(import_module(f"crossdock.kernels.symmetric.{module}"), name).arg_names
+    variable = [name for name in arguments if name not in constants and not name.endswith("_ptr")]
+    return dict.fromkeys((name for name in variable if name not in ("timeout", "slot_bytes")), 1)
 
 
 def main() -> None:
@@ -87,6 +96,7 @@ def main() -> None:
             for width in (".v4.b32", ".b32", ".b16", ".b8")
             if any(f"{operation}.global{width}" in line for line in lines)
         ]
+        compile_case(*case[:2], case[2] | sizes_of_one(*case[:3]), case[3])
         print(*case[:2], *accesses, *(["spills"] if any("st.local" in line for line in lines) else []))
 
 
