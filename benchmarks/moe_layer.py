@@ -1,12 +1,12 @@
 """The experts of one MoE layer, forward and backward, beside transformers' and the bound of the products alone.
 
-    python -m benchmarks.moe_layer [--rounds 9] [--threads 1 2] [--dtypes float32 bfloat16] [--device cpu] [--write]
+    python -m benchmarks.moe_layer [--rounds 9] [--threads 1 2] [--dtypes float32 bfloat16] [--write]
 
 All take turns in one process on the same tokens, routes, weights and output gradient; a ratio is taken within a round.
 Outputs and gradients must agree with ours; torchtitan's products are in bfloat16 in all cases, and its results held to
 that. The bound is the same products as per-expert `mm(out=)` into buffers that are there: 2 forward, 4 backward. A
 processor without bfloat16 products gets its bound from float32 ones. The process has the environment of `crossdock
-train` (`memory_settings`), for all alike. On a GPU a time includes waiting for it.
+train` (`memory_settings`), for all alike. GPUs: `benchmarks/expert_kernels.py`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "E32": {"E": 32, "H": 512, "I": 256, "K": 4, "T": 4096},
     "E128": {"E": 128, "H": 1024, "I": 384, "K": 8, "T": 4096},
     "E8": {"E": 8, "H": 512, "I": 1792, "K": 2, "T": 4096},
-    "30B-A3B": {"E": 128, "H": 2048, "I": 768, "K": 8, "T": 16384},
 }
-# Minutes per round on a CPU.
-GPU_ALONE = ("30B-A3B",)
 GOALS = {"float32": {"E8": 0.95}, "bfloat16": {"E8": 0.88}}
 GOAL = {"float32": 0.90, "bfloat16": 0.75}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
@@ -50,12 +47,11 @@ Run = Callable[[], list[Tensor]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="all unless told; 30B-A3B on a GPU alone")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", choices=TOLERANCE, default=list(TOLERANCE))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--routings", nargs="+", choices=("even", "zipf"), default=["even", "zipf"])
-    parser.add_argument("--backend", choices=EXPERTS_BACKENDS, help="cpu unless told, on a GPU grouped_mm")
+    parser.add_argument("--backend", choices=EXPERTS_BACKENDS, default="cpu")
     parser.add_argument(
         "--peers", nargs="*", choices=("grouped_mm", "eager", TORCHTITAN), help="all that run well here"
     )
@@ -69,18 +65,14 @@ def main() -> int:
             {**os.environ, **memory_settings()},
         )
     rows: list[dict[str, Any]] = []
-    device = torch.device(arguments.device)
-    backend = arguments.backend or ("cpu" if device.type == "cpu" else "grouped_mm")
-    peers = _peers(device) if arguments.peers is None else arguments.peers
-    shapes = arguments.shapes or [name for name in SHAPES if device.type == "cuda" or name not in GPU_ALONE]
-    for threads in arguments.threads if device.type == "cpu" else arguments.threads[:1]:
+    peers = _peers() if arguments.peers is None else arguments.peers
+    for threads in arguments.threads:
         torch.set_num_threads(threads)
-        for shape in shapes:
+        for shape in arguments.shapes:
             for dtype in arguments.dtypes:
                 for routing in arguments.routings:
-                    where = f"{threads} threads" if device.type == "cpu" else torch.cuda.get_device_name()
-                    case = f"{shape} {SHAPES[shape]}, {dtype}, {routing} routing, {where}"
-                    runs = make_runs(SHAPES[shape], getattr(torch, dtype), routing, backend, peers, device)
+                    case = f"{shape} {SHAPES[shape]}, {dtype}, {routing} routing, {threads} threads"
+                    runs = make_runs(SHAPES[shape], getattr(torch, dtype), routing, arguments.backend, peers)
                     rows += compare(case, shape, dtype, runs, arguments.rounds)
                     if arguments.write:
                         write_results("moe_layer", ["torch", "transformers", "torchtitan", "crossdock"], rows)
@@ -88,18 +80,18 @@ def main() -> int:
 
 
 def make_runs(
-    sizes: dict[str, int], dtype: torch.dtype, routing: str, backend: str, peers: list[str], device: torch.device
+    sizes: dict[str, int], dtype: torch.dtype, routing: str, backend: str, peers: list[str]
 ) -> dict[str, Run]:
     """The bound, ours and the peers by name; each run returns output and gradients (the bound: nothing)."""
     torch.manual_seed(0)
     num_experts, hidden, inner, top_k, num_tokens = (sizes[name] for name in ("E", "H", "I", "K", "T"))
-    x = torch.randn(num_tokens, hidden, dtype=dtype, device=device, requires_grad=True)
-    weights = torch.rand(num_tokens, top_k, device=device, requires_grad=True)
+    x = torch.randn(num_tokens, hidden, dtype=dtype, requires_grad=True)
+    weights = torch.rand(num_tokens, top_k, requires_grad=True)
     exponent = 1.0 if routing == "zipf" else 0.0
-    ids = draw_zipf(num_tokens, num_experts, top_k, exponent, 0, device)
-    gate_and_up = (torch.randn(num_experts, hidden, 2 * inner) * hidden**-0.5).to(device, dtype).requires_grad_()
-    down = (torch.randn(num_experts, inner, hidden) * inner**-0.5).to(device, dtype).requires_grad_()
-    grad = torch.randn(num_tokens, hidden, dtype=dtype, device=device)
+    ids = draw_zipf(num_tokens, num_experts, top_k, exponent, 0, torch.device("cpu"))
+    gate_and_up = (torch.randn(num_experts, hidden, 2 * inner) * hidden**-0.5).to(dtype).requires_grad_()
+    down = (torch.randn(num_experts, inner, hidden) * inner**-0.5).to(dtype).requires_grad_()
+    grad = torch.randn(num_tokens, hidden, dtype=dtype)
 
     def ours() -> list[Tensor]:
         y = EXPERTS_BACKENDS[backend](x, ids, weights, ExpertParams(gate_and_up, down))
@@ -132,10 +124,10 @@ def make_runs(
     return runs
 
 
-def _peers(device: torch.device) -> list[str]:
+def _peers() -> list[str]:
     """Those that are installed and run well; torchtitan's products are in bfloat16, whatever the parameters are."""
     names = ["grouped_mm", "eager"]
-    in_bf16 = device.type == "cuda" or product_dtype(torch.bfloat16) == torch.bfloat16
+    in_bf16 = product_dtype(torch.bfloat16) == torch.bfloat16
     return [*names, TORCHTITAN] if in_bf16 and find_spec("torchtitan") else names
 
 
@@ -165,13 +157,13 @@ def _torchtitan(x: Tensor, ids: Tensor, weights: Tensor, gate_and_up: Tensor, do
 
 def bound(ids: Tensor, gate_and_up: Tensor, down: Tensor) -> Run:
     """Per-expert products alone, into buffers."""
-    dtype = down.dtype if down.is_cuda else product_dtype(down.dtype)
+    dtype = product_dtype(down.dtype)
     counts = torch.bincount(ids.flatten(), minlength=len(down)).tolist()
     inner, hidden = down.shape[1:]
     up_weights, down_weights = gate_and_up.detach().to(dtype), down.detach().to(dtype)
     up_grads, down_grads = torch.empty_like(up_weights), torch.empty_like(down_weights)
     widths = (hidden, 2 * inner, inner, hidden)
-    x, pre, h, out = (torch.randn(max(counts), width).to(down.device, dtype) for width in widths)
+    x, pre, h, out = (torch.randn(max(counts), width).to(dtype) for width in widths)
 
     def run() -> list[Tensor]:
         for expert, n in enumerate(counts):
@@ -203,10 +195,8 @@ def compare(case: str, shape: str, dtype: str, runs: dict[str, Run], rounds: int
     names = list(runs)
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            _wait()
             started = time.perf_counter()
             runs[name]()
-            _wait()
             seconds[name].append(time.perf_counter() - started)
     rows = []
     for name, taken in seconds.items():
@@ -224,12 +214,6 @@ def compare(case: str, shape: str, dtype: str, runs: dict[str, Run], rounds: int
         own, taken = ([1000 * each for each in seconds[which]] for which in (OURS, name))
         rows.append(result_row(case, "ms", own, name, taken, ratios, agree=agree, goal=goal))
     return rows
-
-
-def _wait() -> None:
-    """Until a GPU has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
