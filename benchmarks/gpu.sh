@@ -48,12 +48,12 @@ else
     workers=()
     # Compiling is most of what these tests do.
     "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
-    step 150 "$python" -m pytest "${workers[@]}" tests/kernels -m 'not slow'
-    step 60 "$python" -m pytest tests/gpu tests/dispatch/test_symmetric.py -m 'gpu or not slow'
+    step 130 "$python" -m pytest "${workers[@]}" tests/kernels -m 'not slow'
+    step 110 "$python" -m pytest "${workers[@]}" tests/gpu tests/dispatch/test_symmetric.py -m 'gpu or not slow'
     step 110 "$python" -m benchmarks.expert_kernels --profile --write
     step 50 "$python" -m benchmarks.activation --write
     step 30 "$python" -m benchmarks.symmetric --write
-    step 30 "$python" -m benchmarks.symmetric --processes 4
+    step 15 "$python" -m benchmarks.symmetric --processes 4
     step 90 "$python" -m benchmarks.train_step_gpu --write
     printf '\n'
     for benchmark in expert_kernels activation symmetric train_step_gpu; do

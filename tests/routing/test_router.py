@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.models.qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+from crossdock.kernels import runtime
 from crossdock.routing import Router, RouterConfig, count_experts
 from tests.routing.oracle import ScoreFunction, dense_weights, route, route_gradients
 
@@ -380,6 +381,7 @@ def test_a_router_whose_weights_are_constant_warns_once(caplog: pytest.LogCaptur
     assert "top_k = 1 with normalised weights" in said
 
 
+@pytest.mark.skipif(not runtime.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize(
     "config",
     [
