@@ -16,7 +16,7 @@ import crossdock
 import crossdock.train.launch as launch
 from crossdock.cli import main
 from crossdock.config import Config, load_config, to_toml
-from crossdock.train.trainer import StopSignal
+from crossdock.train.stopping import StopSignal
 from tests.tiny import write_assets
 
 

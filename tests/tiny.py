@@ -19,7 +19,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from crossdock.config import load_config, validate
 from crossdock.moe import moe_layers
 from crossdock.parallel import plain_name
-from crossdock.train.trainer import StopSignal, Trainer
+from crossdock.train.stopping import StopSignal
+from crossdock.train.trainer import Trainer
 
 __all__ = ["run_trainer", "speeches", "write_assets", "write_hf_model", "write_speeches"]
 

@@ -90,7 +90,7 @@ def _rank(config: Config, output: Path, parsed: argparse.Namespace) -> int:
     from crossdock.config import validate
     from crossdock.tools.tune import TuneOptions, tune
     from crossdock.train.launch import run_rank, threads_are_open
-    from crossdock.train.trainer import StopSignal
+    from crossdock.train.stopping import StopSignal
 
     stop = StopSignal()
     stop.install()

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from crossdock.checkpoint import CheckpointError
 from crossdock.config import Config, ConfigError, validate
 from crossdock.dispatch import free_deepep_buffers
-from crossdock.train.trainer import StopSignal, Trainer, TrainingStopped
+from crossdock.train.stopping import StopSignal
+from crossdock.train.trainer import Trainer, TrainingStopped
 
 __all__ = [
     "ENDED_FOLDER",

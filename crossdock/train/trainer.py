@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -35,28 +34,15 @@ from crossdock.train.metrics import load_metrics, memory_use, say, traffic_metri
 from crossdock.train.optimizer import build_optimizer, learning_rate_factor
 from crossdock.train.preparing import build_training_model, prepare_run_tokens, write_settings
 from crossdock.train.record import RunRecord, lock_folder
+from crossdock.train.stopping import StopSignal
 from crossdock.train.together import TrainingStopped, first_named, from_first_rank, together
 
-__all__ = ["StopSignal", "Trainer", "TrainingStopped"]
+__all__ = ["Trainer", "TrainingStopped"]
 
 logger = logging.getLogger(__name__)
 
 EXPORT_FOLDER = "hf"
 ADAPTER_FOLDER = "adapter"
-
-
-class StopSignal:
-    """Remembers that SIGTERM or Ctrl-C asked for an end, until the next step boundary."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._request)
-
-    def _request(self, number: int, frame: Any) -> None:
-        self.requested = True
 
 
 class Trainer:

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from crossdock.checkpoint import CheckpointError
 from crossdock.config import ConfigError, load_config, validate
 from crossdock.tools.convert import ConvertOptions, plan_conversion
-from crossdock.train.trainer import StopSignal, Trainer
+from crossdock.train.stopping import StopSignal
+from crossdock.train.trainer import Trainer
 from tests.checkpoint.hf_folders import differences, read_tensors
 from tests.ranks import RankPool
 from tests.tiny import run_trainer, speeches, write_hf_model

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 import crossdock.parallel.fsdp as fsdp
 from crossdock.checkpoint import CheckpointError
 from crossdock.config import ConfigError, load_config, validate
-from crossdock.train.trainer import StopSignal, Trainer
+from crossdock.train.stopping import StopSignal
+from crossdock.train.trainer import Trainer
 from tests.checkpoint.hf_folders import differences, mixed, read_tensors, snapshot, write_shards
 from tests.ranks import RankPool
 from tests.tiny import run_trainer, speeches, write_hf_model, write_speeches
