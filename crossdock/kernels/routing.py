@@ -318,6 +318,9 @@ def _decide_grad_kernel(
         rest = tl.exp(-squares)
         is_one = rest == 1
         sigmoid = tl.where(is_one, squares, (1 - rest) * squares / tl.where(is_one, 1, -tl.log(rest)))
+        # Long before the exponential is 0 and its logarithm infinite, the sigmoid is 1.
+        sigmoid = tl.where(squares > 32, 1, sigmoid)
         slope = sigmoid / (2 * tl.where(scores == 0, 1, scores))
-        grad_logits += tl.where(squares > TINY, slope * grad_scores, 0)
+        # By what is small: NaN is not.
+        grad_logits += tl.where(squares <= TINY, 0, slope * grad_scores)
     tl.store(grad_ptr + at, grad_logits, mask=mask)

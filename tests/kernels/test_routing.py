@@ -97,3 +97,20 @@ def test_nan_is_chosen_and_seen(device: torch.device) -> None:
         assert decision.weights[1].isnan().any()
         assert decision.weights[[0, 2]].isfinite().all()
         assert decision.counts.sum() == 6
+
+
+@scorings
+def test_nan_is_seen_in_the_gradient(scoring: Scoring, device: torch.device) -> None:
+    logits = torch.randn(3, 9, device=device)
+    logits[1, 5] = torch.nan
+    _, grad = evaluate(decide, logits, scoring)
+    assert grad[1, 5].isnan()
+    assert grad[[0, 2]].isfinite().all()
+
+
+def test_a_root_of_a_large_logit_has_its_slope(device: torch.device) -> None:
+    """Where `exp(-s^2)` is 0 or about to be."""
+    logits = torch.tensor([[15.0, 40.0, 87.5, 97.0, 103.2, 110.0, 3000.0]], device=device).t()
+    _, grad = evaluate(decide, logits, Scoring(1, "sqrt_softplus", normalise=False))
+    _, wanted = evaluate(decide_reference, logits.cpu().double(), Scoring(1, "sqrt_softplus", normalise=False))
+    torch.testing.assert_close(grad.cpu().double(), wanted, rtol=1e-5, atol=0)
