@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from crossdock.experts.experts import ExpertAdapters, ExpertParams
+from crossdock.kernels.runtime import ALIGNMENT_BYTES
 
 __all__ = ["ALIGNMENT_BYTES", "alignment_problem", "check_dtypes", "check_ids"]
-
-ALIGNMENT_BYTES = 16
-"""What rows start at a multiple of where a grouped product reads them."""
 
 
 def alignment_problem(tokens: Tensor, params: ExpertParams) -> str | None:

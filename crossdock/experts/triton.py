@@ -180,7 +180,11 @@ def _backward(
     if params.down_bias is not None and on_output:
         grad_weights = grad_weights + _of_down_bias(grad_y, params.down_bias, rows)
     # A row per route, each of which one route names: what stands past the last slot's end is not taken.
-    of_routes = torch.where(row_of_route < 0, 0, grad_weights[row_of_route.clamp(min=0)]) if len(order) else weights * 0
+    of_routes = (
+        torch.where(row_of_route < 0, 0, grad_weights[row_of_route.clamp(min=0)])
+        if len(order)
+        else torch.zeros_like(weights)
+    )
     return Gradients(
         grad_tokens,
         of_routes.to(weights.dtype),

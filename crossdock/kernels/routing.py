@@ -120,6 +120,9 @@ class _Decide(torch.autograd.Function):
         ctx, logits: Tensor, scoring: Scoring, expert_bias: Tensor | None, padding_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logits = logits.contiguous()
+        expert_bias, padding_mask = (
+            None if each is None else each.contiguous() for each in (expert_bias, padding_mask)
+        )
         (num_tokens, num_experts), device, top_k = logits.shape, logits.device, scoring.top_k
         expert_ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=device)
         weights = torch.empty(num_tokens, top_k, device=device)

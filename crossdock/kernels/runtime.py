@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,22 @@ else:
     except ImportError:
         triton = tl = knobs = TensorDescriptor = None
 
-__all__ = ["INTERPRETED", "blocks_of", "buffer_dtype", "cdiv", "device_of", "jit", "num_sms", "runs", "runs_on", "tl"]
+__all__ = [
+    "ALIGNMENT_BYTES",
+    "INTERPRETED",
+    "blocks_of",
+    "buffer_dtype",
+    "cdiv",
+    "device_of",
+    "jit",
+    "num_sms",
+    "runs",
+    "runs_on",
+    "tl",
+]
+
+ALIGNMENT_BYTES = 16
+"""What rows and tensors begin at a multiple of where the copy engine of a GPU reads them."""
 
 # Triton decides when a kernel is decorated, that is when its module is imported.
 INTERPRETED: bool = triton is not None and knobs.runtime.interpret
@@ -80,6 +96,8 @@ def num_sms(device: torch.device) -> int:
 def blocks_of(matrices: Tensor, block: list[int]) -> Any:
     """A descriptor by which a kernel loads blocks of a contiguous tensor; what lies outside of it is 0.
 
-    Rows must be multiples of 16 bytes.
+    Rows and where the tensor begins must be multiples of `ALIGNMENT_BYTES`.
     """
-    return TensorDescriptor(matrices, list(matrices.shape), list(matrices.stride()), block)
+    # Of a dimension with one entry a tensor may have any stride.
+    strides = [prod(matrices.shape[dim + 1 :]) for dim in range(matrices.dim())]
+    return TensorDescriptor(matrices, list(matrices.shape), strides, block)

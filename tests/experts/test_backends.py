@@ -313,6 +313,34 @@ def test_strided_inputs_change_nothing(name: str, backend: ExpertsBackend, dtype
 
 
 @pytest.mark.parametrize(("name", "backend"), BACKENDS)
+def test_parameters_may_lie_anywhere_in_memory(name: str, backend: ExpertsBackend) -> None:
+    """In a flat buffer, at an odd address; biases with columns together."""
+    given = _inputs("plain", torch.float32, formula=GPT_OSS, bias=True)
+    expected = _evaluate(backend, *given)
+
+    def in_flat_buffer(tensor: Tensor) -> Tensor:
+        flat = tensor.new_empty(tensor.numel() + 1)
+        flat[1:] = tensor.flatten()
+        return flat[1:].view(tensor.shape)
+
+    matrices, biases = given.params[:2], given.params[2:]
+    placed = [in_flat_buffer(tensor) for tensor in matrices]
+    columns = [tensor.t().contiguous().t() for tensor in biases if tensor is not None]
+    assert not any(tensor.is_contiguous() for tensor in columns)
+    results = _evaluate(backend, *given._replace(params=ExpertParams(*placed, *columns)))
+    for key, value in results.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-6, msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize(("name", "backend"), BACKENDS)
+def test_a_bad_weight_of_no_route_has_no_gradient(name: str, backend: ExpertsBackend) -> None:
+    given = _inputs("no routes", torch.float32)
+    results = _evaluate(backend, *given._replace(weights=torch.full_like(given.weights, torch.nan)))
+    for key, value in results.items():
+        assert not value.any(), f"{name}: {key}"
+
+
+@pytest.mark.parametrize(("name", "backend"), BACKENDS)
 def test_sums_over_a_tokens_slots_in_fp32_and_rounds_once(name: str, backend: ExpertsBackend) -> None:
     """256 and 63 times 1, all exact in bf16: a bf16 accumulator stays at 256, the exact 319 rounds to 320."""
     num_slots = 64

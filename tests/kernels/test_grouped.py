@@ -272,3 +272,15 @@ def test_tiles_are_chosen_by_rows_per_slot() -> None:
 def test_a_table_that_cannot_be_is_refused(table: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TileTable.from_json(table)
+
+
+def test_a_single_slot_may_have_any_stride(device: torch.device) -> None:
+    rows = rows_of([40], device)
+    values = draw(len(rows.order), HIDDEN, device=device, dtype=torch.float32)
+    stored = draw(1, HIDDEN, INNER, device=device, dtype=torch.float32)
+    strange = stored.as_strided(stored.shape, (1, INNER, 1))
+    assert strange.is_contiguous()
+    given = None, None, rows, TILES, row_tiles(rows, TILES.rows)
+    assert torch.equal(
+        multiply(values, SlotMatrices.of(strange), *given)[:40], multiply(values, SlotMatrices.of(stored), *given)[:40]
+    )

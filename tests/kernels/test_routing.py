@@ -114,3 +114,10 @@ def test_a_root_of_a_large_logit_has_its_slope(device: torch.device) -> None:
     _, grad = evaluate(decide, logits, Scoring(1, "sqrt_softplus", normalise=False))
     _, wanted = evaluate(decide_reference, logits.cpu().double(), Scoring(1, "sqrt_softplus", normalise=False))
     torch.testing.assert_close(grad.cpu().double(), wanted, rtol=1e-5, atol=0)
+
+
+def test_strided_inputs_change_nothing(device: torch.device) -> None:
+    """Every second one of a wider tensor's."""
+    logits = torch.randn(9, 12, device=device).t()
+    bias, mask = torch.randn(18, device=device)[::2], (torch.rand(24, device=device) < 0.4)[::2]
+    check(logits, Scoring(3), bias, mask)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from crossdock.kernels.runtime import blocks_of, jit, tl
+from crossdock.kernels.runtime import ALIGNMENT_BYTES, blocks_of, jit, tl
 
 __all__ = ["SlotMatrices", "load_block"]
 
@@ -24,10 +24,14 @@ class SlotMatrices(NamedTuple):
 
     @classmethod
     def of(cls, matrices: Tensor) -> SlotMatrices:
-        """Of `[S, C, D]` with rows or columns together in memory; anything else is copied."""
-        if matrices.stride(-1) != 1 and matrices.mT.is_contiguous():
-            return cls(matrices.mT, True)
-        return cls(matrices.contiguous(), False)
+        """Of `[S, C, D]` with rows or columns together in memory; anything else is copied.
+
+        So are matrices that do not begin at a multiple of 16 bytes, as a part of a flat buffer may: a descriptor
+        cannot tell where they are.
+        """
+        transposed = matrices.stride(-1) != 1 and matrices.mT.is_contiguous()
+        stored = matrices.mT if transposed else matrices.contiguous()
+        return cls(stored.clone() if stored.data_ptr() % ALIGNMENT_BYTES else stored, transposed)
 
     @property
     def mT(self) -> SlotMatrices:

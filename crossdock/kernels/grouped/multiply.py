@@ -45,7 +45,16 @@ def multiply(
         with device_of(values):
             _multiply_kernel[(programs,)](
                 *(blocks_of(values, [tiles.rows, tiles.depth]), matrices.blocks(tiles.depth, tiles.columns)),
-                *(bias, weights, rows.order, rows.ends, row_tiles.slot, row_tiles.row, row_tiles.num_tiles, out),
+                *(
+                    None if bias is None else bias.contiguous(),
+                    weights,
+                    rows.order,
+                    rows.ends,
+                    row_tiles.slot,
+                    row_tiles.row,
+                    row_tiles.num_tiles,
+                    out,
+                ),
                 *(depth, width),
                 TRANSPOSED=matrices.transposed,
                 ROWS=tiles.rows,

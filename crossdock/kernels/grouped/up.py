@@ -53,7 +53,8 @@ def up_projection(
         programs = min(most, num_sms(device) * tiles.programs_per_sm)
         with device_of(tokens):
             _up_kernel[(programs,)](
-                *(tokens.contiguous(), matrices.blocks(tiles.depth, tiles.columns), bias, weights),
+                *(tokens.contiguous(), matrices.blocks(tiles.depth, tiles.columns)),
+                *(None if bias is None else bias.contiguous(), weights),
                 *(rows.order, rows.ends, row_tiles.slot, row_tiles.row, row_tiles.num_tiles, pre, h),
                 *(hidden, inner),
                 TOP_K=rows.top_k,
