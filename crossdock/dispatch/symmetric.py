@@ -146,8 +146,7 @@ class SymmetricDispatcher:
         seconds = timeout or _timeout_of(group, device)
 
         def buffers(device: torch.device) -> SharedBuffers:
-            # One slot more than are open at once: the next exchange does not wait for the others to read the last.
-            return shared_exchange_buffers(group, device, chunks + 1, seconds)
+            return shared_exchange_buffers(group, device, _slots_for(chunks), seconds)
 
         return cls(
             *(group.rank(), group.size(), slots_per_rank, buffers, meter, agreement),
@@ -181,7 +180,9 @@ class SymmetricDispatcher:
         """
 
         def make(slot_bytes: int) -> ExchangeBuffers:
-            return ExchangeBuffers(memory, num_ranks, chunks + 1, slot_bytes, devices[0], timeout, side_stream=False)
+            return ExchangeBuffers(
+                memory, num_ranks, _slots_for(chunks), slot_bytes, devices[0], timeout, side_stream=False
+            )
 
         devices: list[torch.device] = []
         shared = SharedBuffers(make)
@@ -377,6 +378,14 @@ class SymmetricDispatcher:
         else:
             self.meter.rows(needs)(on_host, row_bytes)
             self.meter.metadata(on_host, metadata_bytes)
+
+
+def _slots_for(chunks: int) -> int:
+    """One more than are open at once, so that the next exchange does not wait for the others to read the last.
+
+    A full recompute has that one as well: all chunks but one are on their way back while it sends all of them again.
+    """
+    return max(chunks + 1, 2 * chunks - 1)
 
 
 def _others(counts: Sequence[int], rank: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -66,13 +67,24 @@ class Arrived(NamedTuple):
 class Exchange:
     """An exchange that has begun.
 
+    One that nobody waits for is over for this rank when it is let go: a recompute of activations stops once it has
+    what the backward pass needs, which may be between the two, and its slot must be free for later ones.
+
     Attributes:
         ticket: `[1]` int64 on the device, which one.
     """
 
-    def __init__(self, buffers: ExchangeBuffers, ticket: Tensor, event: Any, keep: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self, buffers: ExchangeBuffers, number: int, ticket: Tensor, event: Any, keep: tuple[Tensor, ...]
+    ) -> None:
         self.ticket = ticket
-        self._buffers, self._event, self._keep = buffers, event, keep
+        self._buffers, self._number, self._event, self._keep = buffers, number, event, keep
+        self._is_over = False
+
+    def __del__(self) -> None:
+        if not self._is_over and not sys.is_finalizing():
+            self._arrive()
+            self._end()
 
     def receive(
         self, layout: RowLayout, stride: int | None, num_rows: int, dtype: torch.dtype, *, with_routes: bool = True
@@ -90,7 +102,7 @@ class Exchange:
         segments = await_arrivals(window, ring, self.ticket, status, self._buffers.timeout, stride)
         tokens = take_rows(window, ring, layout, self.ticket, segments, num_rows, dtype)
         routes = take_routes(window, ring, layout, self.ticket, segments, num_rows) if with_routes else (None, None)
-        self._buffers.release(self.ticket)
+        self._end()
         return Arrived(tokens, segments, *routes)
 
     def collect(
@@ -114,7 +126,7 @@ class Exchange:
         grads = None
         if slot_ids is not None:
             grads = pull_weights(slot_ids, slots_per_rank, row, window, ring, layout, self.ticket)
-        self._buffers.release(self.ticket)
+        self._end()
         return out, grads
 
     def _arrive(self) -> tuple[Any, Ring, Status]:
@@ -122,6 +134,10 @@ class Exchange:
             torch.cuda.current_stream(self.ticket.device).wait_event(self._event)
         self._keep = ()
         return self._buffers.window, self._buffers.ring, self._buffers.status
+
+    def _end(self) -> None:
+        self._is_over = True
+        self._buffers.release(self._number, self.ticket)
 
 
 class ExchangeBuffers:
@@ -132,7 +148,7 @@ class ExchangeBuffers:
 
     Args:
         memory: of the ranks.
-        num_slots: exchanges that may be open at once, and one more so that none waits for the last.
+        num_slots: exchanges that may be open at once; with one more, none waits for others to read the last.
         slot_bytes: the most that `RowLayout.slot_bytes` comes to.
         device: of tokens.
         timeout: in seconds, of each wait.
@@ -154,10 +170,12 @@ class ExchangeBuffers:
         self.window = memory.allocate(self.ring.num_bytes, device)
         self.timeout = timeout
         self.status = Status.fresh(device)
-        self._last_ticket = torch.zeros(1, dtype=torch.int64, device=device)
+        self._counters = torch.zeros(1 + num_slots, dtype=torch.int64, device=device)
         self._no_counts = torch.zeros(num_ranks, dtype=torch.int64, device=device)
         self._stream = torch.cuda.Stream(device) if side_stream and device.type == "cuda" else None
-        self._open = 0
+        # As the host counts: a graph's replay moves the device's tickets on, with none open before and after.
+        self._last_number = 0
+        self._open: set[int] = set()
 
     def send(
         self,
@@ -194,30 +212,34 @@ class ExchangeBuffers:
 
     def _begin(self, write: Callable[[Tensor], None], counts: Tensor, keep: tuple[Tensor, ...]) -> Exchange:
         self.check()
-        if self._open == self.ring.num_slots:
+        num_slots, following = self.ring.num_slots, self._last_number + 1
+        taken = {number % num_slots for number in self._open}
+        if len(taken) == num_slots:
             raise RuntimeError(
-                f"dispatcher 'symmetric' has {self._open} exchanges begun that nothing has waited for, and room for no "
+                f"dispatcher 'symmetric' has {num_slots} exchanges begun that nothing has waited for, and room for no "
                 "more; wait for a dispatch or combine before the next, or set overlap_chunks to as many as are begun"
             )
-        self._open += 1
+        number = next(number for number in range(following, following + num_slots) if number % num_slots not in taken)
+        skip, self._last_number = number - following, number
+        self._open.add(number)
         if self._stream is None:
-            return Exchange(self, self._write(write, counts), None, keep)
+            return Exchange(self, number, self._write(write, counts, skip), None, keep)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
-            ticket = self._write(write, counts)
+            ticket = self._write(write, counts, skip)
             event = self._stream.record_event()
-        return Exchange(self, ticket, event, keep)
+        return Exchange(self, number, ticket, event, keep)
 
-    def _write(self, write: Callable[[Tensor], None], counts: Tensor) -> Tensor:
-        ticket = open_exchange(self.window, self.ring, self._last_ticket, self.status, self.timeout)
+    def _write(self, write: Callable[[Tensor], None], counts: Tensor, skip: int) -> Tensor:
+        ticket = open_exchange(self.window, self.ring, self._counters, self.status, self.timeout, skip)
         write(ticket)
         send_signals(self.window, self.ring, ticket, self.status, counts)
         return ticket
 
-    def release(self, ticket: Tensor) -> None:
+    def release(self, number: int, ticket: Tensor) -> None:
         """Say that this rank reads nothing more of an exchange."""
         send_signals(self.window, self.ring, ticket, self.status, None)
-        self._open -= 1
+        self._open.remove(number)
 
     def check(self) -> None:
         """Raise for a wait in vain that the host knows of, without a sync.

@@ -315,6 +315,33 @@ def test_more_exchanges_than_there_is_room_for_are_refused() -> None:
 
 
 @virtual
+def test_exchanges_may_end_in_any_order_or_never() -> None:
+    """As in a recompute of activations: the first is open all the while, and some are let go."""
+    layout = RowLayout(2, 2, H, 0, torch.float32)
+    ranks = buffers_of(2, 3, 0.3, layout)
+    places = place_tokens(torch.tensor([[SLOTS], [0]], device=DEVICE), SLOTS, 2)
+
+    def begin(value: float) -> list[Any]:
+        return [b.send(torch.full((2, H), value * 10**b.window.rank, device=DEVICE), places, layout) for b in ranks]
+
+    def end(exchanges: list[Any]) -> list[float]:
+        received = [each.receive(layout, None, 2, torch.float32, with_routes=False) for each in exchanges]
+        return received[0].tokens[:, 0].tolist()
+
+    first = begin(1.0)
+    for value in range(2, 9):
+        second, third = begin(float(value)), begin(-float(value))
+        assert end(third) == [-value, -10 * value]
+        if value % 2:
+            assert end(second) == [value, 10 * value]
+        del second, third
+    assert end(first) == [1, 10]
+    settle()
+    for buffers in ranks:
+        buffers.check()
+
+
+@virtual
 def test_an_exchange_syncs_nothing_and_makes_no_shape_of_a_number() -> None:
     """As a CUDA graph needs it: what changes from call to call is on the device."""
     torch.manual_seed(0)
@@ -334,7 +361,7 @@ def test_an_exchange_syncs_nothing_and_makes_no_shape_of_a_number() -> None:
             ]
             for exchange, (_, places), ids in zip(offered, begun, inputs.slot_ids, strict=True):
                 exchange.collect(layout, places.row, torch.float32, ids, SLOTS)
-    assert [int(b._last_ticket) for b in ranks] == [6, 6]
+    assert [int(b._counters[0]) for b in ranks] == [6, 6]
 
 
 @pytest.mark.gpu

@@ -101,7 +101,9 @@ def _training(settings: dict[str, Any], mode: Any, dtype: torch.dtype) -> dict[A
         values += [_array(parameter.grad) for parameter in blocks.parameters()]
         results[name] = values
         results[name, "exchanges"] = recorder.names.count("symmetric_begin")
-        assert recorder.names.count("symmetric_finish") == results[name, "exchanges"]
+        # A full recompute stops once it has what was kept, which is before the last results return.
+        if mode != "full":
+            assert recorder.names.count("symmetric_finish") == results[name, "exchanges"]
         dispatcher = next(moe for moe in blocks.modules() if isinstance(moe, MoE)).dispatcher
         results[name, "type"] = type(dispatcher).__name__
         results[name, "rows"] = dispatcher.traffic.within
@@ -114,6 +116,8 @@ LAYERS = {
     "chunks": ({"overlap_chunks": 2, "debug_checks": True}, "none", torch.float32),
     "full recompute": ({}, "full", torch.float32),
     "selective recompute": ({"overlap_chunks": 2}, "selective", torch.float32),
+    "full recompute, chunks": ({"overlap_chunks": 2}, "full", torch.float32),
+    "full recompute, three chunks": ({"overlap_chunks": 3}, "full", torch.float32),
 }
 
 

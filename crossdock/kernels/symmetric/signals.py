@@ -2,8 +2,8 @@
 
 An exchange of every rank runs through the same kernels, in this order:
 
-    1. `open_exchange` takes the next ticket `t` and waits until all ranks have released ticket `t - num_slots`, the
-       one before in this slot;
+    1. `open_exchange` takes the next ticket `t` whose slot `t % n` this rank has no open exchange in, and waits until
+       all ranks have released the one before in that slot, `s`;
     2. rows are written;
     3. `send_signals(arrived)`;
     4. `await_arrivals` waits for all ranks' signals;
@@ -11,14 +11,16 @@ An exchange of every rank runs through the same kernels, in this order:
     6. `send_signals(released)`.
 
 Why a slot may be used again. A rank writes to slot `t % n` of any buffer in step 2, after step 1 has seen every rank's
-release of ticket `t - n`. A rank sends it in step 6, once its reads of that exchange, from its own buffer (dispatch) or
+release of ticket `s`. A rank sends it in step 6, once its reads of that exchange, from its own buffer (dispatch) or
 from the peers' (combine), are over: kernels of one stream follow one another, and `wait` is ordered after both. So
 nothing that anyone still reads is overwritten, however far a rank runs ahead; it stops in step 1. A signal's word is
 itself part of the slot: it is written again by the same source only after the release, which comes after the wait.
 
-Why nothing waits for itself. Step 1 waits for step 6 of an exchange `n` tickets before, step 4 for step 3 of the same
-exchange. A rank that has at most `n` exchanges open (begun, and not yet waited for) has launched both before, on every
-rank that runs the same program; so kernels may run one after another, and virtual ranks take turns phase by phase.
+Why nothing waits for itself. Step 1 waits for step 6 of an exchange that this rank has ended, step 4 for step 3 of the
+same exchange. Both were launched before, on every rank that runs the same program; so kernels may run one after
+another, and virtual ranks take turns phase by phase. Exchanges need not end in the order in which they began: a
+recompute of activations runs others while gradients are on their way. Tickets are left out then, the same ones on all
+ranks.
 
 What makes rows visible: a kernel's writes come before those of the next on its stream, a signal is a release at system
 scope by that next kernel, the wait an acquire at system scope, and reads are in a kernel after that. All numbers live
@@ -52,21 +54,24 @@ NEVER_RELEASED = 2**16
 """Of a `Status`: added where a rank has not released a slot, rather than not sent its rows."""
 
 
-def open_exchange(window: Window, ring: Ring, counter: Tensor, status: Status, timeout: float) -> Tensor:
+def open_exchange(
+    window: Window, ring: Ring, counters: Tensor, status: Status, timeout: float, skip: int = 0
+) -> Tensor:
     """Take the next ticket, and wait until its slot is free.
 
     Args:
-        counter: `[1]` int64 on the device, the last ticket of this rank.
+        counters: `[1 + num_slots]` int64 on the device, the last ticket of this rank, and of each slot.
         timeout: in seconds.
+        skip: tickets that are left out.
 
     Returns:
         `[1]` int64 on the device, the ticket.
     """
-    ticket = torch.empty_like(counter)
-    with device_of(counter):
+    ticket = torch.empty_like(counters[:1])
+    with device_of(counters):
         _open_kernel[(1,)](
-            *(window.own[ring.released_byte :].view(torch.int64), counter, ticket),
-            *(status.on_device, status.on_host, int(timeout * 1e9), ring.num_ranks),
+            *(window.own[ring.released_byte :].view(torch.int64), counters, ticket),
+            *(status.on_device, status.on_host, int(timeout * 1e9), ring.num_ranks, skip),
             NUM_SLOTS=ring.num_slots,
             NEVER_RELEASED=NEVER_RELEASED,
             BLOCK_RANKS=next_power_of_two(ring.num_ranks),
@@ -121,10 +126,11 @@ def _signals(buffer: Tensor, ring: Ring, first_byte: int) -> Tensor:
     return words.view(ring.num_slots, ring.num_ranks)
 
 
-def open_exchange_reference(buffer: Tensor, ring: Ring, ticket: int) -> bool:
-    """Whether the slot of `ticket` is free in a rank's `buffer [bytes]`, that is, `open_exchange` would not wait."""
-    released = _signals(buffer, ring, ring.released_byte)[ticket % ring.num_slots]
-    return bool((released >= ticket - ring.num_slots).all())
+def open_exchange_reference(buffer: Tensor, ring: Ring, before: int) -> bool:
+    """Whether all ranks have released ticket `before`, the last in its slot, in a rank's `buffer [bytes]`: then
+    `open_exchange` of the next one in that slot would not wait."""
+    released = _signals(buffer, ring, ring.released_byte)[before % ring.num_slots]
+    return bool((released >= before).all())
 
 
 def send_signals_reference(buffers: list[Tensor], ring: Ring, rank: int, ticket: int, counts: Tensor | None) -> None:
@@ -176,27 +182,30 @@ def _give_up(late, rank, status_ptr, host_status_ptr, BASE: tl.constexpr):
 @jit
 def _open_kernel(
     released_ptr,  # [NUM_SLOTS, num_ranks]
-    counter_ptr,  # [1]
+    counters_ptr,  # [1 + NUM_SLOTS]
     ticket_ptr,  # [1]
     status_ptr,  # [1]
     host_status_ptr,  # [1]
     timeout,  # in nanoseconds
     num_ranks,
+    skip,
     NUM_SLOTS: tl.constexpr,
     NEVER_RELEASED: tl.constexpr,
     BLOCK_RANKS: tl.constexpr,
 ):
-    ticket = tl.load(counter_ptr) + 1
-    tl.store(counter_ptr, ticket)
+    ticket = tl.load(counters_ptr) + 1 + skip
+    before = tl.load(counters_ptr + 1 + ticket % NUM_SLOTS)
+    tl.store(counters_ptr, ticket)
+    tl.store(counters_ptr + 1 + ticket % NUM_SLOTS, ticket)
     tl.store(ticket_ptr, ticket)
     rank = tl.arange(0, BLOCK_RANKS)
     mask = (rank < num_ranks) & (tl.load(status_ptr) == 0)
     signals_ptr = released_ptr + (ticket % NUM_SLOTS) * num_ranks + rank
-    _, late = _look(signals_ptr, mask, ticket - NUM_SLOTS, SHIFT=0)
+    _, late = _look(signals_ptr, mask, before, SHIFT=0)
     num_late = tl.sum(late.to(tl.int32), axis=0)
     began = _nanoseconds()
     while (num_late > 0) & (_nanoseconds() - began < timeout):
-        _, late = _look(signals_ptr, mask, ticket - NUM_SLOTS, SHIFT=0)
+        _, late = _look(signals_ptr, mask, before, SHIFT=0)
         num_late = tl.sum(late.to(tl.int32), axis=0)
     if num_late > 0:
         _give_up(late, rank, status_ptr, host_status_ptr, BASE=1 + NEVER_RELEASED)
