@@ -8,16 +8,18 @@ from crossdock.experts import GPT_OSS, SWIGLU, ExpertParams, triton
 from crossdock.kernels import (
     KERNELS,
     ROW_BUCKETS,
+    Scoring,
     TileTable,
     candidates,
     counting_sort,
+    decide,
     fused_quick_geglu_prob,
     fused_silu_gate_prob,
     permute,
     quantize_fp8,
 )
 
-__all__ = ["all_tiles", "default_tiles", "elementwise", "usual_experts"]
+__all__ = ["all_tiles", "default_tiles", "elementwise", "least_sizes", "usual_experts"]
 
 
 def _experts(
@@ -75,3 +77,16 @@ def elementwise() -> None:
     order, _, row_of_route = counting_sort(torch.zeros(64, 8, dtype=torch.int64), 16)
     permute(halves, order, row_of_route).sum().backward()
     quantize_fp8(halves.detach())
+    for num_experts, scoring in ((128, Scoring(8)), (256, Scoring(8, "sigmoid")), (64, Scoring(4, over_chosen=True))):
+        logits = torch.empty(64, num_experts, requires_grad=True)
+        bias, mask = torch.empty(num_experts), torch.empty(64, dtype=torch.bool)
+        decide(logits, scoring, bias, mask).weights.sum().backward()
+
+
+def least_sizes() -> None:
+    """One token, one slot, one expert: numbers that the compiler takes for constants."""
+    tokens = torch.empty(1, 16, dtype=torch.bfloat16, requires_grad=True)
+    slot_ids, weights = torch.zeros(1, 1, dtype=torch.int64), torch.empty(1, 1, requires_grad=True)
+    params = ExpertParams(*(torch.empty(1, 16, each, dtype=torch.bfloat16).requires_grad_() for each in (32, 16)))
+    triton(tokens, slot_ids, weights, params, static=True).sum().backward()
+    decide(torch.empty(1, 1, requires_grad=True), Scoring(1, normalise=False)).weights.sum().backward()

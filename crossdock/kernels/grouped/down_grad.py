@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from crossdock.kernels.gating import Gating, gated_slopes
+from crossdock.kernels.grouped.launch import persistent
 from crossdock.kernels.grouped.matrices import SlotMatrices, load_block
 from crossdock.kernels.grouped.rows import RowTiles, SlotRows
 from crossdock.kernels.grouped.up import up_projection_reference
-from crossdock.kernels.runtime import INTERPRETED, blocks_of, buffer_dtype, cdiv, device_of, jit, num_sms, tl
+from crossdock.kernels.runtime import blocks_of, buffer_dtype, cdiv, device_of, jit, tl
 from crossdock.kernels.tiles import Tiles
 
 __all__ = ["DownGradients", "down_gradient", "down_gradient_reference"]
@@ -66,9 +67,9 @@ def down_gradient(
     # A sum per block of columns, added up in one order afterwards: no atomics.
     of_weights = torch.empty(column_blocks, len(pre), device=device)
     if pre.numel():
-        programs = min(row_tiles.max_tiles * column_blocks, num_sms(device) * tiles.programs_per_sm)
+        grid, constants = persistent(tiles, row_tiles.max_tiles * column_blocks, device)
         with device_of(grad_y):
-            _down_grad_kernel[(programs,)](
+            _down_grad_kernel[grid](
                 *(grad_y.contiguous(), matrices.blocks(tiles.depth, tiles.columns), weights),
                 blocks_of(pre, [tiles.rows, tiles.columns // 2]),
                 *(rows.order, rows.ends, row_tiles.slot, row_tiles.row, row_tiles.num_tiles, grad_pre, h, of_weights),
@@ -76,14 +77,8 @@ def down_gradient(
                 TOP_K=rows.top_k,
                 TRANSPOSED=matrices.transposed,
                 **gating.constants(),
-                ROWS=tiles.rows,
-                COLUMNS=tiles.columns,
-                DEPTH=tiles.depth,
-                PROGRAMS=programs,
                 FLATTEN=bool(tiles.flatten),
-                UPCAST=INTERPRETED,
-                num_warps=tiles.num_warps,
-                num_stages=tiles.num_stages,
+                **constants,
             )
     return DownGradients(grad_pre.to(pre.dtype), h.to(pre.dtype), of_weights.sum(dim=0))
 
@@ -136,12 +131,13 @@ def _down_grad_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     FLATTEN: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     column_blocks = tl.cdiv(inner, COLUMNS)
-    for tile in tl.range(tl.program_id(0), tl.load(tile_count_ptr) * column_blocks, PROGRAMS, flatten=FLATTEN):
+    for tile in tl.range(
+        tl.program_id(0), tl.load(tile_count_ptr) * column_blocks, tl.num_programs(0), flatten=FLATTEN
+    ):
         row_tile, column_block = tile // column_blocks, tile % column_blocks
         first_column = column_block * COLUMNS
         slot = tl.load(tile_slot_ptr + row_tile)

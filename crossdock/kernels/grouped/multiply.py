@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crossdock.kernels.grouped.launch import persistent
 from crossdock.kernels.grouped.matrices import SlotMatrices, load_block
 from crossdock.kernels.grouped.rows import RowTiles, SlotRows
-from crossdock.kernels.runtime import INTERPRETED, blocks_of, buffer_dtype, cdiv, device_of, jit, num_sms, tl
+from crossdock.kernels.runtime import blocks_of, buffer_dtype, cdiv, device_of, jit, tl
 from crossdock.kernels.tiles import Tiles
 
 __all__ = ["multiply", "multiply_reference"]
@@ -40,10 +41,9 @@ def multiply(
     out = torch.empty(len(values), width, dtype=buffer_dtype(values.dtype), device=values.device)
     if out.numel():
         tiles = tiles.fitted(width, depth)
-        most = row_tiles.max_tiles * cdiv(width, tiles.columns)
-        programs = min(most, num_sms(values.device) * tiles.programs_per_sm)
+        grid, constants = persistent(tiles, row_tiles.max_tiles * cdiv(width, tiles.columns), values.device)
         with device_of(values):
-            _multiply_kernel[(programs,)](
+            _multiply_kernel[grid](
                 *(blocks_of(values, [tiles.rows, tiles.depth]), matrices.blocks(tiles.depth, tiles.columns)),
                 *(
                     None if bias is None else bias.contiguous(),
@@ -57,14 +57,8 @@ def multiply(
                 ),
                 *(depth, width),
                 TRANSPOSED=matrices.transposed,
-                ROWS=tiles.rows,
-                COLUMNS=tiles.columns,
-                DEPTH=tiles.depth,
-                PROGRAMS=programs,
                 FLATTEN=bool(tiles.flatten),
-                UPCAST=INTERPRETED,
-                num_warps=tiles.num_warps,
-                num_stages=tiles.num_stages,
+                **constants,
             )
     return out.to(values.dtype)
 
@@ -99,12 +93,13 @@ def _multiply_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     FLATTEN: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     column_blocks = tl.cdiv(width, COLUMNS)
-    for tile in tl.range(tl.program_id(0), tl.load(tile_count_ptr) * column_blocks, PROGRAMS, flatten=FLATTEN):
+    for tile in tl.range(
+        tl.program_id(0), tl.load(tile_count_ptr) * column_blocks, tl.num_programs(0), flatten=FLATTEN
+    ):
         row_tile, first_column = tile // column_blocks, (tile % column_blocks) * COLUMNS
         slot = tl.load(tile_slot_ptr + row_tile)
         first_row = tl.load(tile_row_ptr + row_tile)

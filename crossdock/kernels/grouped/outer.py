@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from crossdock.kernels.grouped.launch import persistent
 from crossdock.kernels.grouped.rows import SlotRows
-from crossdock.kernels.runtime import INTERPRETED, buffer_dtype, cdiv, device_of, jit, num_sms, tl
+from crossdock.kernels.runtime import buffer_dtype, cdiv, device_of, jit, tl
 from crossdock.kernels.tiles import Tiles
 
 __all__ = ["RowValues", "outer", "outer_reference"]
@@ -44,21 +45,15 @@ def outer(left: RowValues, right: RowValues, rows: SlotRows, tiles: Tiles) -> Te
     if out.numel():
         tiles = tiles.fitted(width, tiles.depth, rows=height)
         blocks = cdiv(height, tiles.rows) * cdiv(width, tiles.columns)
-        programs = min(num_slots * blocks, num_sms(device) * tiles.programs_per_sm)
+        grid, constants = persistent(tiles, num_slots * blocks, device)
         with device_of(out):
-            _outer_kernel[(programs,)](
+            _outer_kernel[grid](
                 *(left.values.contiguous(), right.values.contiguous(), rows.order, rows.ends, out),
                 *(num_slots, height, width),
                 TOP_K=rows.top_k,
                 GATHER_LEFT=left.gather,
                 GATHER_RIGHT=right.gather,
-                ROWS=tiles.rows,
-                COLUMNS=tiles.columns,
-                DEPTH=tiles.depth,
-                PROGRAMS=programs,
-                UPCAST=INTERPRETED,
-                num_warps=tiles.num_warps,
-                num_stages=tiles.num_stages,
+                **constants,
             )
     return out.to(dtype)
 
@@ -86,11 +81,10 @@ def _outer_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     row_blocks, column_blocks = tl.cdiv(height, ROWS), tl.cdiv(width, COLUMNS)
-    for tile in range(tl.program_id(0), num_slots * row_blocks * column_blocks, PROGRAMS):
+    for tile in range(tl.program_id(0), num_slots * row_blocks * column_blocks, tl.num_programs(0)):
         # All of a slot before the next one's: its rows are then in the L2 cache.
         slot, block = tile // (row_blocks * column_blocks), tile % (row_blocks * column_blocks)
         i = (block // column_blocks) * ROWS + tl.arange(0, ROWS)

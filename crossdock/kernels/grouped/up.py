@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from crossdock.kernels.gating import Gating, gated
+from crossdock.kernels.grouped.launch import persistent
 from crossdock.kernels.grouped.matrices import SlotMatrices, load_block
 from crossdock.kernels.grouped.rows import RowTiles, SlotRows
-from crossdock.kernels.runtime import INTERPRETED, buffer_dtype, cdiv, device_of, jit, num_sms, tl
+from crossdock.kernels.runtime import buffer_dtype, cdiv, device_of, jit, tl
 from crossdock.kernels.tiles import Tiles
 
 __all__ = ["up_projection", "up_projection_reference"]
@@ -49,10 +50,9 @@ def up_projection(
     h = torch.empty(len(rows.order), inner, dtype=dtype, device=device)
     if pre.numel():
         tiles = tiles.fitted(inner, hidden)
-        most = row_tiles.max_tiles * cdiv(inner, tiles.columns)
-        programs = min(most, num_sms(device) * tiles.programs_per_sm)
+        grid, constants = persistent(tiles, row_tiles.max_tiles * cdiv(inner, tiles.columns), device)
         with device_of(tokens):
-            _up_kernel[(programs,)](
+            _up_kernel[grid](
                 *(tokens.contiguous(), matrices.blocks(tiles.depth, tiles.columns)),
                 *(None if bias is None else bias.contiguous(), weights),
                 *(rows.order, rows.ends, row_tiles.slot, row_tiles.row, row_tiles.num_tiles, pre, h),
@@ -61,14 +61,8 @@ def up_projection(
                 GATHER=gather,
                 TRANSPOSED=matrices.transposed,
                 **gating.constants(),
-                ROWS=tiles.rows,
-                COLUMNS=tiles.columns,
-                DEPTH=tiles.depth,
-                PROGRAMS=programs,
                 FLATTEN=bool(tiles.flatten),
-                UPCAST=INTERPRETED,
-                num_warps=tiles.num_warps,
-                num_stages=tiles.num_stages,
+                **constants,
             )
     return pre.to(tokens.dtype), h.to(tokens.dtype)
 
@@ -125,13 +119,14 @@ def _up_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     FLATTEN: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     column_blocks = tl.cdiv(inner, COLUMNS)
     width = inner * 2 if GATED else inner
-    for tile in tl.range(tl.program_id(0), tl.load(tile_count_ptr) * column_blocks, PROGRAMS, flatten=FLATTEN):
+    for tile in tl.range(
+        tl.program_id(0), tl.load(tile_count_ptr) * column_blocks, tl.num_programs(0), flatten=FLATTEN
+    ):
         # Neighbours share a slot's rows, which the L2 cache then has.
         row_tile, first_column = tile // column_blocks, (tile % column_blocks) * COLUMNS
         slot = tl.load(tile_slot_ptr + row_tile)
