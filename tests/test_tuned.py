@@ -115,6 +115,7 @@ def with_key(**changes: Any) -> str:
 DAMAGED = {
     "empty": ("", "no JSON"),
     "cut": (document()[:200], "no JSON"),
+    "deep": ("[" * 100_000, "no JSON"),
     "list": ("[]", "no format"),
     "other": ('{"version": 1}', "no format"),
     "newer": (document(version=2), "version is 2"),

@@ -185,7 +185,7 @@ def read_tuned(path: Path) -> list[TunedEntry]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise TunedFileError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TunedFileError(f"{path} is damaged: it is no JSON ({error})") from None
     try:
         return _entries(document)
