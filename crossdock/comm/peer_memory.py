@@ -53,23 +53,33 @@ class GpuMemory:
         """
         from torch.distributed import _symmetric_memory as symmetric_memory  # loads NVSHMEM, where there is any
 
-        rank = self.group.rank()
+        own, error = None, None
         try:
             own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+        except RuntimeError as cause:
+            error = self._refusal(cause)
+        # A rank without memory would leave the others waiting in `rendezvous`.
+        raise_together(error, self.group)
+        assert own is not None
+        try:
             handle = symmetric_memory.rendezvous(own, self.group)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"dispatcher 'symmetric': the GPUs of the {self.group.size()} ranks that hold the experts cannot map "
-                "each other's memory; they must be different GPUs of one NVLink domain, usually of one machine; use "
-                f"'alltoall' ({error})"
-            ) from error
+        except RuntimeError as cause:
+            raise self._refusal(cause) from cause
         own.zero_()
         torch.cuda.synchronize(device)
         dist.barrier(self.group)
         # A buffer may begin somewhere within what is mapped, at the same place on all ranks.
+        rank = self.group.rank()
         offset = own.data_ptr() - handle.buffer_ptrs[rank]
         addresses = torch.tensor([first + offset for first in handle.buffer_ptrs], dtype=torch.int64, device=device)
         return Window(addresses, own, rank, keep=handle)
+
+    def _refusal(self, cause: RuntimeError) -> RuntimeError:
+        return RuntimeError(
+            f"dispatcher 'symmetric': the GPUs of the {self.group.size()} ranks that hold the experts cannot map "
+            "each other's memory; they must be different GPUs of one NVLink domain, usually of one machine; use "
+            f"'alltoall' ({cause})"
+        )
 
 
 class VirtualRanks:

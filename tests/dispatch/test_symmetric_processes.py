@@ -6,6 +6,7 @@ import socket
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from crossdock import MoE, MoEConfig, RouterConfig, apply_ep
-from crossdock.comm import SharedFiles
+from crossdock.comm import GpuMemory, SharedFiles
 from crossdock.dispatch import (
     DispatchOptions,
     Nodes,
@@ -276,3 +277,21 @@ def test_what_it_cannot_do_is_refused_in_words(ranks: RankPool, monkeypatch: pyt
     assert "TRITON_INTERPRET=1" in str(symmetric_problem(torch.device("cpu")))
     assert "needs Triton and CUDA" in str(symmetric_problem(torch.device("cuda")))
     assert "2 nodes" in str(symmetric_problem(torch.device("cuda"), Nodes.consecutive(4, 2)))
+
+
+def _without_memory_on_rank_1() -> str:
+    """What each rank is told where a GPU of one of them has no room; torch's memory itself needs GPUs."""
+    taken = torch.empty(16, dtype=torch.uint8)
+    error = torch.OutOfMemoryError("out of memory") if dist.get_rank() else None
+    with (
+        mock.patch("torch.distributed._symmetric_memory.empty", return_value=taken, side_effect=error),
+        pytest.raises(RuntimeError) as raised,
+    ):
+        GpuMemory(dist.group.WORLD).allocate(16, torch.device("cpu"))  # type: ignore[arg-type]
+    return str(raised.value)
+
+
+def test_a_rank_without_memory_tells_the_others(ranks: RankPool) -> None:
+    for told in ranks.run(2, _without_memory_on_rank_1):
+        assert "'symmetric'" in told
+        assert "out of memory" in told
