@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from benchmarks import activation
 from benchmarks.results_file import result_row, spread, write_results
 from crossdock.experts import ExpertParams, eager, triton
 from crossdock.kernels import TileTable
@@ -156,29 +157,33 @@ def make_variants(case: Case) -> dict[str, Variant]:
         apply: Any = LigerFusedMoEFunction.apply
         variants[LIGER] = Variant(lambda: apply(case.tokens, *theirs, ids, case.weights), leaves, turned)
     if case.tokens.is_cuda and find_spec("sonicmoe"):
-        variants[SONIC] = Variant(_sonic(case, theirs), leaves, turned)
+        routes = sonic_routes(case.ids)
+        variants[SONIC] = Variant(lambda: sonic_experts(case.tokens, routes, case.weights, *theirs), leaves, turned)
     return variants
 
 
-def _sonic(case: Case, matrices: list[nn.Parameter]) -> Experts:
+def sonic_experts(
+    tokens: Tensor, routes: tuple[Tensor, Tensor], weights: Tensor, first: Tensor, second: Tensor
+) -> Tensor:
+    """SonicMoE as its package has it; `routes` are `sonic_routes`, matrices those of transformers."""
     from sonicmoe import moe_general_routing_inputs  # type: ignore[import-not-found]
     from sonicmoe.enums import ActivationType  # type: ignore[import-not-found]
 
-    num_tokens, top_k = case.ids.shape
-    token = torch.arange(num_tokens, device=case.ids.device, dtype=torch.int32).repeat_interleave(top_k)
-    expert = case.ids.flatten().int()
+    return moe_general_routing_inputs(
+        *(tokens, weights.flatten(), *routes),
+        *(first.permute(1, 2, 0), None, second.permute(1, 2, 0), None),
+        E=len(second),
+        stream_id=torch.cuda.current_stream().cuda_stream,
+        activation_type=ActivationType.SWIGLU,
+        concat_layout=True,
+    )[0]
 
-    def run() -> Tensor:
-        first, second = (matrix.permute(1, 2, 0) for matrix in matrices)
-        return moe_general_routing_inputs(
-            *(case.tokens, case.weights.flatten(), token, expert, first, None, second, None),
-            E=case.sizes["E"],
-            stream_id=torch.cuda.current_stream().cuda_stream,
-            activation_type=ActivationType.SWIGLU,
-            concat_layout=True,
-        )[0]
 
-    return run
+def sonic_routes(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Token and expert of each route of `ids [T, K]`, int32, by token."""
+    num_tokens, top_k = ids.shape
+    token = torch.arange(num_tokens, device=ids.device, dtype=torch.int32).repeat_interleave(top_k)
+    return token, ids.flatten().int()
 
 
 def results(variant: Variant, grad: Tensor) -> list[Tensor]:
@@ -301,13 +306,8 @@ def elapsed(run: Callable[[], object], device: torch.device) -> float:
         started = time.perf_counter()
         run()
         return time.perf_counter() - started
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
+    return activation.elapsed(run)
 
 
 def profile(case: Case) -> None:

@@ -43,6 +43,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
+from benchmarks import activation
 from benchmarks.results_file import result_row, spread, write_results
 from crossdock.comm import GpuMemory, PeerMemory, VirtualRanks
 from crossdock.dispatch import ExchangeBuffers
@@ -188,25 +189,12 @@ class World:
         return list(totals.to(torch.bfloat16).split(capacity))
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written, of a 4 GiB copy."""
-    source = torch.empty(2**32, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    times = [elapsed(lambda: target.copy_(source)) for _ in range(8)]
-    return 2 * len(source) / statistics.median(times[3:])
-
-
 def elapsed(run: Callable[[], object]) -> float:
     """Seconds on the device; without one, that `run` ran, and 1."""
     if not torch.cuda.is_available():
         run()
         return 1.0
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
+    return activation.elapsed(run)
 
 
 def capture(run: Callable[[], object], device: torch.device) -> Callable[[], None]:
@@ -347,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     bandwidth = 1e9
     if device.type == "cuda":
-        bandwidth = copy_bandwidth(device)
+        bandwidth = activation.copy_bandwidth()
         print(f"{torch.cuda.get_device_name()}: a large copy moves {bandwidth / 1e12:.2f} TB/s", flush=True)
     rows: list[dict[str, Any]] = []
     all_agree = True

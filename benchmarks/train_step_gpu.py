@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from benchmarks.expert_kernels import sonic_experts, sonic_routes
 from benchmarks.results_file import spread, write_results
 from crossdock.checkpoint import HFCheckpoint
 from crossdock.models import FAMILIES, batch_loss, build_model, materialise
@@ -161,20 +162,8 @@ class TorchtitanExperts(nn.Module):
 
 
 def _sonic_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """SonicMoE as its package has it."""
-    from sonicmoe import moe_general_routing_inputs  # type: ignore[import-not-found]
-    from sonicmoe.enums import ActivationType  # type: ignore[import-not-found]
-
-    num_tokens, top_k = top_k_index.shape
-    token = torch.arange(num_tokens, device=hidden_states.device, dtype=torch.int32).repeat_interleave(top_k)
-    return moe_general_routing_inputs(
-        *(hidden_states, top_k_weights.flatten(), token, top_k_index.flatten().int()),
-        *(module.gate_up_proj.permute(1, 2, 0), None, module.down_proj.permute(1, 2, 0), None),
-        E=module.num_experts,
-        stream_id=torch.cuda.current_stream().cuda_stream,
-        activation_type=ActivationType.SWIGLU,
-        concat_layout=True,
-    )[0]
+    routes = sonic_routes(top_k_index)
+    return sonic_experts(hidden_states, routes, top_k_weights, module.gate_up_proj, module.down_proj)
 
 
 def make_step(

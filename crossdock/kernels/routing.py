@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crossdock.kernels.runtime import cdiv, device_of, jit, runs, tl
+from crossdock.kernels.sort import counting_sort_reference
 
 __all__ = ["Decision", "Scoring", "decide", "decide_reference"]
 
@@ -108,10 +109,8 @@ def decide_reference(
     if padding_mask is not None:
         expert_ids = expert_ids.masked_fill(padding_mask[:, None], -1)
         weights = weights.masked_fill(padding_mask[:, None], 0)
-    num_experts = logits.shape[1]
-    key = torch.where(expert_ids < 0, num_experts, expert_ids).flatten()
-    counts = key.new_zeros(num_experts + 1).scatter_add_(0, key, torch.ones_like(key))
-    return Decision(expert_ids, weights, scores, counts[:num_experts])
+    counts = counting_sort_reference(expert_ids, logits.shape[1]).counts
+    return Decision(expert_ids, weights, scores, counts)
 
 
 class _Decide(torch.autograd.Function):

@@ -42,18 +42,16 @@ class SlotRows(NamedTuple):
 
 
 class RowTiles(NamedTuple):
-    """Tiles of at most `block_rows` rows of one slot each, in order.
+    """Tiles of some rows of one slot each, in order.
 
     Attributes:
         slot, row: `[max_tiles]` int32, each tile's slot and first row; written for those that there are.
         num_tiles: `[1]` int32, how many there are.
-        block_rows: a power of two.
     """
 
     slot: Tensor
     row: Tensor
     num_tiles: Tensor
-    block_rows: int
 
     @property
     def max_tiles(self) -> int:
@@ -62,7 +60,7 @@ class RowTiles(NamedTuple):
 
 
 def row_tiles(rows: SlotRows, block_rows: int) -> RowTiles:
-    """Cut `rows` into tiles; a slot's last one may be short, and a slot without rows has none."""
+    """Cut `rows` into tiles of `block_rows`, a power of two; a slot's last one may be short, an idle slot has none."""
     num_slots, device = len(rows.ends), rows.ends.device
     slot, row = torch.empty(2, _max_tiles(rows, block_rows), dtype=torch.int32, device=device).unbind()
     count = torch.zeros(1, dtype=torch.int32, device=device)
@@ -74,7 +72,7 @@ def row_tiles(rows: SlotRows, block_rows: int) -> RowTiles:
                 SLOTS=1 << max(4, (num_slots - 1).bit_length()),
                 CHUNK=_CHUNK,
             )
-    return RowTiles(slot, row, count, block_rows)
+    return RowTiles(slot, row, count)
 
 
 def row_tiles_reference(rows: SlotRows, block_rows: int) -> RowTiles:
@@ -85,7 +83,7 @@ def row_tiles_reference(rows: SlotRows, block_rows: int) -> RowTiles:
         slot[: len(tiles)], row[: len(tiles)] = torch.tensor(tiles, dtype=torch.int32).t()
     device = rows.ends.device
     count = torch.tensor([len(tiles)], dtype=torch.int32, device=device)
-    return RowTiles(slot.to(device), row.to(device), count, block_rows)
+    return RowTiles(slot.to(device), row.to(device), count)
 
 
 def _max_tiles(rows: SlotRows, block_rows: int) -> int:
