@@ -19,6 +19,7 @@ __all__ = [
     "ASSETS_FOLDER",
     "Config",
     "ConfigError",
+    "FaultToleranceConfig",
     "JobConfig",
     "LRSchedulerConfig",
     "MetricsConfig",
@@ -152,6 +153,15 @@ class MetricsConfig:
 
 
 @dataclass(frozen=True)
+class FaultToleranceConfig:
+    """`[fault_tolerance]`: how a run goes on after what befalls it."""
+
+    max_restarts: int = 3
+    """How often in a row workers are started again without having completed a step since; 0 ends the run with the
+    first failure."""
+
+
+@dataclass(frozen=True)
 class Config:
     """All settings of a run."""
 
@@ -168,6 +178,7 @@ class Config:
     activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    fault_tolerance: FaultToleranceConfig = field(default_factory=FaultToleranceConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
