@@ -30,7 +30,7 @@ _PRELOADED = ("torch.distributed.fsdp", "transformers.models.qwen3_moe.modeling_
 
 
 class _Crash(AssertionError):
-    """A worker ended with a segmentation fault."""
+    """A worker was ended by a signal that nobody sent."""
 
 
 class RankPool:
@@ -47,8 +47,8 @@ class RankPool:
         `function` and what it returns must pickle: module-level functions, no tensors that share memory (return
         numbers or numpy arrays).
 
-        About once in some thousand calls torch's functional collectives end a worker with a segmentation fault, which
-        no repetition has shown yet; such a call is warned of and made once more.
+        About once in some thousand calls a worker crashes within torch's collectives, which no repetition has shown
+        yet; such a call is warned of, with the stacks of all threads, and made once more.
 
         Raises:
             AssertionError: with the tracebacks, if a rank failed or did not return within `timeout` seconds.
@@ -61,7 +61,7 @@ class RankPool:
 
     def _run(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
         while len(self._workers) < world_size:
-            self._workers.append(_spawn())
+            self._workers.append(_spawn(self._folder.name))
         self._runs += 1
         store = Path(self._folder.name) / f"store-{self._runs}"
         for rank, (_, connection) in enumerate(self._workers[:world_size]):
@@ -77,9 +77,9 @@ class RankPool:
             try:
                 succeeded, value = connection.recv()
             except EOFError:
-                succeeded, value = False, "the process ended"
                 process.join(5)
-                crashed |= process.exitcode == -signal.SIGSEGV
+                succeeded, value = False, f"the process ended with {process.exitcode}\n{self._crash_report(process)}"
+                crashed |= process.exitcode in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS)
             results[rank] = value
             if not succeeded:
                 failures.append(f"rank {rank}:\n{value}")
@@ -89,8 +89,12 @@ class RankPool:
         for rank, (process, _) in enumerate(self._workers[:world_size]):
             if _threads(process.pid) > _THREADS:
                 _end(*self._workers[rank])
-                self._workers[rank] = _spawn()
+                self._workers[rank] = _spawn(self._folder.name)
         return results
+
+    def _crash_report(self, process: Any) -> str:
+        path = _report_path(self._folder.name, process.pid)
+        return path.read_text(errors="replace") if path.exists() else ""
 
     def close(self) -> None:
         for worker in self._workers:
@@ -110,20 +114,25 @@ def _end(process: Any, connection: Connection) -> None:
     connection.close()
 
 
-def _spawn() -> tuple[Any, Connection]:
+def _report_path(folder: str, pid: int) -> Path:
+    return Path(folder, f"crash-{pid}")
+
+
+def _spawn(folder: str) -> tuple[Any, Connection]:
     # The imports take seconds; that server starts no threads, so forking it is safe.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*_PRELOADED])
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, folder), daemon=True)
     process.start()
     theirs.close()
     return process, ours
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, folder: str) -> None:
     torch.set_num_threads(1)
-    faulthandler.enable()
+    crash_report = open(_report_path(folder, os.getpid()), "w")  # noqa: SIM115 (open as long as the worker lives)
+    faulthandler.enable(crash_report)
     gc.freeze()  # what is imported stays: collecting what a test leaves takes milliseconds
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     while True:
