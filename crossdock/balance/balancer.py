@@ -188,23 +188,57 @@ class Balancer:
         return bool(agreed)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the average loads, and what `auto` has decided. Plain numbers."""
+        """What a checkpoint keeps: average loads, placements, what has been decided. Plain numbers. Collective."""
         average = self.monitor.average
         if average is None:
             return {}
-        decided = {"moves": self._deciding.moves, "spills": self._deciding.spills}
-        return {"average_routes": average.tolist(), **decided}
+        held = [layer.placement.without_last_slots(self._num_borrowed) for layer in self._layers]
+        placements = {
+            index: list(placement.slot_to_expert) for index, placement in zip(self._places.own, held, strict=True)
+        }
+        if self._stage is not None and dist.get_world_size(self._stage) < dist.get_world_size():
+            of_stages: list[dict[int, list[int]]] = [{}] * dist.get_world_size()
+            dist.all_gather_object(of_stages, placements)
+            placements = {index: slots for each in of_stages for index, slots in each.items()}
+        return {
+            "average_routes": average.tolist(),
+            "deciding": self._deciding.state(),
+            "num_ranks": self.num_ranks,
+            "copies_per_rank": self._copies_per_rank,
+            "placements": [placements[index] for index in sorted(placements)] if self.is_active else [],
+        }
 
     def restore(self, state: dict[str, Any]) -> str | None:
-        """Go on with the loads of a checkpoint: experts are placed by them. Returns a message."""
+        """Go on where a checkpoint was: with its placements on as many ranks, else with some by its loads.
+
+        Experts' weights and optimizer states move along, to no purpose where they are loaded afterwards.
+
+        Returns:
+            A message, where experts were placed anew.
+        """
         if "average_routes" not in state:
             return None
         self.monitor.average = torch.tensor(state["average_routes"], dtype=torch.float64)
-        self._deciding.restore(moves=state.get("moves", False), spills=state.get("spills", False))
+        layout = (state["num_ranks"], state["copies_per_rank"], len(state["placements"]))
+        if self.is_active and layout == (self.num_ranks, self._copies_per_rank, len(self._places.names)):
+            self._deciding.restore(state["deciding"])
+            self._put_all()
+            self._place([state["placements"][index] for index in self._places.own])
+            return None
+        self._deciding.restore({key: state["deciding"][key] for key in ("moves", "spills")})
         self._put_all()
         if self.config.strategy == "none" or self.num_ranks == 1 or not self._deciding.moves:
             return None
         return self.rebalance(always=True)[1]
+
+    def _place(self, slots: list[list[int]]) -> None:
+        """Placements of held slots in force."""
+        placements = [
+            Placement(layer.num_experts, self.num_ranks, tuple(own), self._copies_per_rank)
+            for layer, own in zip(self._layers, slots, strict=True)
+        ]
+        unknown = torch.zeros(len(placements))
+        self._move(Proposal(placements, unknown, unknown, unknown))
 
     def _move(self, proposal: Proposal) -> Migration:
         changed = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from crossdock.balance.config import BalanceConfig
 
 __all__ = ["Deciding"]
@@ -62,10 +64,27 @@ class Deciding:
             self._watched.clear()
         self._due = False
 
-    def restore(self, *, moves: bool, spills: bool) -> None:
-        """Go on with what `auto` had decided."""
-        if self._decides:
-            self.moves, self.spills = moves, self.spills or (spills and self.num_nodes == 1)
+    def state(self) -> dict[str, Any]:
+        """Where the policy stands, for `restore`. Plain values."""
+        return {
+            "moves": self.moves,
+            "spills": self.spills,
+            "decides": self._decides,
+            "steps": self._steps,
+            "above": self._above,
+            "due": self._due,
+            "watched": [list(pair) for pair in self._watched],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on with what `state` gave; or, where ranks or slots are others now, with what `auto` had decided of it."""
+        if self.config.strategy == "auto":
+            self.moves = state["moves"]
+            self.spills = self.spills or (state["spills"] and self.num_nodes == 1)
+        if "steps" in state:
+            self._decides = self._decides and state["decides"]
+            self._steps, self._above, self._due = state["steps"], state["above"], state["due"]
+            self._watched = [(before, after) for before, after in state["watched"]]
 
     def _decide(self, before: float, after: float) -> list[str]:
         """By the means of some steps."""

@@ -30,8 +30,10 @@ from crossdock.checkpoint.hf_files import DTYPES
 from crossdock.checkpoint.hf_saving import save_hf
 from crossdock.checkpoint.hf_streaming import stream_hf
 from crossdock.checkpoint.hf_writing import MAX_SHARD_BYTES
+from crossdock.checkpoint.memory_files import Manifest, MemoryFiles
 from crossdock.checkpoint.optimizer import materialise_optimizer_state
 from crossdock.checkpoint.pickles import pickle_refusal
+from crossdock.checkpoint.recovery import FoundSnapshot, Snapshots
 from crossdock.checkpoint.state_dicts import expert_range, from_hf, to_hf, validate_experts
 from crossdock.checkpoint.stored import Reader, Stored
 
@@ -45,12 +47,16 @@ __all__ = [
     "Checkpointer",
     "Convention",
     "DCPTensors",
+    "FoundSnapshot",
     "HFCheckpoint",
     "HFKeys",
     "Located",
+    "Manifest",
+    "MemoryFiles",
     "Part",
     "Place",
     "Reader",
+    "Snapshots",
     "Stored",
     "checkpoint_as_hf",
     "expert_range",

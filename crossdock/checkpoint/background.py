@@ -69,14 +69,14 @@ class Background:
 
         Args:
             write: takes the group that all its collectives must be in.
-            failed: begins the message of an error that is no `CheckpointError`, as of a rank that is gone.
+            failed: begins the message of an error that is none of a `CheckpointError` and a rank that is gone.
         """
         assert self._thread is None
 
         def run() -> None:
             try:
                 write(self._group)
-            except CheckpointError as error:
+            except RuntimeError as error:  # A CheckpointError; or a rank that is gone, which ends more than this write.
                 self._error = error
             except Exception as error:  # noqa: BLE001 (whatever it is, the run must hear of it)
                 self._error = CheckpointError(f"{failed}: {type(error).__name__}: {error}")

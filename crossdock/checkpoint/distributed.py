@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -32,12 +32,13 @@ from crossdock.checkpoint.dcp_loading import StrictLoadPlanner
 from crossdock.checkpoint.dcp_writing import DCPWriter
 from crossdock.checkpoint.experts import ExpertRows
 from crossdock.checkpoint.folders import CheckpointError, finish, make_room, read_state, saved_steps, set_aside
+from crossdock.checkpoint.held import Held, Place
 from crossdock.checkpoint.hf_writing import file_numbers
 from crossdock.comm import raise_together
 from crossdock.lora import adapters_of, base_of
-from crossdock.parallel import local_part, plain_name
+from crossdock.parallel import local_part, local_with_offsets, plain_name
 
-__all__ = ["AsyncMode", "BusyMode", "CheckpointConfig", "Checkpointer"]
+__all__ = ["AsyncMode", "BusyMode", "CheckpointConfig", "Checkpointer", "set_random_states"]
 
 AsyncMode = Literal["disabled", "async"]
 BusyMode = Literal["wait", "skip"]
@@ -129,7 +130,7 @@ class Checkpointer:
             return None
         self.wait()
         final = self.folder / f"step-{step:08d}"
-        random_states = self._random_states()
+        random_states = self.random_states()
         uncopied: Exception | None = None
         if background is None:
             entries = self._entries(_contiguous)
@@ -205,7 +206,7 @@ class Checkpointer:
         entries = self._entries(lambda name, tensor: tensor)
         tensors = {name: view for entry in entries for name, view in entry.views.items()}
         restores = self.optimizer is not None and state["world_size"] == self._world_size
-        random_states = self._random_states() if restores else {}
+        random_states = self.random_states() if restores else {}
         random_states = {device: own for device, own in random_states.items() if device in state["random_states"]}
         tensors |= {f"{_RANDOM}{device}.{self._rank}": own for device, own in random_states.items()}
         ignored = (_RANDOM,) if self.optimizer is not None else (_RANDOM, _OPTIMIZER)
@@ -216,13 +217,13 @@ class Checkpointer:
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), planner=planner)
         except CheckpointException as error:
             raise CheckpointError(f"cannot load checkpoint {folder}: {_reason(error)}") from None
-        self._rows.weights_changed()
-        for device, own in random_states.items():
-            if device == "cpu":
-                torch.set_rng_state(own)
-            else:
-                torch.cuda.set_rng_state(own)
+        self.weights_changed()
+        set_random_states(random_states)
         return state["counters"]
+
+    def weights_changed(self) -> None:
+        """Tell the model's layers that parameters have new values."""
+        self._rows.weights_changed()
 
     def _staged_entries(self) -> tuple[list[_Entry], Exception | None]:
         """All tensors, copied: training may go on. Or what kept this rank from it, which the others must hear of."""
@@ -241,30 +242,47 @@ class Checkpointer:
         Args:
             taken: gives what is saved or loaded instead of the tensor of a name; laid out as that is.
         """
+        entries = []
+        for kind, name, parameter, tensor in self._tensors():
+            key = f"{kind}.{name}"
+            if parameter is None:
+                entries.append(_Entry({key: taken(key, tensor)}, [key], tensor.nbytes))
+                continue
+            _check_shards(name, tensor)
+            views = self._rows.split(name, parameter, taken(key, tensor))
+            all_names = self._rows.all_names(name, parameter, tensor)
+            entries.append(
+                _Entry(
+                    {f"{kind}.{row}": view for row, view in views.items()},
+                    [f"{kind}.{row}" for row in all_names],
+                    local_part(tensor).nbytes,
+                )
+            )
+        return entries + self._entries_elsewhere()
+
+    def held(self) -> list[Held]:
+        """This rank's part of all tensors, in the order of their names in the model, and where each lies."""
+        held = []
+        for kind, name, parameter, tensor in self._tensors():
+            local, offsets = local_with_offsets(tensor)
+            experts = None if parameter is None else self._rows.experts_of(parameter, tensor)
+            dtype = str(local.dtype).removeprefix("torch.")
+            held.append(Held(Place(f"{kind}.{plain_name(name)}", dtype, tuple(local.shape), offsets, experts), local))
+        return held
+
+    def _tensors(self) -> Iterator[tuple[str, str, nn.Parameter | None, Tensor]]:
+        """All that a checkpoint holds but random states: kind, name, its parameter (a buffer has none), itself."""
         # First of all, since it makes FSDP shard again what a forward pass has left gathered.
         persistent = self.model.state_dict().keys()
-        entries = []
         adapters = {} if self.of_base else adapters_of(self.model)
         for name, parameter in (adapters or base_of(self.model)).items():
-            tensors = {"model": parameter.detach()}
+            yield "model", name, parameter, parameter.detach()
             states = self.optimizer.state.get(parameter, {}) if self.optimizer is not None else {}
-            tensors |= {f"{_OPTIMIZER}{key}": state for key, state in states.items()}
-            for kind, tensor in tensors.items():
-                _check_shards(name, tensor)
-                views = self._rows.split(name, parameter, taken(f"{kind}.{name}", tensor))
-                all_names = self._rows.all_names(name, parameter, tensor)
-                entries.append(
-                    _Entry(
-                        {f"{kind}.{row}": view for row, view in views.items()},
-                        [f"{kind}.{row}" for row in all_names],
-                        local_part(tensor).nbytes,
-                    )
-                )
+            for key, state in states.items():
+                yield f"{_OPTIMIZER}{key}", name, parameter, state
         for name, buffer in self.model.named_buffers() if not adapters else ():
             if plain_name(name) in persistent:
-                stored = f"model.{plain_name(name)}"
-                entries.append(_Entry({stored: taken(stored, buffer)}, [stored], buffer.nbytes))
-        return entries + self._entries_elsewhere()
+                yield "model", plain_name(name), None, buffer
 
     def _entries_elsewhere(self) -> list[_Entry]:
         """What other ranks alone have; their optimizers may have less state than these names."""
@@ -276,7 +294,7 @@ class Checkpointer:
         ]
         return entries + [_Entry({}, [f"model.{name}"], 0, elsewhere=True) for name in self._rows.buffers_elsewhere]
 
-    def _random_states(self) -> dict[str, Tensor]:
+    def random_states(self) -> dict[str, Tensor]:
         """A copy of the state of this rank's random generators, by device type."""
         states = {"cpu": torch.get_rng_state()}
         # Parameters may have been offloaded; buffers are where the model computes.
@@ -310,6 +328,15 @@ class Checkpointer:
         if self.keep_latest_k:
             for step in others[: max(0, len(others) + 1 - self.keep_latest_k)]:
                 shutil.rmtree(set_aside(self.folder / f"step-{step:08d}"), ignore_errors=True)
+
+
+def set_random_states(states: dict[str, Tensor]) -> None:
+    """Those of `Checkpointer.random_states`."""
+    for device, state in states.items():
+        if device == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state)
 
 
 class _Entry(NamedTuple):

@@ -69,6 +69,11 @@ class ExpertRows:
         """Whether `split` gives a parameter row by row."""
         return parameter in self._layers
 
+    def experts_of(self, parameter: nn.Parameter, tensor: Tensor) -> tuple[int, ...] | None:
+        """The logical expert, or `EMPTY`, of each row that this rank has of `tensor`; `None` for what has no rows."""
+        layer = self._layers.get(parameter)
+        return None if layer is None or tensor.ndim == 0 else layer.local_expert_ids
+
     def weights_changed(self) -> None:
         """Tell the layers that their parameters have new values."""
         for layer in self._layers.values():

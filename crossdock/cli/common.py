@@ -23,7 +23,7 @@ def machine_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     names = ("--nproc", "--nnodes", "--node-rank", "--master-addr", "--master-port")
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--nproc", type=int)
-    parser.add_argument("--nnodes", type=int, default=1)
+    parser.add_argument("--nnodes", type=_machine_range, default=(None, 1))
     parser.add_argument("--node-rank", "--node_rank", type=int, default=0)
     parser.add_argument("--master-addr", "--master_addr")
     parser.add_argument("--master-port", "--master_port", type=int, default=29500)
@@ -47,7 +47,17 @@ def machines_of(options: argparse.Namespace) -> Machines:
     from crossdock.train.launch import Machines, default_nproc
 
     nproc = default_nproc() if options.nproc is None else options.nproc
-    return Machines(nproc, options.nnodes, options.node_rank, options.master_addr, options.master_port)
+    fewest, most = options.nnodes
+    return Machines(nproc, most, options.node_rank, options.master_addr, options.master_port, fewest)
+
+
+def _machine_range(text: str) -> tuple[int | None, int]:
+    """`4`, or `2:4` for at least 2 and at most 4."""
+    fewest, colon, most = text.rpartition(":")
+    try:
+        return int(fewest) if colon else None, int(most)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of machines, or MIN:MAX") from None
 
 
 def check_gpus(machines: Machines, dtype: str = "") -> None:

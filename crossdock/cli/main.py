@@ -40,7 +40,7 @@ eval, export, convert and tune have a --help of their own.
 
 Ranks are started here, one per GPU or two on a machine without. Several machines run the same command:
   --nproc N          ranks on this machine
-  --nnodes N         machines (1)
+  --nnodes N         machines (1); MIN:MAX goes on with fewer where some are lost
   --node-rank N      this machine, from 0 (0)
   --master-addr A    name or address of machine 0
   --master-port P    a free port there (29500)
@@ -99,7 +99,7 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
     path, overrides = split_path(arguments)
 
     from crossdock.checkpoint import CheckpointError
-    from crossdock.config import load_config, validate
+    from crossdock.config import fit, load_config, validate, with_settled_batch
     from crossdock.data import DataError
     from crossdock.train.launch import ENDED_FOLDER, start_ranks, train_rank
     from crossdock.train.trainer import TrainingStopped
@@ -115,8 +115,14 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
         check_gpus(machines, config.training.dtype)
         if config.parallelism.expert_parallel_degree == -1:
             print(f"expert_parallel_degree = -1: {dims.ep} on {dims.world_size} ranks", flush=True)
+        arguments = ["train", *arguments]
+        if machines.is_elastic:
+            config = with_settled_batch(config, dims)
+            arguments += ["--training.global-batch-size", str(config.training.global_batch_size)]
+            fit(config, machines.nproc * (machines.min_nodes or 1))
         config = _with_run_folder(config, path, first=machines.node_rank == 0)
-        return start_ranks(["train", *arguments, "--job.dump-folder", config.job.dump_folder], machines)
+        arguments += ["--job.dump-folder", config.job.dump_folder]
+        return start_ranks(arguments, machines, config.fault_tolerance.max_restarts)
     except DataError as error:
         fail(str(error))
     except (CheckpointError, TrainingStopped) as error:

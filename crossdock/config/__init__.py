@@ -1,5 +1,6 @@
 """Configuration: TOML, then command-line overrides, into typed dataclasses, validated once before anything starts."""
 
+from crossdock.config.elastic import fit, with_settled_batch
 from crossdock.config.layout_checks import expert_parallel_degrees
 from crossdock.config.reading import RUN_CONFIG_FILE, load_config, read_toml, to_toml
 from crossdock.config.requirements import check_writable
@@ -34,10 +35,12 @@ __all__ = [
     "check_settings",
     "check_writable",
     "expert_parallel_degrees",
+    "fit",
     "load_config",
     "read_toml",
     "read_tuned",
     "to_toml",
     "tuned_file",
     "validate",
+    "with_settled_batch",
 ]

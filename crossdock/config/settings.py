@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 
+Degree = Literal["dp_replicate", "dp_shard", "cp", "tp", "pp", "ep"]
+
 ASSETS_FOLDER = "hf_assets"
 """Of a run folder: what an export needs beside weights."""
 
@@ -159,6 +161,15 @@ class FaultToleranceConfig:
     max_restarts: int = 3
     """How often in a row workers are started again without having completed a step since; 0 ends the run with the
     first failure."""
+    may_shrink: tuple[Degree, ...] = ("dp_replicate", "dp_shard", "ep")
+    """Degrees of [parallelism] that a run on fewer machines (--nnodes MIN:MAX) may lower. The global batch stays."""
+    snapshot_interval: int = 0
+    """Steps between snapshots in the machine's memory, from which a run goes on after a failure; 0: none, it goes on
+    from the newest checkpoint. Two snapshots are kept, each as large as a rank's weights and moments."""
+    snapshot_folder: str = "/dev/shm"
+    """Where they are: a folder in memory."""
+    snapshot_partner: bool = True
+    """With several machines, the next one keeps a copy of each rank's snapshots, so that a machine may be lost."""
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,26 @@ import logging
 import os
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from crossdock.checkpoint import CheckpointError
-from crossdock.config import Config, ConfigError, validate
+from crossdock.config import Config, ConfigError, fit, validate
 from crossdock.dispatch import free_deepep_buffers
+from crossdock.train.agent import PROGRESS_FILE, REGROUP_EXIT_CODE
 from crossdock.train.stopping import StopSignal
 from crossdock.train.trainer import Trainer, TrainingStopped
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 __all__ = [
     "ENDED_FOLDER",
@@ -39,6 +45,8 @@ _SHUTDOWN_SECONDS = 600
 ENDED_FOLDER = "CROSSDOCK_ENDED_FOLDER"
 # The number of threads that the launcher has chosen, where nobody else had.
 _CHOSEN_THREADS = "CROSSDOCK_CHOSEN_THREADS"
+# Set by the launcher where the run may go on with fewer machines.
+_ELASTIC = "CROSSDOCK_ELASTIC"
 
 
 @dataclass(frozen=True)
@@ -47,10 +55,11 @@ class Machines:
 
     Attributes:
         nproc: ranks on this machine.
-        nnodes: machines.
-        node_rank: this machine, from 0.
+        nnodes: machines, at most.
+        node_rank: this machine, from 0, which hosts the rendezvous.
         master_addr: name or address of machine 0; needed for more than one.
         master_port: a free port there.
+        min_nodes: how many are enough to go on where others are lost; unset: all.
 
     Raises:
         ConfigError: for numbers that name no ranks.
@@ -61,11 +70,18 @@ class Machines:
     node_rank: int = 0
     master_addr: str | None = None
     master_port: int = 29500
+    min_nodes: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, holds, valid in (
             ("--nproc", self.nproc, self.nproc > 0, "1 or more ranks"),
             ("--nnodes", self.nnodes, self.nnodes > 0, "1 or more machines"),
+            (
+                "--nnodes",
+                f"{self.min_nodes}:{self.nnodes}",
+                self.min_nodes is None or 0 < self.min_nodes <= self.nnodes,
+                "MIN:MAX with at least 1 machine, and no more than MAX",
+            ),
             ("--node-rank", self.node_rank, 0 <= self.node_rank < self.nnodes, f"0 to {self.nnodes - 1}"),
             ("--master-port", self.master_port, 0 < self.master_port < 65536, "1 to 65535"),
         ):
@@ -76,7 +92,13 @@ class Machines:
 
     @property
     def world_size(self) -> int:
+        """Ranks on all machines."""
         return self.nproc * self.nnodes
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the run may go on with fewer machines."""
+        return self.min_nodes is not None and self.min_nodes < self.nnodes
 
 
 def memory_settings() -> dict[str, str]:
@@ -101,54 +123,89 @@ def default_nproc() -> int:
     return torch.cuda.device_count() or 2
 
 
-def start_ranks(arguments: list[str], machines: Machines) -> int:
+def start_ranks(arguments: list[str], machines: Machines, max_restarts: int = 0) -> int:
     """Run `python -m crossdock ARGUMENTS` once per rank under torchrun's elastic agent, in this process.
 
-    SIGTERM and Ctrl-C reach the ranks, which end at their next step boundary.
+    SIGTERM and Ctrl-C reach the ranks, which end at their next step boundary. After a failure that another start may
+    mend, all ranks are started again, `max_restarts` times in a row without a step done.
 
     Returns:
         The exit code for this command: 0 if all ranks ended well, else that of the rank that failed first, or 128 and
         the signal's number where a stop left no checkpoint.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.elastic.rendezvous import RendezvousError
+
+    from crossdock.train.agent import Rendezvous, run_agent
 
     if "OMP_NUM_THREADS" not in os.environ:
         threads = str(max(1, (os.cpu_count() or 1) // machines.nproc))
         os.environ["OMP_NUM_THREADS"] = os.environ[_CHOSEN_THREADS] = threads
     for name, value in memory_settings().items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_SECONDS))
     alone = machines.nnodes == 1
-    config = LaunchConfig(
-        min_nodes=machines.nnodes,
+    if machines.is_elastic:
+        os.environ[_ELASTIC] = "1"
+    rendezvous = Rendezvous(
+        uuid.uuid4().hex if alone else "crossdock",
+        "127.0.0.1:0" if alone else f"{machines.master_addr}:{machines.master_port}",
+        is_host=None if alone else machines.node_rank == 0,
+        min_nodes=machines.min_nodes or machines.nnodes,
         max_nodes=machines.nnodes,
-        nproc_per_node=machines.nproc,
-        run_id=uuid.uuid4().hex if alone else "crossdock",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0" if alone else f"{machines.master_addr}:{machines.master_port}",
-        rdzv_configs={} if alone else {"is_host": machines.node_rank == 0},
         local_addr="127.0.0.1" if alone else None,
-        max_restarts=0,
     )
     with tempfile.TemporaryDirectory(prefix="crossdock-") as ended_folder:
         os.environ[ENDED_FOLDER] = ended_folder
         try:
-            elastic_launch(config, sys.executable)("-m", "crossdock", *arguments)
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            if failure.exitcode > 2 or failure.exitcode < 0:
-                ended = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-                print(f"crossdock: rank {rank} ended with {ended}; its output is above", file=sys.stderr)
-            return failure.exitcode if failure.exitcode > 0 else 1
+            failures = run_agent(
+                arguments,
+                rendezvous,
+                nproc=machines.nproc,
+                max_restarts=max_restarts,
+                folder=Path(ended_folder),
+                shutdown_seconds=_SHUTDOWN_SECONDS,
+                tell=_tell,
+            )
         except SignalException as error:
-            if len(list(Path(ended_folder).iterdir())) == machines.nproc:
+            if len(list(Path(ended_folder).glob("rank-*"))) == machines.nproc:
                 return 0
             without = " without a checkpoint of this moment" if arguments[0] == "train" else ""
-            print(f"crossdock: stopped{without}", file=sys.stderr)
+            _tell(f"stopped{without}")
             return 128 + error.sigval
-    return 0
+        except (RendezvousError, dist.DistError) as error:
+            _tell(_rendezvous_sentence(error, machines, arguments[0]))
+            return 1
+    return _exit_code(failures)
+
+
+def _exit_code(failures: Mapping[int, ProcessFailure]) -> int:
+    """Of the rank that failed first; of none: 0."""
+    if not failures:
+        return 0
+    rank, failure = min(failures.items(), key=lambda item: (item[1].timestamp, item[0]))
+    if failure.exitcode > 2 or failure.exitcode < 0:
+        ended = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+        _tell(f"rank {rank} ended with {ended}; its output is above")
+    return failure.exitcode if failure.exitcode > 0 else 1
+
+
+def _rendezvous_sentence(error: Exception, machines: Machines, command: str) -> str:
+    """What became of a run whose machines do not find one another."""
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousTimeoutError
+
+    host = f"{machines.master_addr}:{machines.master_port}"
+    again = ": start the same command again on all machines; it goes on from the newest checkpoint"
+    if isinstance(error, RendezvousClosedError):
+        return "the run is over on the other machines"
+    if isinstance(error, RendezvousTimeoutError):
+        few = machines.min_nodes or machines.nnodes
+        return f"fewer than {few} machines (--nnodes) have come to {host} in time"
+    lost = f"the machine that hosts the rendezvous, {host}, is lost or cannot be reached"
+    return lost + (again if command == "train" else "")
+
+
+def _tell(message: str) -> None:
+    print(f"crossdock: {message}", file=sys.stderr, flush=True)
 
 
 def threads_are_open(environment: Mapping[str, str]) -> bool:
@@ -166,51 +223,85 @@ def train_rank(config: Config, environment: Mapping[str, str]) -> int:
     """
     stop = StopSignal()
     stop.install()
-    dims = validate(config, int(environment["WORLD_SIZE"]))
+    world_size, settings = int(environment["WORLD_SIZE"]), config
+    if _ELASTIC in environment:
+        config, world_size = fit(config, world_size)
+    dims = validate(config, world_size)
+    rank = int(environment["RANK"])
+    if rank >= world_size:
+        return _be_spare(stop)
     # The package's own notes, once; not those of the libraries it uses.
     notes = logging.getLogger("crossdock")
     notes.setLevel(logging.INFO)
     notes.propagate = False
-    notes.addHandler(logging.StreamHandler(sys.stdout) if environment["RANK"] == "0" else logging.NullHandler())
+    notes.addHandler(logging.StreamHandler(sys.stdout) if rank == 0 else logging.NullHandler())
     first_on_machine = environment["LOCAL_RANK"] == "0"
+    progress = Path(environment[ENDED_FOLDER], PROGRESS_FILE) if ENDED_FOLDER in environment else None
 
     def train(device: torch.device) -> int:
         try:
-            Trainer(config, dims, device, first_on_machine, stop, threads=threads_are_open(environment)).train()
+            trainer = Trainer(
+                config,
+                dims,
+                device,
+                first_on_machine,
+                stop,
+                threads=threads_are_open(environment),
+                settings=settings,
+                progress=progress,
+                machine=int(environment.get("GROUP_RANK", 0)),
+            )
+            trainer.train()
         except RuntimeError as error:
             if not stop.requested or isinstance(error, (CheckpointError, TrainingStopped)):
                 raise
-            rank = dist.get_rank()
             print(f"rank {rank}: stopped without a checkpoint, another rank is gone ({error})", file=sys.stderr)
             return 1
-        return 0
+        return REGROUP_EXIT_CODE if trainer.regroups else 0
 
-    return run_rank(train, environment, config.job.comm_timeout_seconds)
+    return run_rank(train, environment, config.job.comm_timeout_seconds, world_size)
 
 
-def run_rank(action: Callable[[torch.device], int], environment: Mapping[str, str], timeout_seconds: int = 600) -> int:
+def _be_spare(stop: StopSignal) -> int:
+    """Wait, as a rank that the layout has no use for, until the run ends or machines come or go."""
+    while not stop.requested:
+        time.sleep(0.2)
+    return 0
+
+
+def run_rank(
+    action: Callable[[torch.device], int],
+    environment: Mapping[str, str],
+    timeout_seconds: int = 600,
+    world_size: int | None = None,
+) -> int:
     """Be one rank: `action(device)` within a process group; returns its exit code.
 
     Args:
         action: what all ranks do.
         environment: torchrun's: `RANK`, `LOCAL_RANK`, `WORLD_SIZE` and those that `init_process_group` reads.
         timeout_seconds: of every collective.
+        world_size: ranks that take part, where not all do.
     """
     local_rank = int(environment["LOCAL_RANK"])
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    dist.init_process_group(
+        "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+        timeout=timedelta(seconds=timeout_seconds),
+        rank=int(environment["RANK"]),
+        world_size=world_size or int(environment["WORLD_SIZE"]),
+    )
     exit_code = action(device)
-    if exit_code == 0:
+    if exit_code in (0, REGROUP_EXIT_CODE):
         # A process that leaves while another still talks to it can make that one abort.
         dist.barrier()
         free_deepep_buffers()
         dist.destroy_process_group()
         if ENDED_FOLDER in environment:
-            Path(environment[ENDED_FOLDER], str(local_rank)).touch()
+            Path(environment[ENDED_FOLDER], f"rank-{local_rank}").touch()
     else:
         # At exit, to free them would wait for ranks that are gone.
         free_deepep_buffers(destroy=False)

@@ -16,13 +16,11 @@ import torch.distributed as dist
 from crossdock.balance import Balancer
 from crossdock.checkpoint import (
     CHECKPOINT_FOLDER,
-    Checkpointer,
     CheckpointError,
     latest_step,
     materialise_optimizer_state,
-    saved_steps,
 )
-from crossdock.config import ASSETS_FOLDER, Config
+from crossdock.config import ASSETS_FOLDER, Config, with_settled_batch
 from crossdock.data import IGNORED_LABEL, Batch, TokenBatches, TooLong, evaluation_batches
 from crossdock.dispatch import Traffic
 from crossdock.models import FAMILIES, batch_loss, export_hf, left_out, save_peft_adapter
@@ -30,6 +28,7 @@ from crossdock.moe import finish_step, moe_layer_places, moe_layers, set_batch_t
 from crossdock.parallel import Boundary, GradientManager, ParallelDims, Pipeline, plain_name
 from crossdock.routing import CollapseMonitor
 from crossdock.tools.evaluate import evaluate
+from crossdock.train.keeping import RunKeeper
 from crossdock.train.metrics import load_metrics, memory_use, say, traffic_metrics
 from crossdock.train.optimizer import build_optimizer, learning_rate_factor
 from crossdock.train.preparing import build_training_model, prepare_run_tokens, write_settings
@@ -55,6 +54,9 @@ class Trainer:
         first_on_machine: this rank prepares the data for the others of its machine.
         stop: asks for an early end.
         threads: whether a tuned number of threads may take the place of this process's.
+        settings: what the run was asked for, and its folder remembers, where `config` is what fits fewer ranks.
+        progress: a file that is made once a step is done.
+        machine: number of this rank's machine.
     """
 
     def __init__(
@@ -66,19 +68,25 @@ class Trainer:
         stop: StopSignal,
         *,
         threads: bool = False,
+        settings: Config | None = None,
+        progress: Path | None = None,
+        machine: int = 0,
     ) -> None:
         self.device = device
         self.stop = stop
+        self.regroups = False
+        self._progress = progress
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.dims, self.reader = dims, dims.reader(self.rank)
         self.folder = Path(first_named(config.job.dump_folder))
-        self.config = config = replace(config, job=replace(config.job, dump_folder=str(self.folder)))
+        settings = replace(settings or config, job=replace(config.job, dump_folder=str(self.folder)))
+        self.config = config = with_settled_batch(replace(config, job=settings.job), dims)
         self._lock = together(lambda: lock_folder(self.folder) if self.rank == 0 else None)
         tokens, self.validation_tokens = prepare_run_tokens(config, first_on_machine)
         self.batches = TokenBatches(
             tokens.train,
             seq_len=config.training.seq_len,
-            global_batch_size=self._global_batch_size(),
+            global_batch_size=config.training.global_batch_size,
             local_batch_size=config.training.local_batch_size,
             dp_rank=self.reader.rank,
             dp_degree=self.reader.degree,
@@ -118,23 +126,17 @@ class Trainer:
             self.model, config.balance, optimizer=self.optimizer, stage=self._stage_group(), dtype=dtype
         )
         torch.manual_seed(config.training.seed + self.rank)
-        self.checkpointer = Checkpointer(
-            self.folder / CHECKPOINT_FOLDER,
-            self.model,
-            self.optimizer,
-            config.checkpoint.keep_latest_k,
-            async_mode=config.checkpoint.async_mode,
-            when_busy=config.checkpoint.async_when_busy,
-        )
+        self.keeper = RunKeeper(config, self.folder, self.model, self.optimizer, str(dims), machine)
         self.step = 0
         self._resumed_step: int | None = None
         self.samples = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
-        if newest is not None:
-            self._resume(newest)
+        if came_from := self.keeper.resume(newest, self._take_counters):
+            self._resumed_step = self.step
+            self._tell(f"resumed {self.folder} at {came_from}")
         # Not before the run has its weights: a start that fails leaves no settings behind.
-        together(lambda: write_settings(config, self.folder) if self.rank == 0 else None)
+        together(lambda: write_settings(settings, self.folder) if self.rank == 0 else None)
 
     def train(self) -> None:
         """Run to the last step, or to the step boundary after a stop was asked for; a checkpoint is left in both cases.
@@ -148,7 +150,6 @@ class Trainer:
         record = together(self._open_record)
         try:
             self.model.train()
-            saved = self._resumed_step
             while self.step < config.training.steps:
                 started = time.perf_counter()
                 batches = self.batches.at(self.samples)
@@ -163,17 +164,17 @@ class Trainer:
                     record.say(f"stopping: {problem}")
                     self.stop.requested = True
                 self._stop_after_bad_steps()
-                interval = config.checkpoint.interval
+                if self._progress is not None:
+                    self._progress.touch()
                 # A streak of bad steps must not push the last good checkpoint out.
-                if interval and self.step % interval == 0 and not self.skipped_in_a_row:
-                    saved = self._save() or saved
-            if saved != self.step:
-                self._save(last=True)
-            self.checkpointer.wait()
+                if not self.skipped_in_a_row:
+                    self.keeper.after_step(self.step, self._counters)
+            self.keeper.finish(self.step, self._counters)
             if self.step >= config.training.steps and config.checkpoint.last_save_in_hf:
                 self._export()
             if record is not None and self.step < config.training.steps:
-                record.say(f"stopped as asked, at step {self.step}; start again with --job.dump-folder {self.folder}")
+                why = "stopping for another start" if self.regroups else "stopped as asked"
+                record.say(f"{why}, at step {self.step}; start again with --job.dump-folder {self.folder}")
         finally:
             if record is not None:
                 record.close()
@@ -304,10 +305,12 @@ class Trainer:
         own = batches if self.reader.is_first else []
         targets = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in own)
         tokens = sum(batch.num_tokens for batch in own)
-        totals = torch.tensor([targets, tokens, float(self.stop.requested)], dtype=torch.float64, device=self.device)
+        regroups, stops = self.stop.regroups, self.stop.requested and not self.stop.regroups
+        totals = torch.tensor([targets, tokens, stops, regroups], dtype=torch.float64, device=self.device)
         dist.all_reduce(totals)
-        all_targets, all_tokens, stops = totals.tolist()
-        return int(all_targets), int(all_tokens), stops > 0
+        all_targets, all_tokens, all_stops, all_regroups = totals.tolist()
+        self.regroups = all_regroups > 0 and not all_stops
+        return int(all_targets), int(all_tokens), all_stops + all_regroups > 0
 
     def _gather_metrics(self, loss: torch.Tensor) -> tuple[dict[str, float], dict[str, float]]:
         """Loss and auxiliary losses (mean over layers) summed over the ranks, and the largest memory of a rank."""
@@ -331,38 +334,27 @@ class Trainer:
 
     def _stop_after_bad_steps(self) -> None:
         if self.skipped_in_a_row >= self.config.training.max_skipped_steps:
-            self.checkpointer.wait()
+            self.keeper.wait()
+            self.keeper.clear()
             raise TrainingStopped(
                 f"{self.skipped_in_a_row} steps in a row, the last of them {self.step}, had a NaN or infinite loss or "
                 "gradient norm and were skipped. Lower optimizer.lr, lengthen lr_scheduler.warmup_steps, or go back: "
-                f"remove the newest folders of {self.checkpointer.folder} and start again. training.max_skipped_steps "
+                f"remove the newest folders of {self.keeper.folder} and start again. training.max_skipped_steps "
                 "sets how many are allowed."
             )
 
-    def _save(self, last: bool = False) -> int | None:
-        """Save this step, and return it, unless the checkpoint before is still being written and this one can wait."""
-        counters = {
+    def _counters(self) -> dict[str, Any]:
+        """Where the run stands, but for tensors; `_take_counters` takes it."""
+        return {
             "step": self.step,
             "samples": self.samples,
             "skipped_steps": self.skipped_steps,
             "balance": self.balancer.state(),
         }
-        if self.checkpointer.save(self.step, counters, blocking=last) is None:
-            logger.warning(f"step {self.step}: no checkpoint, since the one before is still being written")
-            return None
-        return self.step
 
-    def _resume(self, newest: int) -> None:
-        try:
-            counters = self.checkpointer.load(newest)
-        except CheckpointError as error:
-            older = [step for step in saved_steps(self.checkpointer.folder) if step != newest]
-            instead = f". Without that folder, the run goes on from step {older[-1]}" if older else ""
-            raise CheckpointError(f"{error}{instead}") from None
+    def _take_counters(self, counters: dict[str, Any]) -> None:
         self.step, self.samples = counters["step"], counters["samples"]
         self.skipped_steps = counters["skipped_steps"]
-        self._resumed_step = self.step
-        self._tell(f"resumed {self.folder} at step {self.step}")
         for layer in self.layers:
             if layer.router is not None:
                 layer.router.steps = self.step
@@ -389,13 +381,6 @@ class Trainer:
             self._tell(f"{error}; crossdock export {self.folder} DESTINATION tries again")
             return
         self._tell(f"{'adapter' if lora.rank else 'Hugging Face model'}: {destination}{note}")
-
-    def _global_batch_size(self) -> int:
-        training = self.config.training
-        if training.global_batch_size != -1:
-            return training.global_batch_size
-        # A pipeline has a micro-batch for each of its ranks, or most would wait.
-        return training.local_batch_size * self.reader.degree * self.dims.pp
 
     def _tell(self, message: str) -> None:
         if self.rank == 0:

@@ -1,0 +1,416 @@
+"""Snapshots of a run in the machines' memory, and a copy of each on another machine.
+
+Every rank copies what it holds into files of its machine's memory (`MemoryFiles`), in the time of a step; a thread adds
+a checksum and sends the copy to its partner, the same rank of the next machine, while training goes on. There are two
+slots: a snapshot is written over the older one, and only once the newer one is whole on all ranks. So a process that is
+killed at any moment leaves a whole snapshot behind, and so does a machine that is lost, on its partner.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import mmap
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint._hf_utils import (
+    CUSTOM_METADATA_KEY,
+    DCP_VERSION_KEY,
+    FORMAT_KEY,
+    FORMAT_VALUE,
+    HF_DCP_VERSION,
+    SAVED_OFFSETS_KEY,
+)
+
+from crossdock.checkpoint.background import Background
+from crossdock.checkpoint.checksums import checksum
+from crossdock.checkpoint.distributed import Checkpointer, set_random_states
+from crossdock.checkpoint.folders import CheckpointError, finish, make_room
+from crossdock.checkpoint.held import Held, Place
+from crossdock.checkpoint.memory_files import NUM_SLOTS, Manifest, MemoryFiles, bytes_of_places, views_of_places
+from crossdock.comm import raise_together
+from crossdock.placement import EMPTY
+
+__all__ = ["FoundSnapshot", "Snapshots"]
+
+logger = logging.getLogger(__name__)
+
+_RANDOM = "random_state."
+_PIECE = 256 * 2**20  # Bytes of one message between partners.
+
+
+class FoundSnapshot(NamedTuple):
+    """A snapshot that is whole across the ranks.
+
+    Attributes:
+        step: after which it was taken.
+        counters: what is no tensor.
+        holders: the rank that can read each saved rank's part now.
+        slots: in which slot that is.
+        layout: of the run then.
+    """
+
+    step: int
+    counters: dict[str, Any]
+    holders: list[int]
+    slots: list[int]
+    layout: str
+
+
+class Snapshots:
+    """Of one run, on all its ranks. All methods are collective.
+
+    Args:
+        files: on this machine.
+        checkpointer: of the run.
+        run_id: of the run, the same whenever it is started.
+        layout: of the ranks, the same text for the same layout.
+        machine: number of this rank's machine; a machine's ranks give the same.
+        on_partner: whether the next machine has a copy, where there is one.
+
+    Raises:
+        CheckpointError: on all ranks, where the memory of any machine has no room for the snapshots of its ranks.
+    """
+
+    def __init__(
+        self,
+        files: MemoryFiles,
+        checkpointer: Checkpointer,
+        run_id: str,
+        layout: str,
+        machine: int,
+        *,
+        on_partner: bool = True,
+    ) -> None:
+        self._files, self._checkpointer = files, checkpointer
+        self._run_id, self._layout = run_id, layout
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._background = Background()
+        self._slot = 0
+        machines: list[int] = [0] * self._world_size
+        dist.all_gather_object(machines, machine)
+        self._partners = _partners(machines) if on_partner else [None] * self._world_size
+        self._machines = machines
+        self._make_room()
+
+    def save(self, step: int, counters: dict[str, Any]) -> None:
+        """Copy what this rank holds; the rest is done while training goes on. Waits for the snapshot before.
+
+        Raises:
+            CheckpointError: on all ranks, if any of them failed, now or with the snapshot before.
+        """
+        self.wait()
+        error: Exception | None = None
+        data, manifest = None, None
+        try:
+            data, manifest = self._copy(step, copy.deepcopy(counters))
+        except CheckpointError as caught:
+            error = caught
+        raise_together(error)
+        assert data is not None
+        assert manifest is not None
+        slot, self._slot = self._slot, (self._slot + 1) % NUM_SLOTS
+
+        def finish_slot(group: dist.ProcessGroup | None) -> None:
+            digest = checksum(memoryview(data)[: manifest.num_bytes])
+            written = replace(manifest, digest=digest).to_bytes()
+            self._files.finish(slot, written, self._rank)
+            self._exchange(slot, written, data, manifest.num_bytes, group)
+
+        self._background.start(finish_slot, f"cannot keep the snapshot of step {step}")
+
+    def wait(self) -> None:
+        """Wait until what `save` has begun is whole on all ranks.
+
+        Raises:
+            CheckpointError: on all ranks, once, if any of them failed.
+        """
+        self._background.wait()
+
+    def newest(self, before: int | None = None) -> FoundSnapshot | None:
+        """The newest that is whole across the ranks, on any machine; damaged ones are named and passed over.
+
+        Args:
+            before: only such as were taken after earlier steps.
+        """
+        self.wait()
+        readable: dict[tuple[int, int], tuple[int, Manifest]] = {}
+        here = [rank for rank in range(self._world_size) if self._machines[rank] == self._machines[self._rank]]
+        damaged = []
+        for index, (rank, slot, _) in enumerate(self._files.found()):
+            if here[index % len(here)] != self._rank:
+                continue
+            try:
+                manifest, _ = self._files.read(rank, slot)
+            except CheckpointError as error:
+                damaged.append(str(error))
+                continue
+            if manifest.run_id == self._run_id and (before is None or manifest.step < before):
+                readable[manifest.step, rank] = (slot, manifest)
+        own = [
+            (step, rank, slot, manifest.world_size, manifest.layout, manifest.counters if rank == 0 else None)
+            for (step, rank), (slot, manifest) in readable.items()
+        ]
+        gathered: list[tuple[list[Any], list[str]]] = [([], [])] * self._world_size
+        dist.all_gather_object(gathered, (own, damaged))
+        for message in (message for _, messages in gathered for message in messages):
+            logger.warning(f"{message}; passed over")
+        return _newest_whole([(holder, *part) for holder, (parts, _) in enumerate(gathered) for part in parts])
+
+    def load(self, found: FoundSnapshot) -> None:
+        """Give model, optimizer and random state the values of a snapshot.
+
+        On the layout that it was taken on, every rank copies its part from memory, its own machine's or another's. On
+        any other the snapshot is written as a checkpoint of the run, and loaded from there.
+
+        Raises:
+            CheckpointError: on all ranks, naming what cannot be read or written.
+        """
+        if len(found.holders) != self._world_size or found.layout != self._layout:
+            self._write_checkpoint(found)
+            self._checkpointer.load(found.step)
+            self.clear()
+            return
+        error: Exception | None = None
+        manifest, data = None, None
+        try:
+            manifest, data = self._fetch(found)
+        except CheckpointError as caught:
+            error = caught
+        raise_together(error)
+        assert manifest is not None
+        assert data is not None
+        held = self._held()
+        places = tuple(part.place for part in held)
+        if places != manifest.places:
+            odd = next((ours for ours, theirs in zip(places, manifest.places, strict=False) if ours != theirs), None)
+            where = f": {odd.name} lies elsewhere" if odd is not None else ""
+            error = CheckpointError(f"the snapshot of step {found.step} is not of this model{where}")
+        raise_together(error)
+        with torch.no_grad():
+            for part, view in zip(held, views_of_places(data, manifest.places), strict=True):
+                part.local.copy_(view)
+        self._checkpointer.weights_changed()
+        random = {part.place.name: part.local for part in held if part.place.name.startswith(_RANDOM)}
+        set_random_states({name.removeprefix(_RANDOM).partition(".")[0]: state for name, state in random.items()})
+        self._slot = (found.slots[self._rank] + 1) % NUM_SLOTS
+
+    def clear(self) -> None:
+        """Remove all snapshots of the run, on all machines: it has ended well, or goes on from a checkpoint."""
+        self.wait()
+        self._files.clear()
+
+    def _held(self) -> list[Held]:
+        """This rank's part of everything; random states are copies."""
+        held = self._checkpointer.held()
+        for device, state in self._checkpointer.random_states().items():
+            place = Place(f"{_RANDOM}{device}.{self._rank}", "uint8", tuple(state.shape), (0,))
+            held.append(Held(place, state))
+        return held
+
+    def _copy(self, step: int, counters: dict[str, Any]) -> tuple[mmap.mmap, Manifest]:
+        held = self._held()
+        places = tuple(part.place for part in held)
+        num_bytes = bytes_of_places(places)
+        self._files.make()
+        data = self._files.open(self._rank, self._slot, num_bytes)
+        for part, view in zip(held, views_of_places(data, places), strict=True):
+            view.copy_(part.local)
+        manifest = Manifest(
+            self._run_id, step, self._rank, self._world_size, self._layout, places, counters, num_bytes, ""
+        )
+        return data, manifest
+
+    def _exchange(
+        self, slot: int, manifest: bytes, data: mmap.mmap, num_bytes: int, group: dist.ProcessGroup | None
+    ) -> None:
+        """Send this rank's snapshot to its partner, and keep those that it is the partner of."""
+        partner = self._partners[self._rank]
+        sources = [rank for rank, other in enumerate(self._partners) if other == self._rank]
+        sending = []
+        if partner is not None:
+            head = torch.frombuffer(bytearray(manifest), dtype=torch.uint8)
+            sizes = torch.tensor([len(head), num_bytes])
+            whole = torch.frombuffer(data, dtype=torch.uint8, count=num_bytes)
+            sending = [dist.isend(part, partner, group) for part in (sizes, head, *whole.split(_PIECE))]
+        for rank in sources:
+            sizes = torch.zeros(2, dtype=torch.int64)
+            dist.recv(sizes, rank, group)
+            head_size, data_size = sizes.tolist()
+            head = torch.empty(head_size, dtype=torch.uint8)
+            dist.recv(head, rank, group)
+            kept = self._files.open(rank, slot, data_size)
+            for piece in torch.frombuffer(kept, dtype=torch.uint8, count=data_size).split(_PIECE):
+                dist.recv(piece, rank, group)
+            self._files.finish(slot, head.numpy().tobytes(), rank)
+        for work in sending:
+            assert work is not None
+            work.wait()
+
+    def _fetch(self, found: FoundSnapshot) -> tuple[Manifest, mmap.mmap | bytearray]:
+        """This rank's part of a snapshot, from whoever can read it."""
+        own: tuple[Manifest, Any] | None = None
+        for rank, (holder, slot) in enumerate(zip(found.holders, found.slots, strict=True)):
+            if holder != self._rank and rank != self._rank:
+                continue
+            if self._machines[holder] == self._machines[rank]:
+                if rank == self._rank:
+                    own = self._files.read(rank, slot)
+            elif holder == self._rank:
+                manifest, data = self._files.read(rank, slot)
+                head = torch.frombuffer(bytearray(manifest.to_bytes()), dtype=torch.uint8)
+                dist.send(torch.tensor([len(head), manifest.num_bytes]), rank)
+                dist.send(head, rank)
+                for piece in torch.frombuffer(data, dtype=torch.uint8, count=manifest.num_bytes).split(_PIECE):
+                    dist.send(piece, rank)
+            else:
+                sizes = torch.zeros(2, dtype=torch.int64)
+                dist.recv(sizes, holder)
+                head = torch.empty(int(sizes[0]), dtype=torch.uint8)
+                dist.recv(head, holder)
+                received = bytearray(int(sizes[1]))
+                for piece in torch.frombuffer(received, dtype=torch.uint8).split(_PIECE):
+                    dist.recv(piece, holder)
+                own = (Manifest.from_bytes(head.numpy().tobytes()), received)
+        assert own is not None
+        return own
+
+    def _write_checkpoint(self, found: FoundSnapshot) -> None:
+        """A snapshot as a checkpoint of the run: every holder writes the parts that it can read."""
+        final = self._checkpointer.folder / f"step-{found.step:08d}"
+        beside = final.with_name(f".{final.name}.partial")
+        error: Exception | None = None
+        parts: dict[int, tuple[Manifest, Any]] = {}
+        try:
+            if self._rank == 0:
+                make_room(beside)
+            for rank, (holder, slot) in enumerate(zip(found.holders, found.slots, strict=True)):
+                if holder == self._rank:
+                    parts[rank] = self._files.read(rank, slot)
+        except (OSError, CheckpointError) as caught:
+            error = (
+                caught if isinstance(caught, CheckpointError) else CheckpointError(f"cannot write {final}: {caught}")
+            )
+        raise_together(error)
+        held: list[dict[int, list[Place]]] = [{}] * self._world_size
+        dist.all_gather_object(held, {rank: list(manifest.places) for rank, (manifest, _) in parts.items()})
+        chosen = _first_holders({rank: places for each in held for rank, places in each.items()})
+        try:
+            for rank, (manifest, data) in parts.items():
+                path = beside / f"shard-{rank:05d}-model-00001-of-00001.safetensors"
+                _write_shard(path, rank, manifest, views_of_places(data, manifest.places), chosen)
+        except (OSError, SafetensorError) as caught:
+            error = CheckpointError(f"cannot write {final}: {caught}")
+        raise_together(error)
+        try:
+            if self._rank == 0:
+                names = {place.name for each in held for places in each.values() for place in places}
+                devices = sorted({name.split(".")[1] for name in names if name.startswith(_RANDOM)})
+                state = {"step": found.step, "world_size": len(found.holders), "random_states": devices}
+                finish(beside, final, state | {"counters": found.counters})
+        except OSError as caught:
+            error = CheckpointError(f"cannot write {final}: {caught}")
+        raise_together(error)
+
+    def _make_room(self) -> None:
+        """Make the folder, and see whether all this machine's ranks find room."""
+        error: Exception | None = None
+        try:
+            self._files.make()
+            room = self._files.room()
+        except (OSError, CheckpointError) as caught:
+            error = caught if isinstance(caught, CheckpointError) else CheckpointError(str(caught))
+            room = 0
+        own = bytes_of_places([part.place for part in self._held()])
+        needs: list[int] = [0] * self._world_size
+        dist.all_gather_object(needs, own)
+        here = self._machines[self._rank]
+        needed = NUM_SLOTS * sum(
+            size
+            for rank, size in enumerate(needs)
+            for keeper in (rank, self._partners[rank])
+            if keeper is not None and self._machines[keeper] == here
+        )
+        if error is None and needed > room:
+            error = CheckpointError(
+                f"fault_tolerance.snapshot_folder: {self._files.folder.parent} has room for {room:,} bytes, and the "
+                f"snapshots of this machine's ranks take {needed:,}. Give it more (docker run --shm-size, an emptyDir "
+                "with medium Memory), name another folder in memory, or set fault_tolerance.snapshot_interval = 0"
+            )
+        raise_together(error)
+
+
+def _partners(machines: Sequence[int]) -> list[int | None]:
+    """The rank that keeps a copy for each: the one of the same place on the next machine; `None` with one machine."""
+    ranks_of = {machine: [rank for rank, of in enumerate(machines) if of == machine] for machine in set(machines)}
+    order = sorted(ranks_of)
+    if len(order) == 1:
+        return [None] * len(machines)
+    partners: list[int | None] = []
+    for rank, machine in enumerate(machines):
+        following = ranks_of[order[(order.index(machine) + 1) % len(order)]]
+        partners.append(following[ranks_of[machine].index(rank) % len(following)])
+    return partners
+
+
+def _newest_whole(parts: list[tuple[int, int, int, int, int, str, Any]]) -> FoundSnapshot | None:
+    """Of parts `(holder, step, rank, slot, world_size, layout, counters)`, the newest step with all ranks."""
+    for step in sorted({part[1] for part in parts}, reverse=True):
+        of_step = [part for part in parts if part[1] == step]
+        for world_size, layout in sorted({(part[4], part[5]) for part in of_step}):
+            by_rank: dict[int, tuple[int, int, Any]] = {}
+            for holder, _, rank, slot, size, laid_out, counters in of_step:
+                if (size, laid_out) == (world_size, layout):
+                    by_rank.setdefault(rank, (holder, slot, counters))
+            if len(by_rank) == world_size:
+                ordered = [by_rank[rank] for rank in range(world_size)]
+                return FoundSnapshot(
+                    step, ordered[0][2], [holder for holder, _, _ in ordered], [slot for _, slot, _ in ordered], layout
+                )
+    return None
+
+
+def _first_holders(places: dict[int, list[Place]]) -> dict[tuple[str, tuple[int, ...], tuple[int, ...] | None], int]:
+    """The rank that writes each part, among those that hold it alike."""
+    chosen: dict[tuple[str, tuple[int, ...], tuple[int, ...] | None], int] = {}
+    for rank in sorted(places):
+        for place in places[rank]:
+            chosen.setdefault((place.name, place.offsets, place.experts), rank)
+    return chosen
+
+
+def _write_shard(
+    path: Path,
+    rank: int,
+    manifest: Manifest,
+    views: list[Tensor],
+    chosen: dict[tuple[str, tuple[int, ...], tuple[int, ...] | None], int],
+) -> None:
+    """One rank's part in the form of torch's distributed checkpoint, without what another rank writes."""
+    tensors: dict[str, Tensor] = {}
+    offsets: dict[str, dict[str, list[int]]] = {}
+    for place, view in zip(manifest.places, views, strict=True):
+        if chosen[place.name, place.offsets, place.experts] != rank or not view.numel():
+            continue
+        if place.experts is None:
+            tensors[place.name], offsets[place.name] = view, {SAVED_OFFSETS_KEY: list(place.offsets)}
+            continue
+        for expert, row in zip(place.experts, view, strict=True):
+            if expert != EMPTY:
+                name = f"{place.name}.{expert}"
+                tensors[name], offsets[name] = row, {SAVED_OFFSETS_KEY: list(place.offsets[1:])}
+    metadata = {
+        CUSTOM_METADATA_KEY: json.dumps(offsets),
+        DCP_VERSION_KEY: str(HF_DCP_VERSION),
+        FORMAT_KEY: FORMAT_VALUE,
+    }
+    save_file(tensors, path, metadata)

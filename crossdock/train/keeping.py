@@ -1,0 +1,154 @@
+"""Where a run stands, kept: checkpoints on disk, snapshots in memory, and the newest of both to go on from."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from crossdock.checkpoint import (
+    CHECKPOINT_FOLDER,
+    Checkpointer,
+    CheckpointError,
+    MemoryFiles,
+    Snapshots,
+    read_counters,
+    saved_steps,
+)
+from crossdock.config import Config
+from crossdock.train.together import from_first_rank
+
+__all__ = ["RunKeeper"]
+
+logger = logging.getLogger(__name__)
+
+_IDENTITY_FILE = ".run_id"
+_Counters = dict[str, Any]
+
+
+class RunKeeper:
+    """Saves one run and brings it back. Every method is collective.
+
+    Args:
+        config: of the run.
+        folder: the run folder.
+        model: on its layout.
+        optimizer: with its states.
+        layout: as a text, the same for the same layout.
+        machine: this rank's, among those of the run.
+
+    Raises:
+        CheckpointError: where snapshots find no room.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        layout: str,
+        machine: int,
+    ) -> None:
+        self._config, self._tolerance = config.checkpoint, config.fault_tolerance
+        self._saved: int | None = None
+        self._checkpointer = Checkpointer(
+            folder / CHECKPOINT_FOLDER,
+            model,
+            optimizer,
+            config.checkpoint.keep_latest_k,
+            async_mode=config.checkpoint.async_mode,
+            when_busy=config.checkpoint.async_when_busy,
+        )
+        self._snapshots: Snapshots | None = None
+        if self._tolerance.snapshot_interval:
+            self._snapshots = Snapshots(
+                MemoryFiles(Path(self._tolerance.snapshot_folder), folder),
+                self._checkpointer,
+                from_first_rank(lambda: _identity(folder)),
+                layout,
+                machine,
+                on_partner=self._tolerance.snapshot_partner,
+            )
+
+    @property
+    def folder(self) -> Path:
+        """Of the checkpoints."""
+        return self._checkpointer.folder
+
+    def resume(self, newest: int | None, take: Callable[[_Counters], None]) -> str | None:
+        """Go on from the newest state that is whole: in memory, on another machine or on disk.
+
+        Args:
+            newest: step of the newest checkpoint on disk.
+            take: is given the counters, before model and optimizer have their values: it puts experts in their places.
+
+        Returns:
+            Where the run goes on from; `None` for a new one.
+
+        Raises:
+            CheckpointError: on all ranks, where it cannot be read.
+        """
+        found = self._snapshots.newest() if self._snapshots is not None else None
+        if self._snapshots is not None and found is not None and (newest is None or found.step > newest):
+            take(found.counters)
+            self._snapshots.load(found)
+            return f"step {found.step}, from a snapshot in memory"
+        if newest is None:
+            return None
+        try:
+            take(read_counters(self.folder, newest))
+            self._checkpointer.load(newest)
+        except CheckpointError as error:
+            older = [step for step in saved_steps(self.folder) if step != newest]
+            instead = f". Without that folder, the run goes on from step {older[-1]}" if older else ""
+            raise CheckpointError(f"{error}{instead}") from None
+        self._saved = newest
+        return f"step {newest}"
+
+    def after_step(self, step: int, counters: Callable[[], _Counters]) -> None:
+        """Save what is due after `step`."""
+        if self._config.interval and step % self._config.interval == 0:
+            self._save(step, counters(), last=False)
+        interval = self._tolerance.snapshot_interval
+        if self._snapshots is not None and step % interval == 0:
+            try:
+                self._snapshots.save(step, counters())
+            except CheckpointError as error:
+                logger.warning(f"step {step}: no snapshot: {error}")
+
+    def finish(self, step: int, counters: Callable[[], _Counters]) -> None:
+        """Leave a checkpoint of `step` and no snapshots."""
+        if self._saved != step:
+            self._save(step, counters(), last=True)
+        self.wait()
+        self.clear()
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        self._checkpointer.wait()
+
+    def clear(self) -> None:
+        """Leave no snapshots."""
+        if self._snapshots is not None:
+            self._snapshots.clear()
+
+    def _save(self, step: int, counters: _Counters, *, last: bool) -> None:
+        """Save a step, unless the checkpoint before is still being written and this one can wait."""
+        if self._checkpointer.save(step, counters, blocking=last) is None:
+            logger.warning(f"step {step}: no checkpoint, since the one before is still being written")
+        else:
+            self._saved = step
+
+
+def _identity(folder: Path) -> str:
+    """A name for the run in a folder, the same whenever it is started."""
+    path = folder / _IDENTITY_FILE
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex)
+    return path.read_text()
