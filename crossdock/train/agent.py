@@ -30,6 +30,7 @@ REGROUP_EXIT_CODE = 75
 PROGRESS_FILE = "progress"
 """In the launcher's folder, once a step is done."""
 _ADDRESS = "crossdock/address"
+_UNSHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 _KILLED_WITHIN_SECONDS = 10
 
 
@@ -144,7 +145,12 @@ class _Agent(LocalElasticAgent):
         self._workers_store: dist.TCPStore | None = None
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:  # type: ignore[override]
-        super()._rendezvous(worker_group)  # type: ignore[call-arg]
+        # A store that torch shares over rounds is never told to machines that come later.
+        os.environ[_UNSHARED_STORE] = "1"
+        try:
+            super()._rendezvous(worker_group)  # type: ignore[call-arg]
+        finally:
+            del os.environ[_UNSHARED_STORE]
         store = worker_group.store  # of this round alone
         assert store is not None
         if worker_group.group_rank == 0:
