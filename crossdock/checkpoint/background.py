@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -55,10 +56,13 @@ class Background:
     """One write at a time beside the training, in a thread that talks to the other ranks over a group of its own.
 
     Every rank starts the same writes. All methods but `start` are collective, and so is making one.
+
+    Args:
+        timeout: of its collectives; torch's if `None`.
     """
 
-    def __init__(self) -> None:
-        group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+    def __init__(self, timeout: timedelta | None = None) -> None:
+        group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         assert not isinstance(group, int), "every rank is in it"
         self._group = group
         self._thread: threading.Thread | None = None

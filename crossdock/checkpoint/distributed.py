@@ -12,6 +12,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -85,6 +86,7 @@ class Checkpointer:
         when_busy: what `save` does while the one before is still being written.
         of_base: of a model with adapters (`crossdock.lora`), the weights beside them, with `optimizer = None`.
             Otherwise a checkpoint of such a model holds its adapters alone, and no buffers.
+        timeout: of the collectives of the thread that writes; torch's if `None`.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Checkpointer:
         async_mode: AsyncMode = "disabled",
         when_busy: BusyMode = "wait",
         of_base: bool = False,
+        timeout: timedelta | None = None,
     ) -> None:
         self.folder = folder
         self.model = model
@@ -106,7 +109,7 @@ class Checkpointer:
         self.of_base = of_base
         self._rows = ExpertRows(model)
         self._staging = Staging()
-        self._background = Background() if async_mode == "async" else None
+        self._background = Background(timeout) if async_mode == "async" else None
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     def save(self, step: int, counters: dict[str, Any], *, blocking: bool = False) -> Path | None:

@@ -14,6 +14,7 @@ import logging
 import mmap
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +77,7 @@ class Snapshots:
         layout: of the ranks, the same text for the same layout.
         machine: number of this rank's machine; a machine's ranks give the same.
         on_partner: whether the next machine has a copy, where there is one.
+        timeout: of what partners exchange; torch's if `None`.
 
     Raises:
         CheckpointError: on all ranks, where the memory of any machine has no room for the snapshots of its ranks.
@@ -90,11 +92,12 @@ class Snapshots:
         machine: int,
         *,
         on_partner: bool = True,
+        timeout: timedelta | None = None,
     ) -> None:
         self._files, self._checkpointer = files, checkpointer
         self._run_id, self._layout = run_id, layout
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self._background = Background()
+        self._background = Background(timeout)
         self._slot = 0
         machines: list[int] = [0] * self._world_size
         dist.all_gather_object(machines, machine)

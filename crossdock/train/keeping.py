@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class RunKeeper:
     ) -> None:
         self._config, self._tolerance = config.checkpoint, config.fault_tolerance
         self._saved: int | None = None
+        timeout = timedelta(seconds=config.job.comm_timeout_seconds)
         self._checkpointer = Checkpointer(
             folder / CHECKPOINT_FOLDER,
             model,
@@ -64,6 +66,7 @@ class RunKeeper:
             config.checkpoint.keep_latest_k,
             async_mode=config.checkpoint.async_mode,
             when_busy=config.checkpoint.async_when_busy,
+            timeout=timeout,
         )
         self._snapshots: Snapshots | None = None
         if self._tolerance.snapshot_interval:
@@ -74,6 +77,7 @@ class RunKeeper:
                 layout,
                 machine,
                 on_partner=self._tolerance.snapshot_partner,
+                timeout=timeout,
             )
 
     @property

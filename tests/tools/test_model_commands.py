@@ -52,7 +52,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launches(models: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Run beside the models, on a machine without GPUs; the launches that would have started ranks."""
     started: list[list[str]] = []
-    monkeypatch.setattr(launch, "start_ranks", lambda arguments, machines, max_restarts=0: started.append(arguments) or 0)
+    monkeypatch.setattr(
+        launch, "start_ranks", lambda arguments, machines, max_restarts=0: started.append(arguments) or 0
+    )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setenv("COLUMNS", "1000")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
