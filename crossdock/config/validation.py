@@ -79,6 +79,7 @@ def check_settings(config: Config) -> PreTrainedConfig:
         require(config, "model.flavor", model.hidden_size % 256 == 0, f"{valid}; use alltoall")
     in_background = config.checkpoint.async_mode == "async" or config.checkpoint.async_when_busy == "wait"
     require(config, "checkpoint.async_when_busy", in_background, "needs checkpoint.async_mode = async")
+    _check_snapshots(config)
     check_run_folder(config)
     check_tuned(config)
     check_initial_weights(config, model)
@@ -98,7 +99,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "0 or more": (
         lambda value: value >= 0,
         "optimizer.lr optimizer.weight_decay lr_scheduler.warmup_steps checkpoint.interval checkpoint.keep_latest_k "
-        "metrics.load_interval validation.interval validation.max_samples lora.rank",
+        "metrics.load_interval validation.interval validation.max_samples lora.rank fault_tolerance.max_restarts "
+        "fault_tolerance.snapshot_interval",
     ),
     "at least 0 and below 1": (
         lambda value: 0 <= value < 1,
@@ -140,6 +142,15 @@ def _check_deepep(config: Config) -> None:
     require(config, field, torch.cuda.is_available(), f"dispatcher 'deepep' needs a GPU; use {instead}")
     in_bf16 = config.training.dtype == "bfloat16"
     require(config, "training.dtype", in_bf16, f"dispatcher 'deepep' needs bfloat16; or use {instead}")
+
+
+def _check_snapshots(config: Config) -> None:
+    folder = config.fault_tolerance.snapshot_folder
+    if config.fault_tolerance.snapshot_interval:
+        name = "fault_tolerance.snapshot_folder"
+        valid = "must be a folder in memory that is there; fault_tolerance.snapshot_interval = 0 takes no snapshots"
+        require(config, name, os.path.isdir(folder), valid)
+        check_writable(name, folder)
 
 
 def _check_trackers(config: Config) -> None:
