@@ -54,14 +54,14 @@ class _Planted:
         from crossdock.dispatch.alltoall import AllToAllDispatcher
         from crossdock.moe import MoE
 
+        self._record({"start": True})
         trainer = trainer_module.Trainer
         train_step = trainer._train_step
 
         def counted(this: Any, batches: list[Any], *arguments: Any, **named: Any) -> Any:
             self.step = this.step + 1
             seen = hashlib.sha256(b"".join(batch.input_ids.numpy().tobytes() for batch in batches)).hexdigest()[:16]
-            with open(self.folder / f"computed-{self.rank}.jsonl", "a") as file:
-                print(json.dumps({"step": self.step, "seen": seen}), file=file)
+            self._record({"step": self.step, "seen": seen})
             return train_step(this, batches, *arguments, **named)
 
         trainer._train_step = counted
@@ -78,6 +78,10 @@ class _Planted:
             this.register_full_backward_hook(lambda *_: self.reach("backward"))
 
         MoE.__init__ = hooked  # type: ignore[method-assign]
+
+    def _record(self, values: dict[str, Any]) -> None:
+        with open(self.folder / f"computed-{self.rank}.jsonl", "a") as file:
+            print(json.dumps(values), file=file)
 
     def _before(self, owner: Any, name: str, point: str) -> None:
         original: Callable[..., Any] = getattr(owner, name)

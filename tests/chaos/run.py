@@ -33,14 +33,14 @@ class Outcome:
 
     Attributes:
         losses: of each step, as they stand in metrics.jsonl in the end.
-        computed: steps in the order in which the first rank computed them.
+        computed: for each start, the steps in the order in which the first rank computed them.
         seen: what each rank saw at each step: digests of its batches, the same whenever it saw it.
         seconds: that it took.
         output: of the command.
     """
 
     losses: list[float]
-    computed: list[int]
+    computed: list[list[int]]
     seen: dict[tuple[int, int], set[str]]
     seconds: float
     output: str
@@ -48,8 +48,12 @@ class Outcome:
     @property
     def repeated(self) -> list[int]:
         """For each new start, how many steps were computed again."""
-        pairs = zip(self.computed, self.computed[1:], strict=False)
-        return [before - after + 1 for before, after in pairs if after <= before]
+        repeated, done = [], 0
+        for steps in self.computed:
+            if done and steps:
+                repeated.append(done - steps[0] + 1)
+            done = max([done, *steps])
+        return repeated
 
 
 def plan(count: int, world_size: int, rng: random.Random, first: int = 0) -> list[list[Fault]]:
@@ -113,13 +117,16 @@ def run(folder: Path, assets: Path, world_size: int, faults: list[Fault], *more:
     metrics = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1)), done.stdout
     seen: dict[tuple[int, int], set[str]] = {}
-    computed: list[int] = []
+    computed: list[list[int]] = []
     for rank in range(world_size):
         for line in (folder / f"computed-{rank}.jsonl").read_text().splitlines():
             values = json.loads(line)
+            if "start" in values:
+                computed += [[]] if rank == 0 else []
+                continue
             seen.setdefault((rank, values["step"]), set()).add(values["seen"])
             if rank == 0:
-                computed.append(values["step"])
+                computed[-1].append(values["step"])
     return Outcome([line["loss"] for line in metrics], computed, seen, time.monotonic() - started, done.stdout)
 
 
@@ -146,14 +153,17 @@ def main() -> None:
             for index, faults in enumerate(plan(share, world_size, rng, first=100 * world_size)):
                 outcome = run(top / f"run-{world_size}-{index}", top, world_size, faults)
                 check(outcome, reference)
-                for fault, repeated in zip(faults, outcome.repeated, strict=True):
-                    rows.append({"processes": world_size, **fault.to_json(), "steps_repeated": repeated})
+                for fault in faults:
+                    rows.append({"processes": world_size, "run": index, **fault.to_json()})
                     print(
-                        f"{world_size} processes  step {fault.step:2d}  rank {fault.rank}  {fault.point:10s} "
-                        f"{fault.kind:5s}  steps repeated {repeated}  losses equal",
+                        f"{world_size} processes  step {fault.step:2d}  rank {fault.rank}  {fault.point:10s} {fault.kind}",
                         flush=True,
                     )
-                print(f"  {outcome.seconds:.0f} s; undisturbed {reference.seconds:.0f} s", flush=True)
+                print(
+                    f"  finished, losses equal; steps computed again {outcome.repeated}; {outcome.seconds:.0f} s, "
+                    f"undisturbed {reference.seconds:.0f} s",
+                    flush=True,
+                )
     print(f"{len(rows)} faults, all runs finished, all losses equal bit by bit")
     if parsed.json:
         parsed.json.write_text(json.dumps(rows, indent=1) + "\n")
