@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -114,6 +115,8 @@ def run_agent(
         local_addr=rendezvous.local_addr,
     )
     agent = _Agent(spec, folder, shutdown_seconds, tell)
+    # What ended a rank is told once, by `tell`.
+    logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
     stopped = True
     try:
@@ -194,6 +197,8 @@ class _Agent(LocalElasticAgent):
 def _sentence(result: RunResult, cause: Any) -> str:
     if cause is not None:
         return f"rank {cause.rank} failed: {cause.message.splitlines()[0]}"
-    rank, failure = min(result.failures.items(), key=lambda item: (item[1].timestamp, item[0]))
+    # SIGTERM is what torch sends to those that are left.
+    failures = result.failures.items()
+    rank, failure = min(failures, key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].timestamp, item[0]))
     code = failure.exitcode
     return f"rank {rank} ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"

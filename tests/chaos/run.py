@@ -156,7 +156,8 @@ def main() -> None:
                 for fault in faults:
                     rows.append({"processes": world_size, "run": index, **fault.to_json()})
                     print(
-                        f"{world_size} processes  step {fault.step:2d}  rank {fault.rank}  {fault.point:10s} {fault.kind}",
+                        f"{world_size} processes  step {fault.step:2d}  rank {fault.rank}  {fault.point:10s} "
+                        f"{fault.kind}",
                         flush=True,
                     )
                 print(

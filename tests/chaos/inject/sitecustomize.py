@@ -14,7 +14,10 @@ if "CHAOS_PLAN" in os.environ and "RANK" in os.environ and "-m" in sys.orig_argv
                 return None
             sys.meta_path.remove(self)
             spec = PathFinder.find_spec(name, path, target)
-            execute = spec.loader.exec_module
+            assert spec is not None
+            assert spec.loader is not None
+            loader = spec.loader
+            execute = loader.exec_module
 
             def exec_module(module):
                 execute(module)
@@ -22,7 +25,7 @@ if "CHAOS_PLAN" in os.environ and "RANK" in os.environ and "-m" in sys.orig_argv
 
                 plant(module)
 
-            spec.loader.exec_module = exec_module
+            loader.exec_module = exec_module
             return spec
 
     sys.meta_path.insert(0, _AfterTrainer())
