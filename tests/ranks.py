@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-__all__ = ["RankPool"]
+__all__ = ["PRELOADED", "RankPool"]
 
 _COLLECTIVE_SECONDS = 60
 # Caches of DTensor keep meshes, and so process groups, whose threads wake up a hundred times a second.
 _THREADS = 40
-_PRELOADED = ("torch.distributed.fsdp", "transformers.models.qwen3_moe.modeling_qwen3_moe", "crossdock.train.trainer")
+PRELOADED = ("torch.distributed.fsdp", "transformers.models.qwen3_moe.modeling_qwen3_moe", "crossdock.train.trainer")
 
 
 class _Crash(AssertionError):
@@ -121,7 +121,7 @@ def _report_path(folder: str, pid: int) -> Path:
 def _spawn(folder: str) -> tuple[Any, Connection]:
     # The imports take seconds; that server starts no threads, so forking it is safe.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*_PRELOADED])
+    context.set_forkserver_preload([*PRELOADED])
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, folder), daemon=True)
     process.start()

@@ -30,12 +30,15 @@ __all__ = [
     "exchange",
     "exchange_counts",
     "gather_rows",
+    "is_from_other_rank",
     "raise_together",
     "scatter_sum",
     "sum_over_ranks",
 ]
 
 T = TypeVar("T")
+
+_FROM_OTHER_RANK = "raised on rank "
 
 _all_to_all = torch.ops._c10d_functional.all_to_all_single.default
 _wait = torch.ops._c10d_functional.wait_tensor.default
@@ -301,14 +304,22 @@ def sum_over_ranks(values: Tensor, group_name: str) -> Tensor:
 def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
     """Raise on all ranks of `group` if any rank has an error, so that none waits for a rank that gave up.
 
-    A rank with an error raises its own; the others raise the first rank's, so errors must pickle. Collective; objects
-    travel, so keep it out of the training step.
+    A rank with an error raises its own; the others raise the first rank's, with a note of that (`is_from_other_rank`),
+    so errors must pickle. Collective; objects travel, so keep it out of the training step.
     """
     if not dist.is_initialized():
         errors: Sequence[Exception | None] = [error]
     else:
         errors = [None] * dist.get_world_size(group)
         dist.all_gather_object(errors, error, group=group)
-    first = next((e for e in errors if e is not None), None)
-    if first is not None:
-        raise error or first
+    if error is not None:
+        raise error
+    for rank, first in enumerate(errors):
+        if first is not None:
+            first.add_note(f"{_FROM_OTHER_RANK}{rank}")
+            raise first
+
+
+def is_from_other_rank(error: BaseException) -> bool:
+    """Whether `raise_together` raised it for another rank."""
+    return any(note.startswith(_FROM_OTHER_RANK) for note in getattr(error, "__notes__", ()))

@@ -170,6 +170,8 @@ class FaultToleranceConfig:
     """Where they are: a folder in memory."""
     snapshot_partner: bool = True
     """With several machines, the next one keeps a copy of each rank's snapshots, so that a machine may be lost."""
+    straggler_interval: int = 100
+    """Steps between looks for the rank that the others wait for, which is named where it stays slow; 0: none."""
 
 
 @dataclass(frozen=True)

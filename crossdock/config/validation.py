@@ -100,7 +100,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value >= 0,
         "optimizer.lr optimizer.weight_decay lr_scheduler.warmup_steps checkpoint.interval checkpoint.keep_latest_k "
         "metrics.load_interval validation.interval validation.max_samples lora.rank fault_tolerance.max_restarts "
-        "fault_tolerance.snapshot_interval",
+        "fault_tolerance.snapshot_interval fault_tolerance.straggler_interval",
     ),
     "at least 0 and below 1": (
         lambda value: 0 <= value < 1,

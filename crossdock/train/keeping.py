@@ -23,6 +23,7 @@ from crossdock.checkpoint import (
 )
 from crossdock.config import Config
 from crossdock.train.together import from_first_rank
+from crossdock.train.watching import group_timeout
 
 __all__ = ["RunKeeper"]
 
@@ -58,7 +59,7 @@ class RunKeeper:
     ) -> None:
         self._config, self._tolerance = config.checkpoint, config.fault_tolerance
         self._saved: int | None = None
-        timeout = timedelta(seconds=config.job.comm_timeout_seconds)
+        timeout = timedelta(seconds=group_timeout(config))
         self._checkpointer = Checkpointer(
             folder / CHECKPOINT_FOLDER,
             model,

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from crossdock.checkpoint import CheckpointError
 from crossdock.config import Config, ConfigError, fit, validate
 from crossdock.dispatch import free_deepep_buffers
 from crossdock.train.agent import PROGRESS_FILE, REGROUP_EXIT_CODE
 from crossdock.train.stopping import StopSignal
-from crossdock.train.trainer import Trainer, TrainingStopped
+from crossdock.train.trainer import Trainer
+from crossdock.train.watching import RunWatch, group_timeout
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -221,12 +221,15 @@ def train_rank(config: Config, environment: Mapping[str, str]) -> int:
         config: with `job.dump_folder` set, on one rank at least.
         environment: torchrun's, see `run_rank`.
     """
+    failures = Path(environment[ENDED_FOLDER]) if ENDED_FOLDER in environment else None
+    watch = RunWatch(int(environment["RANK"]), failures)
     stop = StopSignal()
     stop.install()
     world_size, settings = int(environment["WORLD_SIZE"]), config
-    if _ELASTIC in environment:
-        config, world_size = fit(config, world_size)
-    dims = validate(config, world_size)
+    with watch.leaving_failures():
+        if _ELASTIC in environment:
+            config, world_size = fit(config, world_size)
+        dims = validate(config, world_size)
     rank = int(environment["RANK"])
     if rank >= world_size:
         return _be_spare(stop)
@@ -239,6 +242,7 @@ def train_rank(config: Config, environment: Mapping[str, str]) -> int:
     progress = Path(environment[ENDED_FOLDER], PROGRESS_FILE) if ENDED_FOLDER in environment else None
 
     def train(device: torch.device) -> int:
+        watch.start(config)
         try:
             trainer = Trainer(
                 config,
@@ -250,16 +254,19 @@ def train_rank(config: Config, environment: Mapping[str, str]) -> int:
                 settings=settings,
                 progress=progress,
                 machine=int(environment.get("GROUP_RANK", 0)),
+                watch=watch,
             )
             trainer.train()
-        except RuntimeError as error:
-            if not stop.requested or isinstance(error, (CheckpointError, TrainingStopped)):
+        except (Exception, SystemExit) as error:
+            if not watch.failed(error, config, device):
                 raise
-            print(f"rank {rank}: stopped without a checkpoint, another rank is gone ({error})", file=sys.stderr)
             return 1
+        finally:
+            watch.stop()
         return REGROUP_EXIT_CODE if trainer.regroups else 0
 
-    return run_rank(train, environment, config.job.comm_timeout_seconds, world_size)
+    with watch.leaving_failures():
+        return run_rank(train, environment, group_timeout(config), world_size)
 
 
 def _be_spare(stop: StopSignal) -> int:

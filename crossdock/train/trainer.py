@@ -28,13 +28,16 @@ from crossdock.moe import finish_step, moe_layer_places, moe_layers, set_batch_t
 from crossdock.parallel import Boundary, GradientManager, ParallelDims, Pipeline, plain_name
 from crossdock.routing import CollapseMonitor
 from crossdock.tools.evaluate import evaluate
+from crossdock.train.fingerprints import check_same_code_and_config, check_same_model
 from crossdock.train.keeping import RunKeeper
+from crossdock.train.layer_marks import mark_layers
 from crossdock.train.metrics import load_metrics, memory_use, say, traffic_metrics
 from crossdock.train.optimizer import build_optimizer, learning_rate_factor
 from crossdock.train.preparing import build_training_model, prepare_run_tokens, write_settings
 from crossdock.train.record import RunRecord, lock_folder
 from crossdock.train.stopping import StopSignal
 from crossdock.train.together import TrainingStopped, first_named, from_first_rank, together
+from crossdock.train.watching import RunWatch, group_timeout
 
 __all__ = ["Trainer", "TrainingStopped"]
 
@@ -57,6 +60,7 @@ class Trainer:
         settings: what the run was asked for, and its folder remembers, where `config` is what fits fewer ranks.
         progress: a file that is made once a step is done.
         machine: number of this rank's machine.
+        watch: watches over this rank; by default nobody does.
     """
 
     def __init__(
@@ -71,16 +75,20 @@ class Trainer:
         settings: Config | None = None,
         progress: Path | None = None,
         machine: int = 0,
+        watch: RunWatch | None = None,
     ) -> None:
         self.device = device
+        self.watch = watch or RunWatch()
+        self.place = self.watch.place
         self.stop = stop
         self.regroups = False
         self._progress = progress
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.dims, self.reader = dims, dims.reader(self.rank)
-        self.folder = Path(first_named(config.job.dump_folder))
+        self.folder = self.watch.folder = Path(first_named(config.job.dump_folder))
         settings = replace(settings or config, job=replace(config.job, dump_folder=str(self.folder)))
         self.config = config = with_settled_batch(replace(config, job=settings.job), dims)
+        check_same_code_and_config(config)
         self._lock = together(lambda: lock_folder(self.folder) if self.rank == 0 else None)
         tokens, self.validation_tokens = prepare_run_tokens(config, first_on_machine)
         self.batches = TokenBatches(
@@ -98,7 +106,7 @@ class Trainer:
         if (too_long := TooLong.of(tokens.train, config.training.seq_len)).conversations:
             self._tell(str(too_long))
         newest = from_first_rank(lambda: latest_step(self.folder / CHECKPOINT_FOLDER))
-        self.meshes = meshes = dims.build_mesh(device.type, timedelta(seconds=config.job.comm_timeout_seconds))
+        self.meshes = meshes = dims.build_mesh(device.type, timedelta(seconds=group_timeout(config)))
         self.whole = whole = build_training_model(
             config, meshes, device, self.folder, tokens, is_new=newest is None, threads=threads
         )
@@ -135,6 +143,8 @@ class Trainer:
         if came_from := self.keeper.resume(newest, self._take_counters):
             self._resumed_step = self.step
             self._tell(f"resumed {self.folder} at {came_from}")
+        mark_layers(self.model, self.place)
+        check_same_model(self.model, self.step, self.samples, self.rank // (self.world_size // dims.pp))
         # Not before the run has its weights: a start that fails leaves no settings behind.
         together(lambda: write_settings(settings, self.folder) if self.rank == 0 else None)
 
@@ -152,14 +162,19 @@ class Trainer:
             self.model.train()
             while self.step < config.training.steps:
                 started = time.perf_counter()
+                self.place.begin(self.step + 1)
+                self.place.enter("data")
                 batches = self.batches.at(self.samples)
                 targets, tokens, stop = self._batch_totals(batches)
                 if stop:
                     break
                 metrics, routes = self._train_step(batches, targets, tokens)
+                metrics |= self.watch.straggler_metrics()
                 metrics |= self.whole.speed.metrics(tokens / (time.perf_counter() - started) / self.world_size)
                 if self._is_due(config.validation.interval):
+                    self.place.enter("validation")
                     metrics["validation_loss"] = self._validation_loss()
+                self.place.enter("record")
                 if record is not None and (problem := record.write(metrics, routes, self._computed())):
                     record.say(f"stopping: {problem}")
                     self.stop.requested = True
@@ -168,8 +183,11 @@ class Trainer:
                     self._progress.touch()
                 # A streak of bad steps must not push the last good checkpoint out.
                 if not self.skipped_in_a_row:
+                    self.place.enter("checkpoint or snapshot")
                     self.keeper.after_step(self.step, self._counters)
+            self.place.enter("checkpoint")
             self.keeper.finish(self.step, self._counters)
+            self.place.enter("end")
             if self.step >= config.training.steps and config.checkpoint.last_save_in_hf:
                 self._export()
             if record is not None and self.step < config.training.steps:
@@ -228,10 +246,13 @@ class Trainer:
         set_batch_totals(self.model, sequences, tokens, self._stage_group(), self.meshes.sequence)
         sent_before = self._traffic()
         loss = self._backward([self._own_section(batch).inputs(self.device) for batch in batches], max(targets, 1))
+        self.place.enter("gradient norm")
         norm = self.gradients.clip(config.max_norm).item()
+        self.place.enter("metrics")
         sums, memory = self._gather_metrics(loss)
         sent = traffic_metrics(self._traffic() - sent_before, self.gradients.replica_traffic, self.device)
 
+        self.place.enter("optimizer")
         self.step += 1
         self.samples += self.batches.global_batch_size
         rate = self.config.optimizer.lr * learning_rate_factor(self.step, config.steps, self.config.lr_scheduler)
@@ -247,6 +268,7 @@ class Trainer:
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.skipped_steps += not finite
         self.optimizer.zero_grad()
+        self.place.enter("migration")
         balanced, messages = self.balancer.after_step(load)
         for message in messages:
             self._tell(f"step {self.step}: {message}")
@@ -266,11 +288,14 @@ class Trainer:
     def _backward(self, batches: list[dict[str, torch.Tensor]], targets: int) -> torch.Tensor:
         """Gradients of the mean loss over `targets` of the global batch; returns this rank's share of it."""
         if self.pipeline is not None:
+            self.place.enter("pipeline")
             return self.pipeline.step(batches, 1 / targets)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
             self.gradients.before_backward(is_last=index == len(batches) - 1)
+            self.place.enter("forward")
             share = batch_loss(self.model, **batch) / targets
+            self.place.enter("backward")
             share.backward()
             loss += share.detach()
         return loss
@@ -305,10 +330,15 @@ class Trainer:
         own = batches if self.reader.is_first else []
         targets = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in own)
         tokens = sum(batch.num_tokens for batch in own)
+        self.place.enter("agreement")
         regroups, stops = self.stop.regroups, self.stop.requested and not self.stop.regroups
-        totals = torch.tensor([targets, tokens, stops, regroups], dtype=torch.float64, device=self.device)
+        words = self.watch.fingerprint.words(
+            step=self.step, samples=self.samples, sequences_per_step=self.batches.global_batch_size
+        )
+        totals = torch.tensor([targets, tokens, stops, regroups, *words], dtype=torch.float64, device=self.device)
         dist.all_reduce(totals)
-        all_targets, all_tokens, all_stops, all_regroups = totals.tolist()
+        all_targets, all_tokens, all_stops, all_regroups, *words = totals.tolist()
+        self.watch.fingerprint.check(words)
         self.regroups = all_regroups > 0 and not all_stops
         return int(all_targets), int(all_tokens), all_stops + all_regroups > 0
 
