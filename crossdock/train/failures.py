@@ -21,8 +21,8 @@ from crossdock.train.together import TrainingStopped
 __all__ = ["Failure", "FailureKind", "Failures", "kind_of"]
 
 FailureKind: TypeAlias = Literal["memory", "error", "timeout", "lost", "mistake"]
-"""memory: there was not enough of it. timeout: a collective did not complete. lost: another rank, or the connection to it
-or to the store, is gone: a consequence of something else. mistake: of the user's. error: any other."""
+"""memory: there was not enough of it. timeout: a collective did not complete. lost: another rank is gone, or the
+connection to it or to the store: a consequence of something else. mistake: of the user's. error: any other."""
 
 _PREFIX = "failure-"
 # What gloo, NCCL and torch's stores say where another process is gone.
