@@ -19,7 +19,6 @@ from crossdock.checkpoint import (
     MemoryFiles,
     Snapshots,
     read_counters,
-    saved_steps,
 )
 from crossdock.config import Config
 from crossdock.train.together import from_first_rank
@@ -90,7 +89,7 @@ class RunKeeper:
         """Go on from the newest state that is whole: in memory, on another machine or on disk.
 
         Args:
-            newest: step of the newest checkpoint on disk.
+            newest: step of the newest checkpoint on disk that is whole (`newest_whole`).
             take: is given the counters, before model and optimizer have their values: it puts experts in their places.
 
         Returns:
@@ -106,13 +105,8 @@ class RunKeeper:
             return f"step {found.step}, from a snapshot in memory"
         if newest is None:
             return None
-        try:
-            take(read_counters(self.folder, newest))
-            self._checkpointer.load(newest)
-        except CheckpointError as error:
-            older = [step for step in saved_steps(self.folder) if step != newest]
-            instead = f". Without that folder, the run goes on from step {older[-1]}" if older else ""
-            raise CheckpointError(f"{error}{instead}") from None
+        take(read_counters(self.folder, newest))
+        self._checkpointer.load(newest, verified=True)
         self._saved = newest
         return f"step {newest}"
 

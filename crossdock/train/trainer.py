@@ -17,8 +17,8 @@ from crossdock.balance import Balancer
 from crossdock.checkpoint import (
     CHECKPOINT_FOLDER,
     CheckpointError,
-    latest_step,
     materialise_optimizer_state,
+    newest_whole,
 )
 from crossdock.config import ASSETS_FOLDER, Config, with_settled_batch
 from crossdock.data import IGNORED_LABEL, Batch, TokenBatches, TooLong, evaluation_batches
@@ -105,7 +105,9 @@ class Trainer:
         )
         if (too_long := TooLong.of(tokens.train, config.training.seq_len)).conversations:
             self._tell(str(too_long))
-        newest = from_first_rank(lambda: latest_step(self.folder / CHECKPOINT_FOLDER))
+        newest, passed_over = newest_whole(self.folder / CHECKPOINT_FOLDER)
+        for message in passed_over:
+            self._tell(message)
         self.meshes = meshes = dims.build_mesh(device.type, timedelta(seconds=group_timeout(config)))
         self.whole = whole = build_training_model(
             config, meshes, device, self.folder, tokens, is_new=newest is None, threads=threads
