@@ -18,7 +18,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from crossdock.checkpoint import Checkpointer, CheckpointError, materialise_optimizer_state, read_counters
+from crossdock.checkpoint import Checkpointer, CheckpointError, materialise_optimizer_state, newest_whole, read_counters
 
 __all__ = ["CheckpointCallback"]
 
