@@ -17,7 +17,13 @@ from crossdock.config.data_checks import check_data, check_tokenizer
 from crossdock.config.layout_checks import check_layout
 from crossdock.config.requirements import check_writable, require
 from crossdock.config.settings import Config, ConfigError, setting_types
-from crossdock.config.start_checks import check_initial_weights, check_lora, check_run_folder, check_tuned
+from crossdock.config.start_checks import (
+    check_initial_weights,
+    check_lora,
+    check_run_files,
+    check_run_folder,
+    check_tuned,
+)
 from crossdock.dispatch import choose_deepep_api, load_deepep, symmetric_problem
 from crossdock.models import (
     FAMILIES,
@@ -67,6 +73,7 @@ def check_settings(config: Config) -> PreTrainedConfig:
         for name in names.split():
             value = attrgetter(name)(config)
             require(config, name, value is None or holds(value), f"must be {valid}")
+    check_run_files(config)
     _check_dispatcher(config)
     _check_kernels(config)
     _check_compile(config)

@@ -21,6 +21,7 @@ from crossdock.checkpoint import (
     HFKeys,
     replace_folder,
     save_hf,
+    write_checksums,
 )
 from crossdock.comm import raise_together
 from crossdock.moe import moe_layers
@@ -114,6 +115,7 @@ def write_assets(
         # What transformers has written may differ from what the tokens were made with.
         shutil.copyfile(tokenizer_path, folder / _TOKENIZER_FILES[0])
     (folder / _DTYPES_FILE).write_text(json.dumps(dtypes_of(model, weights)._asdict(), indent=2) + "\n")
+    write_checksums(folder)
 
 
 def left_out(model: PreTrainedModel, keys: HFKeys) -> str:

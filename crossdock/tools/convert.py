@@ -41,7 +41,7 @@ from crossdock.config import (
     ConfigError,
     TrainingConfig,
     check_writable,
-    to_toml,
+    write_run_settings,
 )
 from crossdock.data import DataError, read_tokenizer
 from crossdock.models import (
@@ -229,7 +229,7 @@ def _write_run(conversion: Conversion, folder: Path, progress: Callable[[int, in
         ),
         checkpoint=CheckpointConfig(initial_load_path=str(destination)),
     )
-    (folder / RUN_CONFIG_FILE).write_text(to_toml(config))
+    write_run_settings(config, folder)
 
 
 def _known_source(path: Path, family_name: str) -> _Source:

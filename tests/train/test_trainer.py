@@ -85,7 +85,7 @@ def test_recorded_loads_are_the_routes_of_the_global_batch(ranks: RankPool, fold
     ep2 = ("--parallelism.expert-parallel-degree", "2")
     every_second = ("--training.steps", "6", "--metrics.load-interval", "2")
     result = _train(ranks, folder, "loads", 2, *every_second, "--checkpoint.interval", "3", *ep2)
-    steps, counts = read_load(folder / "loads" / "expert_load.bin")
+    steps, counts, _ = read_load(folder / "loads" / "expert_load.bin")
     assert steps.tolist() == [2, 4, 6]
     assert counts.shape == (3, 2, 8)
     assert (counts.sum(axis=2) == 8 * 32 * 2).all(), "every token of the global batch takes two routes"
@@ -100,7 +100,7 @@ def test_recorded_loads_are_the_routes_of_the_global_batch(ranks: RankPool, fold
     whole = counts.copy()
     shutil.rmtree(folder / "loads" / "checkpoint" / "step-00000006")
     _train(ranks, folder, "loads", 2, *every_second, *ep2)
-    steps, counts = read_load(folder / "loads" / "expert_load.bin")
+    steps, counts, _ = read_load(folder / "loads" / "expert_load.bin")
     assert steps.tolist() == [2, 4, 6]
     np.testing.assert_array_equal(counts, whole)
 
