@@ -109,6 +109,10 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "metrics.load_interval validation.interval validation.max_samples lora.rank fault_tolerance.max_restarts "
         "fault_tolerance.snapshot_interval fault_tolerance.straggler_interval",
     ),
+    "-1, or 1 and more": (
+        lambda value: value == -1 or value > 0,
+        "parallelism.pipeline_parallel_stages_per_rank",
+    ),
     "at least 0 and below 1": (
         lambda value: 0 <= value < 1,
         "optimizer.beta1 optimizer.beta2 optimizer.momentum data.held_out",

@@ -18,6 +18,7 @@ from crossdock.checkpoint import (
     CheckpointError,
     MemoryFiles,
     Snapshots,
+    checksum,
     read_counters,
 )
 from crossdock.config import Config
@@ -148,6 +149,13 @@ class RunKeeper:
 def _identity(folder: Path) -> str:
     """A name for the run in a folder, the same whenever it is started."""
     path = folder / _IDENTITY_FILE
-    if not path.exists():
-        path.write_text(uuid.uuid4().hex)
-    return path.read_text()
+    if path.exists():
+        name, _, digest = path.read_bytes().partition(b" ")
+        if name and digest == checksum(name).encode():
+            return name.decode()
+        logger.warning(f"{path} is damaged, and written anew: snapshots that are in memory are not this run's any more")
+    name = uuid.uuid4().hex
+    beside = path.with_suffix(".partial")
+    beside.write_text(f"{name} {checksum(name.encode())}")
+    beside.rename(path)
+    return name

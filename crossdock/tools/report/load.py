@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -18,7 +19,10 @@ logger = logging.getLogger(__name__)
 # In a run folder, beside metrics.jsonl: of every expert, and, in the same form, of every expert-parallel rank.
 LOAD_FILE = "expert_load.bin"
 RANK_LOAD_FILE = "rank_load.bin"
-_MAGIC = int.from_bytes(b"XDLD", "little")
+# One of each, so that neither is taken for the other.
+_MAGIC = MappingProxyType(
+    {LOAD_FILE: int.from_bytes(b"XDLD", "little"), RANK_LOAD_FILE: int.from_bytes(b"XDLR", "little")}
+)
 _VERSION = 2
 _HEADER_WORDS = 5
 _WORD = np.dtype("<i4")
@@ -34,7 +38,7 @@ class LoadLog:
     A file of another shape, or of something else, is set aside under a name that is told in a warning.
 
     Args:
-        path: of the file.
+        path: of the file, whose name is `LOAD_FILE` or `RANK_LOAD_FILE`.
         layers: `L`, the model's MoE layers.
         width: `E`, logical experts of each, or ranks.
         resumed_step: the last step that counts, 0 for a new run.
@@ -49,7 +53,7 @@ class LoadLog:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for the whole run)
         os.ftruncate(self._file.fileno(), kept)
         if not kept:
-            self._append(np.array([_MAGIC, _VERSION, layers, width, 0], dtype=_WORD))
+            self._append(np.array([_MAGIC[path.name], _VERSION, layers, width, 0], dtype=_WORD))
 
     def write(self, step: int, counts: torch.Tensor) -> None:
         """Add the `counts` `[L, E]` of one step; those above 2^31 - 1 are written as that number.
@@ -103,7 +107,9 @@ def _records(path: Path) -> tuple[np.ndarray, tuple[int, int], bool]:
     Raises as `read_load`.
     """
     header = np.fromfile(path, dtype=_WORD, count=_HEADER_WORDS)
-    if len(header) < _HEADER_WORDS or header[0] != _MAGIC:
+    # A file under another name may be of either kind.
+    magic = [_MAGIC[path.name]] if path.name in _MAGIC else _MAGIC.values()
+    if len(header) < _HEADER_WORDS or header[0] not in magic:
         raise LoadFileError(f"{path} holds no loads")
     if header[1] != _VERSION:
         raise LoadFileError(f"{path} has version {header[1]}; this crossdock reads {_VERSION}")
