@@ -102,10 +102,10 @@ def folder_problem(folder: Path) -> str:
             return f"{path} is damaged: it must hold the checksum of each file"
         for name, written in sums.items():
             if name not in found:
-                return f"{folder / name} is missing: {CHECKSUMS_FILE} names it"
+                return f"{folder / name} is missing: {path} names it"
             if written not in (UNCHECKED, file_checksum(folder / name)):
                 return (
-                    f"{folder / name} is damaged, or was changed by hand: its checksum is not that in {CHECKSUMS_FILE}."
+                    f"{folder / name} is damaged, or was changed by hand: its checksum is not that in {path}."
                     f' Give the old file back; or, to have it taken as it is, write "{UNCHECKED}" there'
                 )
     except FileNotFoundError:

@@ -25,7 +25,7 @@ from crossdock.config import Config
 from crossdock.train.together import from_first_rank
 from crossdock.train.watching import group_timeout
 
-__all__ = ["RunKeeper"]
+__all__ = ["RunKeeper", "run_identity"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class RunKeeper:
             self._snapshots = Snapshots(
                 MemoryFiles(Path(self._tolerance.snapshot_folder), folder),
                 self._checkpointer,
-                from_first_rank(lambda: _identity(folder)),
+                from_first_rank(lambda: run_identity(folder)),
                 layout,
                 machine,
                 on_partner=self._tolerance.snapshot_partner,
@@ -146,7 +146,7 @@ class RunKeeper:
             self._saved = step
 
 
-def _identity(folder: Path) -> str:
+def run_identity(folder: Path) -> str:
     """A name for the run in a folder, the same whenever it is started."""
     path = folder / _IDENTITY_FILE
     if path.exists():

@@ -1,7 +1,7 @@
-"""Corruptions made up from a seed: of our checkpoints and run folders, of users' configurations, of foreign weights.
+"""Corruptions made up from a seed: of what we write, of users' configurations, of foreign weights.
 
 `case(kind, number, subjects)` is the same for the same arguments. A kind is a function that draws one case; a new kind
-(of snapshots, say) is a further entry of `KINDS`, and `damage_file` draws what befalls a file.
+is a further entry of `KINDS`, and `damage_file` draws what befalls a file.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ import logging
 import os
 import random
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from crossdock.checkpoint import CheckpointError, newest_whole, verify_checkpoint
+from crossdock.checkpoint import CheckpointError, MemoryFiles, newest_whole, verify_checkpoint
 from crossdock.config import ConfigError, load_config, validate
 from crossdock.config.settings import setting_types
 from crossdock.data import DataError
 from crossdock.tools.opening import find_model
 from crossdock.tools.report import LOAD_FILE, RANK_LOAD_FILE, LoadLog, ReportError, read_load
 from crossdock.tools.report.records import read_run
+from crossdock.train.keeping import run_identity
 from crossdock.train.metrics import MetricsLog
 from crossdock.train.trackers import Trackers
 
@@ -39,11 +41,13 @@ class Subjects(NamedTuple):
 
     Attributes:
         run: of a run on two ranks with checkpoints of steps `OLDER` and `NEWEST`.
+        snapshots: of another run on two ranks, with those of two steps in `memory-0`.
         single: weights in Hugging Face's format, in one file.
         sharded: the same in several files, with an index.
     """
 
     run: Path
+    snapshots: Path
     single: Path
     sharded: Path
 
@@ -80,7 +84,9 @@ def told(action: Callable[[], object]) -> str:
     return ""
 
 
-def damage_file(rng: random.Random, folder: Path, name: str, others: list[str], *, boundaries: set[int] | None = None):
+def damage_file(
+    rng: random.Random, folder: Path, name: str, others: list[str], *, boundaries: set[int] | None = None
+) -> tuple[str, Callable[[Path], object], tuple[str, ...]]:
     """Draws what befalls the file `name` of a folder: cut off, emptied, a flipped bit, a block of zeros, swapped.
 
     Args:
@@ -196,8 +202,8 @@ def _logs(rng: random.Random, subjects: Subjects) -> Case:
             if name == "metrics.jsonl":
                 MetricsLog(copy / name, NEWEST).close()
             else:
-                _, counts, _ = read_load(path)
-                LoadLog(copy / name, *counts.shape[1:], NEWEST).close()
+                layers, width = read_load(path)[1].shape[1:]
+                LoadLog(copy / name, layers, width, NEWEST).close()
         of_run = " ".join(warned)
         cut = "cut to" in done and name == "metrics.jsonl"  # At the end of a line the report may see nothing wrong.
         return of_run if of_report or cut else ""
@@ -206,7 +212,7 @@ def _logs(rng: random.Random, subjects: Subjects) -> Case:
 
 
 @contextlib.contextmanager
-def _warnings():
+def _warnings() -> Iterator[list[str]]:
     """What is warned of within."""
     messages: list[str] = []
 
@@ -233,6 +239,33 @@ def _trackers(rng: random.Random, subjects: Subjects) -> Case:
         return output.getvalue()
 
     return Case(done, subjects.run, act, find, ("trackers.json",))
+
+
+def _run_id(rng: random.Random, subjects: Subjects) -> Case:
+    done, act, _ = damage_file(rng, subjects.run, ".run_id", ["trackers.json"])
+
+    def find(copy: Path) -> str:
+        with _warnings() as warned:
+            assert run_identity(copy) != run_identity(subjects.run)
+        return " ".join(warned)
+
+    return Case(done, subjects.run, act, find, (".run_id",))
+
+
+def _snapshots(rng: random.Random, subjects: Subjects) -> Case:
+    def files(copy: Path) -> MemoryFiles:
+        return MemoryFiles(copy / "memory-0", subjects.snapshots / "run")
+
+    found = files(subjects.snapshots).folder.iterdir()
+    names = sorted(path.relative_to(subjects.snapshots).as_posix() for path in found)
+    name = rng.choice(names)
+    done, act, damaged = damage_file(rng, subjects.snapshots, name, [each for each in names if each != name])
+
+    def find(copy: Path) -> str:
+        of_copy = files(copy)
+        return " ".join(told(partial(of_copy.read, rank, slot)) for rank, slot, _ in of_copy.found())
+
+    return Case(done, subjects.snapshots, act, find, tuple(Path(each).name for each in damaged))
 
 
 # What users write.
@@ -419,7 +452,9 @@ def _edit(rng: random.Random, header: dict[str, Any], tensor: str) -> tuple[str,
     return (tensor,)
 
 
-def _damaged_index(rng: random.Random, subject: Path, files: list[str]):
+def _damaged_index(
+    rng: random.Random, subject: Path, files: list[str]
+) -> tuple[str, Callable[[Path], object], tuple[str, ...]]:
     name = "model.safetensors.index.json"
     index = json.loads((subject / name).read_text())
     tensor = rng.choice(sorted(index["weight_map"]))
@@ -465,6 +500,8 @@ KINDS: Mapping[str, Callable[[random.Random, Subjects], Case]] = MappingProxyTyp
         "run assets": _assets,
         "run logs": _logs,
         "run trackers": _trackers,
+        "run id": _run_id,
+        "snapshots": _snapshots,
         "user config": _user_config,
         "foreign weights": _foreign,
     }
