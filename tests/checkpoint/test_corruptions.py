@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import shutil
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from transformers import Qwen3MoeForCausalLM
 
 from crossdock.checkpoint import newest_whole
@@ -90,6 +92,69 @@ def test_what_is_whole_is_taken_as_it_is(subjects: Subjects) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_some_corruptions_are_found_and_named(kind: str, subjects: Subjects, tmp_path: Path) -> None:
     check(kind, SOME, subjects, tmp_path)
+
+
+# The same through the commands: what is changed, the command, its exit code, what it says.
+COMMANDS: dict[str, tuple[str, str, int, str]] = {
+    "a run goes on": ("checkpoint/step-00000020/state.json", "train --job.dump-folder RUN", 0, "step-00000020.damaged"),
+    "its settings": ("config.toml", "train --job.dump-folder RUN", 2, "config.toml"),
+    "its assets": ("hf_assets/config.json", "train --job.dump-folder RUN", 2, "hf_assets/config.json"),
+    "settings are shown": ("config.toml", "config --job.dump-folder RUN", 2, "config.toml"),
+    "a checkpoint that is named": (
+        "checkpoint/step-00000020/shard-00001-model-00001-of-00001.safetensors",
+        "eval RUN/checkpoint/step-00000020 --data TEXT --cache-folder CACHE",
+        1,
+        "shard-00001-model-00001-of-00001.safetensors is damaged",
+    ),
+    "a run is exported": ("checkpoint/step-00000020/state.json", "export RUN OUT", 1, "state.json"),
+    "a run is converted": (
+        "checkpoint/step-00000020/shard-00002-model-00001-of-00001.safetensors",
+        "convert RUN OUT",
+        1,
+        "shard-00002-model-00001-of-00001.safetensors is damaged",
+    ),
+    "a text is continued": ("hf_assets/tokenizer.json", "generate RUN --prompt a", 2, "hf_assets/tokenizer.json"),
+    "a report is written": ("metrics.jsonl", "report RUN", 0, "report.html"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_name_what_is_damaged(
+    name: str,
+    subjects: Subjects,
+    tmp_path: Path,
+    only_rank: Callable[..., int],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, command, code, said = COMMANDS[name]
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(subjects.run, run)
+    (tmp_path / "text.txt").write_text("Some text. " * 200)
+    data = bytearray((run / file).read_bytes())
+    data[-20] ^= 4
+    (run / file).write_bytes(data)
+    monkeypatch.setenv("COLUMNS", "1000")
+    if command.startswith(("convert", "report", "config")):
+        for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(variable)
+    words = {"RUN": run, "OUT": out, "TEXT": tmp_path / "text.txt", "CACHE": tmp_path / "cache"}
+    arguments = [str(words.get(word, word)).replace("RUN", str(run)) for word in command.split()]
+    overrides = ["--training.steps", "21", "--parallelism.expert-parallel-degree", "1"]
+    try:
+        assert only_rank(*arguments, *(overrides if command.startswith("train") else ())) == code
+    finally:
+        if dist.is_initialized():  # A rank that fails leaves it to the process's end.
+            dist.destroy_process_group()
+    output = "".join(capfd.readouterr())
+    assert said in output
+    assert "Traceback" not in output
+    assert not out.exists()
+    if name == "a run goes on":
+        assert (run / "checkpoint/step-00000021").is_dir()
+        assert (run / "checkpoint/step-00000020.damaged").is_dir()
+    if name == "a report is written":
+        assert f"metrics.jsonl: line {NEWEST} could not be read" in (run / "report.html").read_text()
 
 
 @pytest.mark.slow
