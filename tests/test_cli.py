@@ -15,9 +15,9 @@ import torch
 import crossdock
 import crossdock.train.launch as launch
 from crossdock.cli import main
-from crossdock.config import Config, load_config, to_toml
+from crossdock.config import Config, load_config, to_toml, write_run_settings
 from crossdock.train.stopping import StopSignal
-from tests.tiny import write_assets
+from tests.tiny import by_hand, write_assets
 
 
 @pytest.fixture(autouse=True)
@@ -172,8 +172,8 @@ def mistaken_files(tmp_path: Path) -> None:
         "list.toml": "[metrics]\ntrackers = ['wandb', 'mlflow']\n",
         "file": "",
         "foreign/thesis.tex": "",
-        "corrupt/config.toml": "[training\n",
-        "run/config.toml": "[training]\nseed = 5\n",
+        "corrupt/config.toml": by_hand("[training\n"),
+        "run/config.toml": by_hand("[training]\nseed = 5\n"),
     }
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -274,7 +274,7 @@ def test_a_run_is_resumed_by_its_folder_alone(
 ) -> None:
     config = load_config(None, ["--training.seed", "5", "--job.dump-folder", "run"])
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.toml").write_text(to_toml(config))
+    write_run_settings(config, tmp_path / "run")
     assert call("train --job.dump-folder run") == 0
     ((arguments, _),) = launches
     assert load_config(None, arguments[1:]) == config

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 import pytest
 import torch
 
-from crossdock.config import Config, ConfigError, check_settings, load_config, to_toml, validate
+from crossdock.config import Config, ConfigError, check_settings, load_config, to_toml, validate, write_run_settings
 from crossdock.models import FAMILIES
 from tests.chats import turns, write_chat_assets, write_conversations
 from tests.models.tiny_families import write_config
@@ -300,7 +300,7 @@ def make_run(folder: Path, *overrides: str) -> Config:
     """A folder that holds a run of these settings."""
     config = load_config(None, ["--job.dump-folder", str(folder), *overrides])
     folder.mkdir()
-    (folder / "config.toml").write_text(to_toml(config))
+    write_run_settings(config, folder)
     return config
 
 

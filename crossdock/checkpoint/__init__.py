@@ -1,5 +1,14 @@
 """Checkpoints: any layout to any layout, and Hugging Face's format in and out."""
 
+from crossdock.checkpoint.checksums import (
+    CHECKSUMS_FILE,
+    UNCHECKED,
+    checksum,
+    folder_problem,
+    parse_checked_json,
+    to_checked_json,
+    write_checksums,
+)
 from crossdock.checkpoint.dcp_streaming import stream_checkpoint
 from crossdock.checkpoint.dcp_tensors import (
     Convention,
@@ -36,12 +45,15 @@ from crossdock.checkpoint.pickles import pickle_refusal
 from crossdock.checkpoint.recovery import FoundSnapshot, Snapshots
 from crossdock.checkpoint.state_dicts import expert_range, from_hf, to_hf, validate_experts
 from crossdock.checkpoint.stored import Reader, Stored
+from crossdock.checkpoint.verifying import newest_whole, verify_checkpoint
 
 __all__ = [
     "CHECKPOINT_FOLDER",
+    "CHECKSUMS_FILE",
     "DTYPES",
     "MAX_SHARD_BYTES",
     "METADATA_FILE",
+    "UNCHECKED",
     "CheckpointConfig",
     "CheckpointError",
     "Checkpointer",
@@ -59,16 +71,20 @@ __all__ = [
     "Snapshots",
     "Stored",
     "checkpoint_as_hf",
+    "checksum",
     "expert_range",
     "find_checkpoint",
+    "folder_problem",
     "from_hf",
     "holds_weights_alone",
     "in_short",
     "latest_step",
     "locate",
     "materialise_optimizer_state",
+    "newest_whole",
     "open_foreign",
     "our_rows",
+    "parse_checked_json",
     "pickle_refusal",
     "read_counters",
     "read_state",
@@ -79,7 +95,10 @@ __all__ = [
     "stream_checkpoint",
     "stream_hf",
     "tensor_shapes",
+    "to_checked_json",
     "to_hf",
     "validate_experts",
+    "verify_checkpoint",
     "views_of",
+    "write_checksums",
 ]

@@ -52,6 +52,7 @@ def stream_checkpoint(
     buffers = {f"model.{name}": buffer for name, buffer in model.named_buffers() if name in persistent}
     tensors = {name: torch.zeros_like(own, device="cpu") for name, own in buffers.items() if name not in held}
     file_of |= dict.fromkeys(tensors, 1)
+    checksums: dict[str, str] = {}
     done, total = 0, sum(view.nbytes for _, _, view in held.values())
     with OpenFiles(weights.folder) as opened:
         for _, names in groupby(held, key=file_of.__getitem__):
@@ -61,20 +62,22 @@ def stream_checkpoint(
                 for part in keys.parts(name, expert, view.shape):
                     read_part(opened, weights.tensors[part.name], part, value, (0,) * value.ndim)
                 done += value.nbytes
-            _save(tensors, partial, file_of)
+            checksums |= _save(tensors, partial, file_of)
             tensors = {}
             progress(done, total)
     counters = {"step": 0, "samples": 0, "skipped_steps": 0}
     state = {"step": 0, "world_size": 1, "random_states": [], "counters": counters, "weights_only": True}
-    finish(partial, final, state)
+    finish(partial, final, state, checksums)
 
 
-def _save(tensors: dict[str, Tensor], folder: Path, file_of: dict[str, int]) -> None:
-    """Write one file, beside those that are there."""
+def _save(tensors: dict[str, Tensor], folder: Path, file_of: dict[str, int]) -> dict[str, str]:
+    """Write one file, beside those that are there; returns its checksum by its name."""
+    writer = DCPWriter(folder, file_of)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is one process
-            dcp.save(tensors, storage_writer=DCPWriter(folder, file_of), no_dist=True)
+            dcp.save(tensors, storage_writer=writer, no_dist=True)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise CheckpointError(f"cannot write below {folder}: {type(cause).__name__}: {cause}") from None
+    return writer.checksums

@@ -215,7 +215,7 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def checkpoint_as_hf(folder: Path, model: nn.Module, keys: HFKeys) -> HFCheckpoint:
-    """The weights of one of our checkpoints, which `read_state` has looked at, as a folder of Hugging Face's format.
+    """The weights of one of our checkpoints as a folder of Hugging Face's format, after `verify_checkpoint`.
 
     Raises:
         CheckpointError: for files that are damaged, or weights that do not fit `model`.

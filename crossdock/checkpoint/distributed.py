@@ -21,7 +21,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
@@ -32,9 +31,18 @@ from crossdock.checkpoint.background import Background, Staging
 from crossdock.checkpoint.dcp_loading import StrictLoadPlanner
 from crossdock.checkpoint.dcp_writing import DCPWriter
 from crossdock.checkpoint.experts import ExpertRows
-from crossdock.checkpoint.folders import CheckpointError, finish, make_room, read_state, saved_steps, set_aside
+from crossdock.checkpoint.folders import (
+    CheckpointError,
+    finish,
+    make_room,
+    read_state,
+    saved_steps,
+    set_aside,
+    step_folder,
+)
 from crossdock.checkpoint.held import Held, Place
 from crossdock.checkpoint.hf_writing import file_numbers
+from crossdock.checkpoint.verifying import verify_checkpoint
 from crossdock.comm import raise_together
 from crossdock.lora import adapters_of, base_of
 from crossdock.parallel import local_part, local_with_offsets, plain_name
@@ -132,7 +140,7 @@ class Checkpointer:
         if background is not None and self.when_busy == "skip" and background.is_busy():
             return None
         self.wait()
-        final = self.folder / f"step-{step:08d}"
+        final = step_folder(self.folder, step)
         random_states = self.random_states()
         uncopied: Exception | None = None
         if background is None:
@@ -184,28 +192,32 @@ class Checkpointer:
         raise_together(uncopied, group)
         beside = final.with_name(f".{final.name}.partial")
         self._on_first_rank(lambda: make_room(beside), group)
+        writer = DCPWriter(beside, files)
         try:
-            dcp.save(tensors, storage_writer=DCPWriter(beside, files), process_group=group)
+            dcp.save(tensors, storage_writer=writer, process_group=group)
         except CheckpointException as error:
             if self._rank == 0:
                 shutil.rmtree(beside, ignore_errors=True)
             raise CheckpointError(f"cannot write checkpoint {final}: {_reason(error)}") from None
-        self._on_first_rank(lambda: finish(beside, final, state), group)
+        self._on_first_rank(lambda: finish(beside, final, state, writer.checksums), group)
         self._on_first_rank(lambda: self._drop_old(state["step"]), group)
 
-    def load(self, step: int) -> dict[str, Any]:
+    def load(self, step: int, *, verified: bool = False) -> dict[str, Any]:
         """Load the checkpoint of `step` into model and optimizer, whatever layout wrote it; returns its counters.
 
         The random state is restored with the optimizer, where the number of ranks is the same as when it was saved.
+
+        Args:
+            step: names it.
+            verified: `newest_whole` has found it whole just now, so that its files need not be read twice.
 
         Raises:
             CheckpointError: on all ranks, naming the file or tensor that is missing, damaged or not this run's.
                 Nothing was loaded then, unless the storage failed while whole files were read.
         """
-        folder = self.folder / f"step-{step:08d}"
+        folder = step_folder(self.folder, step)
         self.wait()
-        state = read_state(folder)
-        self._check_headers(folder, list(state["files"]))
+        state = read_state(folder) if verified else verify_checkpoint(folder)
         entries = self._entries(lambda name, tensor: tensor)
         tensors = {name: view for entry in entries for name, view in entry.views.items()}
         restores = self.optimizer is not None and state["world_size"] == self._world_size
@@ -305,17 +317,6 @@ class Checkpointer:
             states["cuda"] = torch.cuda.get_rng_state()
         return states
 
-    def _check_headers(self, folder: Path, files: list[str]) -> None:
-        """Refuse files that are no safetensors, each rank its share of them; torch's reader would not name them."""
-        error: Exception | None = None
-        for name in files[self._rank :: self._world_size]:
-            try:
-                with safe_open(folder / name, framework="pt"):
-                    pass
-            except (OSError, SafetensorError) as caught:
-                error = CheckpointError(f"checkpoint {folder}: cannot read {name}: {caught}")
-        raise_together(error)
-
     def _on_first_rank(self, action: Callable[[], None], group: dist.ProcessGroup | None) -> None:
         error: Exception | None = None
         if self._rank == 0:
@@ -330,7 +331,7 @@ class Checkpointer:
         others = [step for step in saved_steps(self.folder) if step != saved]
         if self.keep_latest_k:
             for step in others[: max(0, len(others) + 1 - self.keep_latest_k)]:
-                shutil.rmtree(set_aside(self.folder / f"step-{step:08d}"), ignore_errors=True)
+                shutil.rmtree(set_aside(step_folder(self.folder, step)), ignore_errors=True)
 
 
 def set_random_states(states: dict[str, Tensor]) -> None:

@@ -6,15 +6,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from crossdock.checkpoint.checksums import parse_checked_json, to_checked_json
 from crossdock.comm import raise_together
 
 __all__ = [
     "CHECKPOINT_FOLDER",
     "CheckpointError",
+    "OtherFormatError",
     "find_checkpoint",
     "finish",
     "holds_weights_alone",
@@ -27,17 +29,22 @@ __all__ = [
     "saved_steps",
     "saved_world_size",
     "set_aside",
+    "step_folder",
 ]
 
 CHECKPOINT_FOLDER = "checkpoint"
 """Of a run folder, where its checkpoints are."""
 _STATE_FILE = "state.json"
-_FORMAT = 1
+_FORMAT = 2
 _SHOWN = 8
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message names the folder and what is wrong with it."""
+
+
+class OtherFormatError(CheckpointError):
+    """A checkpoint that another version has written: it may be whole."""
 
 
 def in_short(problems: Sequence[str]) -> str:
@@ -65,20 +72,24 @@ def latest_step(folder: Path) -> int | None:
     return steps[-1] if steps else None
 
 
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` stands, below the folder of checkpoints."""
+    return folder / f"step-{step:08d}"
+
+
 def saved_world_size(folder: Path, step: int) -> int | None:
     """How many ranks wrote the checkpoint of `step` below `folder`; `None` where it does not tell."""
     try:
-        world_size = json.loads((folder / f"step-{step:08d}" / _STATE_FILE).read_text())["world_size"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return _parse_state(step_folder(folder, step))["world_size"]
+    except CheckpointError:
         return None
-    return world_size if type(world_size) is int else None
 
 
 def holds_weights_alone(folder: Path, step: int) -> bool:
     """Whether the checkpoint of `step` below `folder` was converted, and so has no optimizer to go on with."""
     try:
-        return json.loads((folder / f"step-{step:08d}" / _STATE_FILE).read_text()).get("weights_only") is True
-    except (OSError, ValueError, AttributeError):
+        return _parse_state(step_folder(folder, step)).get("weights_only") is True
+    except CheckpointError:
         return False
 
 
@@ -88,7 +99,7 @@ def read_counters(folder: Path, step: int) -> dict[str, Any]:
     Raises:
         CheckpointError: on all ranks, if files are missing or damaged.
     """
-    return read_state(folder / f"step-{step:08d}")["counters"]
+    return read_state(step_folder(folder, step))["counters"]
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -106,11 +117,12 @@ def make_room(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def finish(partial: Path, final: Path, state: dict[str, Any]) -> None:
-    """Add what is no tensor and move the whole folder to its place."""
-    state |= {"format": _FORMAT, "files": _sizes(partial)}
+def finish(partial: Path, final: Path, state: dict[str, Any], checksums: Mapping[str, str]) -> None:
+    """Add what is no tensor, sizes and `checksums` of the files that hold tensors, and move the whole to its place."""
+    files = {name: {"size": size, "checksum": checksums[name]} for name, size in _sizes(partial).items()}
+    state |= {"format": _FORMAT, "files": files}
     with open(partial / _STATE_FILE, "w") as file:
-        json.dump(state, file, indent=1)
+        file.write(to_checked_json(state, lines=True))
         file.flush()
         os.fsync(file.fileno())
     replace_folder(partial, final)
@@ -139,26 +151,68 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `finish` wrote, with every tensor file in its place. Collective."""
-    state: Any = None
+    """What `finish` wrote, with every tensor file in its place. Collective.
+
+    Raises:
+        CheckpointError: on all ranks, if it is damaged or a file is missing or of another size.
+        OtherFormatError: likewise, if another version has written it.
+    """
+    state, error = {}, None
     try:
-        state = json.loads((folder / _STATE_FILE).read_text())
-        problem = _state_problem(state, _sizes(folder))
-    except (OSError, ValueError, RecursionError) as caught:
-        problem = f"cannot read {_STATE_FILE}: {caught}"
-    raise_together(CheckpointError(f"checkpoint {folder}: {problem}") if problem else None)
+        state = _parse_state(folder)
+        if problem := _files_problem(state["files"], folder):
+            error = CheckpointError(f"checkpoint {folder}: {problem}")
+    except CheckpointError as caught:
+        error = caught
+    raise_together(error)
     return state
 
 
-def _state_problem(state: Any, sizes: dict[str, int]) -> str | None:
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        found = state.get("format") if isinstance(state, dict) else None
-        return f"{_STATE_FILE} has format {found!r}; this version reads {_FORMAT}"
-    for key, kind in {"world_size": int, "random_states": list, "counters": dict, "files": dict}.items():
+def _parse_state(folder: Path) -> dict[str, Any]:
+    """What `finish` wrote. Raises CheckpointError."""
+    try:
+        text = (folder / _STATE_FILE).read_bytes()
+        state, damage = json.loads(text), ""
+        try:
+            state = parse_checked_json(text)
+        except ValueError as error:
+            damage = str(error)
+    except (OSError, ValueError, RecursionError) as caught:
+        raise CheckpointError(f"checkpoint {folder}: cannot read {_STATE_FILE}: {caught}") from None
+    found = state.get("format") if isinstance(state, dict) else None
+    # What an older version wrote has no checksum at its end.
+    if found != _FORMAT and not (damage and isinstance(state, dict) and "checksum" in state):
+        error = f"checkpoint {folder}: {_STATE_FILE} has format {found!r}; this version reads {_FORMAT}"
+        raise (OtherFormatError if type(found) is int else CheckpointError)(error)
+    if damage:
+        raise CheckpointError(f"checkpoint {folder}: cannot read {_STATE_FILE}: {damage}")
+    if problem := _state_problem(state, folder):
+        raise CheckpointError(f"checkpoint {folder}: {problem}")
+    return state
+
+
+def _state_problem(state: dict[str, Any], folder: Path) -> str:
+    kinds = {"step": int, "world_size": int, "random_states": list, "counters": dict, "files": dict}
+    for key, kind in kinds.items():
         if not isinstance(state.get(key), kind):
             return f"{_STATE_FILE}: {key} is {state.get(key)!r}, not of type {kind.__name__}"
-    for name, size in state["files"].items():
+    for name, about in state["files"].items():
+        if not isinstance(about, dict) or {type(about.get("size")), type(about.get("checksum"))} != {int, str}:
+            return f"{_STATE_FILE}: files has {about!r} for {name}, not its size and checksum"
+    if folder.name != step_folder(folder, state["step"]).name:
+        return f"{_STATE_FILE} is of step {state['step']}"
+    return ""
+
+
+def _files_problem(files: dict[str, Any], folder: Path) -> str:
+    """What is wrong with the tensor files that there are. Names are compared, and never followed elsewhere."""
+    try:
+        sizes = _sizes(folder)
+    except OSError as error:
+        return f"cannot read {error.filename or folder}: {error.strerror}"
+    for name, about in files.items():
+        size = about["size"]
         if sizes.get(name) != size:
             return f"{name} has {sizes[name]} bytes, not {size}" if name in sizes else f"{name} is missing"
-    foreign = sizes.keys() - state["files"].keys()
-    return f"{min(foreign)} is not of this checkpoint" if foreign else None
+    foreign = sizes.keys() - files.keys()
+    return f"{min(foreign)} is not of this checkpoint" if foreign else ""

@@ -102,7 +102,7 @@ def _read_index(folder: Path) -> dict[str, str]:
         return {}
     try:
         index = json.loads(path.read_text())["weight_map"]
-        outside = [name for name, file in index.items() if not isinstance(file, str) or Path(file).name != file]
+        outside = [name for name, file in index.items() if not _is_name(file)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"cannot read {path} ({error}): it must hold a weight_map of names to files") from None
     if not index:
@@ -111,6 +111,11 @@ def _read_index(folder: Path) -> dict[str, str]:
         wrong = f"{outside[0]} is in {index[outside[0]]!r}"
         raise CheckpointError(f"{path} says that {wrong}; it must be the name of a file in the same folder")
     return index
+
+
+def _is_name(file: Any) -> bool:
+    """Whether it names a file in the same folder, and leads nowhere else."""
+    return isinstance(file, str) and Path(file).name == file and file not in ("", "..")
 
 
 def _read_header(folder: Path, file: str) -> dict[str, Header]:

@@ -168,7 +168,7 @@ class MemoryFiles:
         if manifest.rank != rank or len(data) != max(manifest.num_bytes, 1):
             raise CheckpointError(f"snapshot {data_path} is damaged: it is not the data of {path.name}")
         if checksum(memoryview(data)[: manifest.num_bytes]) != manifest.digest:
-            raise CheckpointError(f"snapshot {data_path} is damaged: its checksum is another")
+            raise CheckpointError(f"snapshot {data_path} is damaged: its checksum is not that in {path.name}")
         return manifest, data
 
     def remove(self, rank: int) -> None:

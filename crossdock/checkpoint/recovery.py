@@ -9,7 +9,6 @@ killed at any moment leaves a whole snapshot behind, and so does a machine that 
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import mmap
 from collections.abc import Sequence
@@ -20,22 +19,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint._hf_utils import (
-    CUSTOM_METADATA_KEY,
-    DCP_VERSION_KEY,
-    FORMAT_KEY,
-    FORMAT_VALUE,
-    HF_DCP_VERSION,
-    SAVED_OFFSETS_KEY,
-)
 
 from crossdock.checkpoint.background import Background
 from crossdock.checkpoint.checksums import checksum
+from crossdock.checkpoint.dcp_writing import write_shard
 from crossdock.checkpoint.distributed import Checkpointer, set_random_states
-from crossdock.checkpoint.folders import CheckpointError, finish, make_room
+from crossdock.checkpoint.folders import CheckpointError, finish, make_room, step_folder
 from crossdock.checkpoint.held import Held, Place
 from crossdock.checkpoint.memory_files import NUM_SLOTS, Manifest, MemoryFiles, bytes_of_places, views_of_places
 from crossdock.comm import raise_together
@@ -289,7 +279,7 @@ class Snapshots:
 
     def _write_checkpoint(self, found: FoundSnapshot) -> None:
         """A snapshot as a checkpoint of the run: every holder writes the parts that it can read."""
-        final = self._checkpointer.folder / f"step-{found.step:08d}"
+        final = step_folder(self._checkpointer.folder, found.step)
         beside = final.with_name(f".{final.name}.partial")
         error: Exception | None = None
         parts: dict[int, tuple[Manifest, Any]] = {}
@@ -307,19 +297,25 @@ class Snapshots:
         held: list[dict[int, list[Place]]] = [{}] * self._world_size
         dist.all_gather_object(held, {rank: list(manifest.places) for rank, (manifest, _) in parts.items()})
         chosen = _first_holders({rank: places for each in held for rank, places in each.items()})
+        checksums: dict[str, str] = {}
         try:
             for rank, (manifest, data) in parts.items():
                 path = beside / f"shard-{rank:05d}-model-00001-of-00001.safetensors"
-                _write_shard(path, rank, manifest, views_of_places(data, manifest.places), chosen)
-        except (OSError, SafetensorError) as caught:
+                checksums[path.name] = _write_shard(
+                    path, rank, manifest, views_of_places(data, manifest.places), chosen
+                )
+        except OSError as caught:
             error = CheckpointError(f"cannot write {final}: {caught}")
         raise_together(error)
+        of_ranks: list[dict[str, str]] = [{}] * self._world_size
+        dist.all_gather_object(of_ranks, checksums)
         try:
             if self._rank == 0:
                 names = {place.name for each in held for places in each.values() for place in places}
                 devices = sorted({name.split(".")[1] for name in names if name.startswith(_RANDOM)})
                 state = {"step": found.step, "world_size": len(found.holders), "random_states": devices}
-                finish(beside, final, state | {"counters": found.counters})
+                checksums = {name: digest for of_rank in of_ranks for name, digest in of_rank.items()}
+                finish(beside, final, state | {"counters": found.counters}, checksums)
         except OSError as caught:
             error = CheckpointError(f"cannot write {final}: {caught}")
         raise_together(error)
@@ -397,23 +393,18 @@ def _write_shard(
     manifest: Manifest,
     views: list[Tensor],
     chosen: dict[tuple[str, tuple[int, ...], tuple[int, ...] | None], int],
-) -> None:
-    """One rank's part in the form of torch's distributed checkpoint, without what another rank writes."""
+) -> str:
+    """One rank's part in the form of torch's distributed checkpoint, without what another rank writes; its checksum."""
     tensors: dict[str, Tensor] = {}
-    offsets: dict[str, dict[str, list[int]]] = {}
+    offsets: dict[str, list[int]] = {}
     for place, view in zip(manifest.places, views, strict=True):
         if chosen[place.name, place.offsets, place.experts] != rank or not view.numel():
             continue
         if place.experts is None:
-            tensors[place.name], offsets[place.name] = view, {SAVED_OFFSETS_KEY: list(place.offsets)}
+            tensors[place.name], offsets[place.name] = view, list(place.offsets)
             continue
         for expert, row in zip(place.experts, view, strict=True):
             if expert != EMPTY:
                 name = f"{place.name}.{expert}"
-                tensors[name], offsets[name] = row, {SAVED_OFFSETS_KEY: list(place.offsets[1:])}
-    metadata = {
-        CUSTOM_METADATA_KEY: json.dumps(offsets),
-        DCP_VERSION_KEY: str(HF_DCP_VERSION),
-        FORMAT_KEY: FORMAT_VALUE,
-    }
-    save_file(tensors, path, metadata)
+                tensors[name], offsets[name] = row, list(place.offsets[1:])
+    return write_shard(path, tensors, offsets)

@@ -2,7 +2,14 @@
 
 from crossdock.config.elastic import fit, with_settled_batch
 from crossdock.config.layout_checks import expert_parallel_degrees
-from crossdock.config.reading import RUN_CONFIG_FILE, load_config, read_toml, to_toml
+from crossdock.config.reading import (
+    RUN_CONFIG_FILE,
+    load_config,
+    read_run_settings,
+    read_toml,
+    to_toml,
+    write_run_settings,
+)
 from crossdock.config.requirements import check_writable
 from crossdock.config.settings import (
     ASSETS_FOLDER,
@@ -37,10 +44,12 @@ __all__ = [
     "expert_parallel_degrees",
     "fit",
     "load_config",
+    "read_run_settings",
     "read_toml",
     "read_tuned",
     "to_toml",
     "tuned_file",
     "validate",
     "with_settled_batch",
+    "write_run_settings",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -12,15 +13,26 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from crossdock.checkpoint import find_checkpoint
+from crossdock.checkpoint import UNCHECKED, checksum, find_checkpoint
 from crossdock.config.settings import ASSETS_FOLDER, Config, ConfigError, setting_types
 from crossdock.data import is_path
 from crossdock.models.family import DEEPEP_SUFFIX
 
-__all__ = ["RUN_CONFIG_FILE", "absolute", "assets_of", "load_config", "read_toml", "to_toml"]
+__all__ = [
+    "RUN_CONFIG_FILE",
+    "absolute",
+    "assets_of",
+    "load_config",
+    "read_run_settings",
+    "read_toml",
+    "to_toml",
+    "write_run_settings",
+]
 
 # The resolved settings in a run folder.
 RUN_CONFIG_FILE = "config.toml"
+# Its first line; elsewhere, as in a copy that somebody edits, it is a comment and no more.
+_FIRST_LINE = re.compile(rf"# checksum of what follows: ([0-9a-f]{{32}}|{UNCHECKED})\n".encode())
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -40,8 +52,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         tyro.cli(Config, prog="crossdock train [CONFIG.toml]", default=base, args=["--help"])
     config = _override(base, overrides)
     folder = absolute(config.job.dump_folder)
-    if path is None and folder and os.path.isfile(saved := os.path.join(folder, RUN_CONFIG_FILE)):
-        config = _override(read_toml(Path(saved)), overrides)
+    if path is None and folder and os.path.isfile(os.path.join(folder, RUN_CONFIG_FILE)):
+        config = _override(read_run_settings(Path(folder)), overrides)
     start = absolute(config.checkpoint.initial_load_path)
     if config.lora.rank and (checkpoint := find_checkpoint(Path(start))) is not None:
         start = str(checkpoint[0] / f"step-{checkpoint[1]:08d}")  # The base stays the same when that run goes on.
@@ -91,13 +103,53 @@ def _absolute_source(source: str) -> str:
 
 def read_toml(path: Path) -> Config:
     """The settings of a TOML file; what it leaves out has its default. Raises ConfigError."""
+    return _parse_toml(path, _read(path))
+
+
+def read_run_settings(folder: Path) -> Config:
+    """The settings that `write_run_settings` has left in a run folder.
+
+    Raises:
+        ConfigError: for a file that cannot be read or is damaged, or was changed by hand: its checksum tells.
+    """
+    path = folder / RUN_CONFIG_FILE
+    data = _read(path)
+    found = _FIRST_LINE.match(data)
+    if found is None:
+        valid = "is damaged, or was written by another version: its first line is not the checksum of the others"
+        raise ConfigError("config file", str(path), valid)
+    if found[1] not in (UNCHECKED.encode(), checksum(data[found.end() :]).encode()):
+        raise ConfigError(
+            "config file",
+            str(path),
+            "is damaged, or was changed by hand: its first line is not the checksum of the others. Settings are "
+            f"changed by --section.key value; to have the file taken as it is, write {UNCHECKED} there in place of the "
+            "checksum",
+        )
+    return _parse_toml(path, data)
+
+
+def write_run_settings(config: Config, folder: Path) -> None:
+    """Write config.toml into the run folder, with its checksum. Raises OSError."""
+    text = to_toml(config).encode()
+    beside = folder / f".{RUN_CONFIG_FILE}.partial"
+    beside.write_bytes(f"# checksum of what follows: {checksum(text)}\n".encode() + text)
+    beside.rename(folder / RUN_CONFIG_FILE)
+
+
+def _read(path: Path) -> bytes:
     try:
-        return _build(tomllib.loads(path.read_text(encoding="utf-8")))
-    except ConfigError as error:
-        raise ConfigError(error.field, error.value, f"{error.valid} (in {path})") from None
+        return path.read_bytes()
     except OSError as error:
         raise ConfigError("config file", str(path), f"must be a readable TOML file ({error.strerror})") from None
-    except ValueError as error:
+
+
+def _parse_toml(path: Path, data: bytes) -> Config:
+    try:
+        return _build(tomllib.loads(data.decode("utf-8")))
+    except ConfigError as error:
+        raise ConfigError(error.field, error.value, f"{error.valid} (in {path})") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError("config file", str(path), f"must be valid TOML ({error})") from None
 
 

@@ -9,8 +9,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from crossdock.checkpoint import CheckpointError, HFCheckpoint, find_checkpoint, holds_weights_alone
-from crossdock.config.reading import RUN_CONFIG_FILE, read_toml
+from crossdock.checkpoint import (
+    CHECKSUMS_FILE,
+    CheckpointError,
+    HFCheckpoint,
+    find_checkpoint,
+    folder_problem,
+    holds_weights_alone,
+)
+from crossdock.config.reading import RUN_CONFIG_FILE, read_run_settings
 from crossdock.config.requirements import check_writable, require
 from crossdock.config.settings import Config, ConfigError
 from crossdock.config.tuned import TunedFileError, read_tuned
@@ -19,7 +26,19 @@ from crossdock.models import FAMILIES, PeftAdapter, build_model
 from crossdock.models.family import DEEPEP_SUFFIX
 from crossdock.models.generic import Generic
 
-__all__ = ["check_initial_weights", "check_lora", "check_run_folder", "check_tuned"]
+__all__ = ["check_initial_weights", "check_lora", "check_run_files", "check_run_folder", "check_tuned"]
+
+
+def check_run_files(config: Config) -> None:
+    """What a resumed run reads of its own folder, or a new one of another run's, must be what was written there."""
+    resumed = config.run_model is not config.model
+    if resumed and Path(config.job.dump_folder, RUN_CONFIG_FILE).is_file():
+        read_run_settings(Path(config.job.dump_folder))
+    assets = config.run_model.hf_assets_path
+    if assets and (resumed or Path(assets, CHECKSUMS_FILE).is_file()) and (problem := folder_problem(Path(assets))):
+        if resumed:
+            raise ConfigError("job.dump_folder", config.job.dump_folder, problem)
+        raise ConfigError("model.hf_assets_path", assets, problem)
 
 
 def check_initial_weights(config: Config, hf_config: PreTrainedConfig) -> None:
@@ -42,7 +61,7 @@ def check_initial_weights(config: Config, hf_config: PreTrainedConfig) -> None:
     family = FAMILIES[config.model.name]
     checkpoint = find_checkpoint(folder)
     saved = None if checkpoint is None else checkpoint[0].parent / RUN_CONFIG_FILE
-    if saved is not None and saved.is_file() and read_toml(saved).lora.rank:
+    if saved is not None and saved.is_file() and read_run_settings(saved.parent).lora.rank:
         valid = "is of a LoRA run, which holds adapters alone; `crossdock export --merge` makes weights of it"
         raise ConfigError(field, str(folder), f"{valid}, and lora.adapter_path starts from its folder `adapter`")
     try:
@@ -135,7 +154,7 @@ def check_run_folder(config: Config) -> None:
     require(config, "job.dump_folder", checkpoint is None or not holds_weights_alone(*checkpoint), valid)
     saved = os.path.join(folder, RUN_CONFIG_FILE)
     if os.path.isfile(saved):
-        before = read_toml(Path(saved))
+        before = read_run_settings(Path(folder))
         for name in _FIXED:
             value = attrgetter("data.row_packing" if name == "data.packing" else name)
             old = value(before)

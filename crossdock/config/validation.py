@@ -17,7 +17,13 @@ from crossdock.config.data_checks import check_data, check_tokenizer
 from crossdock.config.layout_checks import check_layout
 from crossdock.config.requirements import check_writable, require
 from crossdock.config.settings import Config, ConfigError, setting_types
-from crossdock.config.start_checks import check_initial_weights, check_lora, check_run_folder, check_tuned
+from crossdock.config.start_checks import (
+    check_initial_weights,
+    check_lora,
+    check_run_files,
+    check_run_folder,
+    check_tuned,
+)
 from crossdock.dispatch import choose_deepep_api, load_deepep, symmetric_problem
 from crossdock.models import (
     FAMILIES,
@@ -67,6 +73,7 @@ def check_settings(config: Config) -> PreTrainedConfig:
         for name in names.split():
             value = attrgetter(name)(config)
             require(config, name, value is None or holds(value), f"must be {valid}")
+    check_run_files(config)
     _check_dispatcher(config)
     _check_kernels(config)
     _check_compile(config)
@@ -101,6 +108,10 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "optimizer.lr optimizer.weight_decay lr_scheduler.warmup_steps checkpoint.interval checkpoint.keep_latest_k "
         "metrics.load_interval validation.interval validation.max_samples lora.rank fault_tolerance.max_restarts "
         "fault_tolerance.snapshot_interval fault_tolerance.straggler_interval",
+    ),
+    "-1, or 1 and more": (
+        lambda value: value == -1 or value > 0,
+        "parallelism.pipeline_parallel_stages_per_rank",
     ),
     "at least 0 and below 1": (
         lambda value: 0 <= value < 1,

@@ -43,7 +43,8 @@ class ChatTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            # Code that a folder brings along is never run, and nobody is asked whether it may.
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # Of the file, of its class, of transformers: there is no common one.
             raise DataError(f"{folder}: transformers can't open its tokenizer ({error})") from error
         if template is None and not tokenizer.chat_template:

@@ -196,6 +196,8 @@ def _open_dataset(entry: str, fields: Fields[T]) -> Source[T]:
     need_package("datasets", f"source {entry!r}")
     import datasets
 
+    if int(datasets.__version__.partition(".")[0]) < 4:
+        raise DataError(f"source {entry!r} needs datasets 4.0 or newer: older ones run code that a dataset brings")
     try:
         # Not streamed: what was fetched stays on disk, in Arrow files that are read a group of rows at a time.
         dataset = datasets.load_dataset(name, config, split=split)

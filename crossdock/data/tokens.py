@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -167,7 +168,9 @@ def _fingerprint(*parts: Any) -> str:
 
 @contextlib.contextmanager
 def _locked(cache: Path, name: str) -> Iterator[None]:
-    with (cache / f".{name}.lock").open("w") as lock:
+    # The cache may be shared: a link that somebody else has put there is not followed.
+    descriptor = os.open(cache / f".{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(descriptor, "r+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # Let go when the file is closed, by a crash too.
         yield
 
@@ -293,6 +296,8 @@ def _read_folder(source: Source[Any], folder: Path) -> list[TokenFile] | None:
     try:
         description = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
         shared = {name: description[name] for name in ("dtype", "vocab_size", "end_of_text_id")}
+        if shared["dtype"] not in ("uint16", "uint32"):
+            return None
         files = [
             TokenFile(path=folder / part / "tokens.bin", source=source.entry, **shared, **description[part])
             for part in (_TRAIN, _HELD_OUT)

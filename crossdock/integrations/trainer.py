@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from crossdock.checkpoint import Checkpointer, CheckpointError, latest_step, materialise_optimizer_state, read_counters
+from crossdock.checkpoint import Checkpointer, CheckpointError, materialise_optimizer_state, newest_whole, read_counters
 
 __all__ = ["CheckpointCallback"]
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointCallback(TrainerCallback):
@@ -59,9 +62,11 @@ class CheckpointCallback(TrainerCallback):
         Collective where a default process group exists. The folder is temporary and of use with this callback alone.
 
         Raises:
-            CheckpointError: on all ranks, if the newest checkpoint cannot be read.
+            CheckpointError: on all ranks, if there are checkpoints and none is whole.
         """
-        step = _agreed(latest_step(self.folder))
+        step, passed_over = newest_whole(self.folder)
+        for message in passed_over:
+            logger.warning(message)
         if step is None:
             return None
         counters = read_counters(self.folder, step)
@@ -214,12 +219,3 @@ def _load_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer, state: dic
 
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _agreed(step: int | None) -> int | None:
-    """The first rank's `step`, on all ranks."""
-    if not dist.is_initialized():
-        return step
-    steps = [step]
-    dist.broadcast_object_list(steps, src=0)
-    return steps[0]

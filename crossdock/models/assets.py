@@ -21,6 +21,7 @@ from crossdock.checkpoint import (
     HFKeys,
     replace_folder,
     save_hf,
+    write_checksums,
 )
 from crossdock.comm import raise_together
 from crossdock.moe import moe_layers
@@ -114,6 +115,7 @@ def write_assets(
         # What transformers has written may differ from what the tokens were made with.
         shutil.copyfile(tokenizer_path, folder / _TOKENIZER_FILES[0])
     (folder / _DTYPES_FILE).write_text(json.dumps(dtypes_of(model, weights)._asdict(), indent=2) + "\n")
+    write_checksums(folder)
 
 
 def left_out(model: PreTrainedModel, keys: HFKeys) -> str:
@@ -199,11 +201,23 @@ def read_dtypes(assets: Path, dtype: str) -> ExportDtypes:
 
 def _copy_texts(source: Path, folder: Path) -> None:
     """Copy what there is of the tokenizer's files and the generation configuration."""
-    for name in (*_TOKENIZER_FILES, _GENERATION_FILE):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    if (source / _TEMPLATES_FOLDER).is_dir():
-        shutil.copytree(source / _TEMPLATES_FOLDER, folder / _TEMPLATES_FOLDER, dirs_exist_ok=True)
+    templates = sorted((source / _TEMPLATES_FOLDER).glob("*.jinja"))
+    names = [name for name in (*_TOKENIZER_FILES, _GENERATION_FILE) if (source / name).is_file()]
+    for name in (*names, *(f"{_TEMPLATES_FOLDER}/{path.name}" for path in templates)):
+        if not _belongs(source / name, source):
+            raise OSError(0, f"{source / name} is a link to a file elsewhere, which is not copied; put the file there")
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+
+
+def _belongs(path: Path, folder: Path) -> bool:
+    """Whether what is to be copied from a folder is a file of it, or of the Hub's cache that the folder is a part of.
+
+    Else a folder that somebody has made could have a copy made of any file that its reader may read, and handed on.
+    """
+    place, folder = path.resolve(), folder.resolve()
+    blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
+    return place.is_relative_to(folder) or place.is_relative_to(blobs)
 
 
 def copy_assets(assets: Path, folder: Path, default_dtype: str, hf_config: PreTrainedConfig | None = None) -> None:
@@ -218,6 +232,7 @@ def copy_assets(assets: Path, folder: Path, default_dtype: str, hf_config: PreTr
     _copy_texts(assets, folder)
     config = json.loads((assets / _CONFIG_FILE).read_text() if hf_config is None else hf_config.to_json_string())
     config.pop("torch_dtype", None)
+    config.pop("auto_map", None)  # Code that is not copied, and was never run here.
     config.pop("quantization_config", None)  # Of the weights there, not of those that are written.
     config["dtype"] = str(DTYPES[default_dtype]).removeprefix("torch.")
     (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ __all__ = [
     "ModelConfig",
     "ModelError",
     "formula_of",
+    "read_hf_config",
 ]
 
 DEEPEP_SUFFIX = "-deepep"
@@ -182,7 +184,7 @@ class Family(ABC):
 
     def hf_config_from(self, folder: Path) -> PreTrainedConfig:
         """The configuration in `folder/config.json`."""
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return read_hf_config(folder)
 
     def build(self, hf_config: PreTrainedConfig) -> PreTrainedModel:
         """The family's transformers model with the attention that its configuration names, on the default device."""
@@ -216,6 +218,25 @@ class Family(ABC):
                     fresh = type(module)(cast(Any, module).config)
                 for name, buffer in fresh.named_buffers():
                     module.get_buffer(name).copy_(buffer)
+
+
+def read_hf_config(folder: Path) -> PreTrainedConfig:
+    """transformers' own configuration in `folder/config.json`: code that a folder brings along is never run.
+
+    Raises:
+        ValueError: for a model that has no other code; whatever transformers raises for a file that it cannot read.
+    """
+    written = json.loads((folder / "config.json").read_text())
+    model_type = written.get("model_type")
+    if written.get("auto_map") and model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"it names code of its own (auto_map), which is never run, and transformers knows no model_type "
+            f"{model_type!r}"
+        )
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # transformers' own classes are taken in any case; nothing that is written later names that code again.
+    config.__dict__.pop("auto_map", None)
+    return config
 
 
 def formula_of(activation: str, **settings: Any) -> ExpertsFormula:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from crossdock.checkpoint import CheckpointError, HFCheckpoint, Reader, Stored, views_of
 from crossdock.models.families import FAMILIES
-from crossdock.models.family import Family
+from crossdock.models.family import Family, read_hf_config
 from crossdock.models.initial import draw_row
 
 __all__ = ["UPCYCLED", "upcycled_config", "upcycled_weights"]
@@ -73,7 +73,7 @@ def upcycled_config(folder: Path, model_type: str, num_experts: int, top_k: int)
         ValueError: where the dense configuration asks for what the family does not compute.
     """
     sibling = UPCYCLED[model_type]
-    dense = AutoConfig.from_pretrained(folder, local_files_only=True)
+    dense = read_hf_config(folder)
     family = FAMILIES[sibling.family]
     for name, value in sibling.needs.items():
         if getattr(dense, name) != value:

@@ -29,10 +29,10 @@ from crossdock.checkpoint import (
     find_checkpoint,
     open_foreign,
     pickle_refusal,
-    read_state,
     replace_folder,
     stream_checkpoint,
     stream_hf,
+    verify_checkpoint,
 )
 from crossdock.config import (
     ASSETS_FOLDER,
@@ -41,7 +41,7 @@ from crossdock.config import (
     ConfigError,
     TrainingConfig,
     check_writable,
-    to_toml,
+    write_run_settings,
 )
 from crossdock.data import DataError, read_tokenizer
 from crossdock.models import (
@@ -229,7 +229,7 @@ def _write_run(conversion: Conversion, folder: Path, progress: Callable[[int, in
         ),
         checkpoint=CheckpointConfig(initial_load_path=str(destination)),
     )
-    (folder / RUN_CONFIG_FILE).write_text(to_toml(config))
+    write_run_settings(config, folder)
 
 
 def _known_source(path: Path, family_name: str) -> _Source:
@@ -255,7 +255,7 @@ def _known_source(path: Path, family_name: str) -> _Source:
         return _Source("Hugging Face folder", family, model, found.weights, found.assets)
     model = build_model(family, found.hf_config, found.moe, found.dtype)
     folder = found.weights[0] / f"step-{found.weights[1]:08d}"
-    read_state(folder)
+    verify_checkpoint(folder)
     weights = checkpoint_as_hf(folder, model, family.keys(model))
     return _Source(f"checkpoint {folder}", family, model, weights, found.assets, is_run=True)
 

@@ -11,8 +11,15 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from crossdock.checkpoint import CHECKPOINT_FOLDER, Checkpointer, CheckpointError, HFCheckpoint, find_checkpoint
-from crossdock.config import ASSETS_FOLDER, RUN_CONFIG_FILE, ConfigError, expert_parallel_degrees, read_toml
+from crossdock.checkpoint import (
+    CHECKPOINT_FOLDER,
+    Checkpointer,
+    CheckpointError,
+    HFCheckpoint,
+    find_checkpoint,
+    folder_problem,
+)
+from crossdock.config import ASSETS_FOLDER, RUN_CONFIG_FILE, ConfigError, expert_parallel_degrees, read_run_settings
 from crossdock.data import ChatTokenizer, DataConfig, DataError, open_tokenizer, vocabulary_size
 from crossdock.lora import LoRAConfig, add_lora
 from crossdock.models import (
@@ -102,7 +109,9 @@ def find_model(path: Path, family_name: str = "") -> ModelSource:
     dtype, data, lora, base_path = torch.float32, DataConfig(), LoRAConfig(), ""
     if checkpoint is not None:
         run = checkpoint[0].parent
-        config = read_toml(run / RUN_CONFIG_FILE)
+        config = read_run_settings(run)
+        if problem := folder_problem(run / ASSETS_FOLDER):
+            raise ConfigError("model", str(path), problem)
         # Room for the batches of training, and experiments with the router, are the training's.
         moe = replace(config.moe, static_shapes=False, debug_force_zipf=-1.0, debug_force_zipf_seed=-1)
         if moe.dispatcher == "local":  # it may have been one rank then

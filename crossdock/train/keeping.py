@@ -18,14 +18,14 @@ from crossdock.checkpoint import (
     CheckpointError,
     MemoryFiles,
     Snapshots,
+    checksum,
     read_counters,
-    saved_steps,
 )
 from crossdock.config import Config
 from crossdock.train.together import from_first_rank
 from crossdock.train.watching import group_timeout
 
-__all__ = ["RunKeeper"]
+__all__ = ["RunKeeper", "run_identity"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class RunKeeper:
             self._snapshots = Snapshots(
                 MemoryFiles(Path(self._tolerance.snapshot_folder), folder),
                 self._checkpointer,
-                from_first_rank(lambda: _identity(folder)),
+                from_first_rank(lambda: run_identity(folder)),
                 layout,
                 machine,
                 on_partner=self._tolerance.snapshot_partner,
@@ -90,7 +90,7 @@ class RunKeeper:
         """Go on from the newest state that is whole: in memory, on another machine or on disk.
 
         Args:
-            newest: step of the newest checkpoint on disk.
+            newest: step of the newest checkpoint on disk that is whole (`newest_whole`).
             take: is given the counters, before model and optimizer have their values: it puts experts in their places.
 
         Returns:
@@ -106,13 +106,8 @@ class RunKeeper:
             return f"step {found.step}, from a snapshot in memory"
         if newest is None:
             return None
-        try:
-            take(read_counters(self.folder, newest))
-            self._checkpointer.load(newest)
-        except CheckpointError as error:
-            older = [step for step in saved_steps(self.folder) if step != newest]
-            instead = f". Without that folder, the run goes on from step {older[-1]}" if older else ""
-            raise CheckpointError(f"{error}{instead}") from None
+        take(read_counters(self.folder, newest))
+        self._checkpointer.load(newest, verified=True)
         self._saved = newest
         return f"step {newest}"
 
@@ -151,9 +146,16 @@ class RunKeeper:
             self._saved = step
 
 
-def _identity(folder: Path) -> str:
+def run_identity(folder: Path) -> str:
     """A name for the run in a folder, the same whenever it is started."""
     path = folder / _IDENTITY_FILE
-    if not path.exists():
-        path.write_text(uuid.uuid4().hex)
-    return path.read_text()
+    if path.exists():
+        name, _, digest = path.read_bytes().partition(b" ")
+        if name and digest == checksum(name).encode():
+            return name.decode()
+        logger.warning(f"{path} is damaged, and written anew: snapshots that are in memory are not this run's any more")
+    name = uuid.uuid4().hex
+    beside = path.with_suffix(".partial")
+    beside.write_text(f"{name} {checksum(name.encode())}")
+    beside.rename(path)
+    return name

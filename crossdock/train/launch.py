@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -47,6 +48,7 @@ ENDED_FOLDER = "CROSSDOCK_ENDED_FOLDER"
 _CHOSEN_THREADS = "CROSSDOCK_CHOSEN_THREADS"
 # Set by the launcher where the run may go on with fewer machines.
 _ELASTIC = "CROSSDOCK_ELASTIC"
+_LOOPBACK = "lo"
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,8 @@ def run_rank(
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    if environment.get("LOCAL_WORLD_SIZE") == environment["WORLD_SIZE"]:
+        _stay_on_loopback()
     dist.init_process_group(
         "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
         timeout=timedelta(seconds=timeout_seconds),
@@ -313,3 +317,13 @@ def run_rank(
         # At exit, to free them would wait for ranks that are gone.
         free_deepep_buffers(destroy=False)
     return exit_code
+
+
+def _stay_on_loopback() -> None:
+    """Have the ranks of one machine listen where nobody else can connect: gloo and NCCL ask no one who they are.
+
+    Whoever has chosen an interface keeps it.
+    """
+    if _LOOPBACK in (name for _, name in socket.if_nameindex()):
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, _LOOPBACK)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import sys
 import time
@@ -15,11 +15,17 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from crossdock.checkpoint import to_checked_json
 from crossdock.dispatch import Traffic
 from crossdock.parallel import ReplicaTraffic
 from crossdock.routing import StepLoad, load_statistics
+from crossdock.tools.report import read_metrics
 
 __all__ = ["MetricsLog", "ProgressDisplay", "last_logged_step", "load_metrics", "memory_use", "say", "traffic_metrics"]
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 8
 
 
 def memory_use(device: torch.device) -> tuple[float, float]:
@@ -80,7 +86,9 @@ def traffic_metrics(
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one object per step. Lines after `resumed_step`, of a run that broke off, are dropped.
+    """`metrics.jsonl`: one object per step, each with its checksum. Those after `resumed_step` are dropped.
+
+    They are of a run that broke off. Lines that are damaged are dropped, too, and told in a warning.
 
     Args:
         path: of the file.
@@ -88,16 +96,20 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        kept = []
-        if path.is_file():
-            kept = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= resumed_step]
+        rows, broken = read_metrics(path) if path.is_file() else ([], [])
+        if broken:
+            shown = ", ".join(map(str, broken[:_SHOWN])) + ", ..." * (len(broken) > _SHOWN)
+            logger.warning("%s: cut off or damaged, and dropped: line %s", path, shown)
+        kept = [row for row in rows if row["step"] <= resumed_step]
+        if missing := resumed_step - len({row["step"] for row in kept}):
+            logger.warning("%s: %s of the %s steps so far are not in it", path, missing, resumed_step)
         beside = path.with_suffix(".partial")
-        beside.write_text("".join(f"{line}\n" for line in kept))
+        beside.write_text("".join(f"{to_checked_json(row)}\n" for row in kept))
         beside.rename(path)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (open for the whole run)
 
     def write(self, metrics: dict[str, Any]) -> None:
-        self._file.write(json.dumps(metrics) + "\n")
+        self._file.write(to_checked_json(metrics) + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -105,17 +117,8 @@ class MetricsLog:
 
 def last_logged_step(path: Path) -> int:
     """The last step that a `metrics.jsonl` tells of; 0 where there is none."""
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    return int(max((step for step in map(_step_of, lines) if step != float("inf")), default=0))
-
-
-def _step_of(line: str) -> float:
-    """The step of a line; a line that broke off belongs to no step that counts."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
-    return step if type(step) is int else float("inf")
+    rows, _ = read_metrics(path) if path.is_file() else ([], [])
+    return max((row["step"] for row in rows), default=0)
 
 
 def say(message: str, *, end: str = "\n") -> None:

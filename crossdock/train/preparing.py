@@ -11,7 +11,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from crossdock.checkpoint import Checkpointer, HFCheckpoint, HFKeys, find_checkpoint
-from crossdock.config import ASSETS_FOLDER, RUN_CONFIG_FILE, Config, to_toml
+from crossdock.config import ASSETS_FOLDER, Config
 from crossdock.data import TokenFile, Tokens, prepare_tokens, read_chat_template
 from crossdock.lora import adapters_of, add_lora
 from crossdock.models import (
@@ -32,7 +32,7 @@ from crossdock.train.flops import Speed
 from crossdock.train.together import TrainingStopped, patient_group, together
 from crossdock.train.tuned import take_tuned
 
-__all__ = ["RunTokens", "TrainingModel", "build_training_model", "prepare_run_tokens", "write_settings"]
+__all__ = ["RunTokens", "TrainingModel", "build_training_model", "prepare_run_tokens"]
 
 
 class RunTokens(NamedTuple):
@@ -111,13 +111,6 @@ def prepare_run_tokens(config: Config, first_on_machine: bool) -> RunTokens:
     patient = patient_group()
     prepared = together(prepare if first_on_machine else lambda: None, patient)
     return together(lambda: prepared or prepare(), patient)
-
-
-def write_settings(config: Config, folder: Path) -> None:
-    """Write config.toml into the run folder. Raises OSError."""
-    beside = folder / f".{RUN_CONFIG_FILE}.partial"
-    beside.write_text(to_toml(config))
-    beside.rename(folder / RUN_CONFIG_FILE)
 
 
 def build_training_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -98,7 +99,8 @@ def lock_folder(folder: Path) -> TextIO:
         OSError: where it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")  # noqa: SIM115 (open for the whole run)
+    # The folder may be shared: a link that somebody else has put there is not followed.
+    file = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import queue
 import threading
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from crossdock.checkpoint import parse_checked_json, to_checked_json
 from crossdock.config import Config
 from crossdock.config.settings import setting_types
 from crossdock.train.metrics import last_logged_step, say
@@ -266,7 +266,7 @@ def _remember(folder: Path, names: tuple[str, ...]) -> tuple[str, dict[str, int]
     if not names and not path.is_file():
         return "", {}
     try:
-        before = json.loads(path.read_text())
+        before = parse_checked_json(path.read_bytes())
         run_id, active, seen = str(before["id"]), list(before["active"]), dict(before["seen_steps"])
     except FileNotFoundError:
         run_id, active, seen = uuid.uuid4().hex, [], {}
@@ -276,6 +276,6 @@ def _remember(folder: Path, names: tuple[str, ...]) -> tuple[str, dict[str, int]
     last = last_logged_step(folder / "metrics.jsonl")
     seen |= {name: max(last, seen.get(name, 0)) for name in active}
     beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps({"id": run_id, "active": names, "seen_steps": seen}) + "\n")
+    beside.write_text(to_checked_json({"id": run_id, "active": names, "seen_steps": seen}))
     beside.rename(path)
     return run_id, seen

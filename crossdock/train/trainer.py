@@ -17,10 +17,10 @@ from crossdock.balance import Balancer
 from crossdock.checkpoint import (
     CHECKPOINT_FOLDER,
     CheckpointError,
-    latest_step,
     materialise_optimizer_state,
+    newest_whole,
 )
-from crossdock.config import ASSETS_FOLDER, Config, with_settled_batch
+from crossdock.config import ASSETS_FOLDER, Config, with_settled_batch, write_run_settings
 from crossdock.data import IGNORED_LABEL, Batch, TokenBatches, TooLong, evaluation_batches
 from crossdock.dispatch import Traffic
 from crossdock.models import FAMILIES, batch_loss, export_hf, left_out, save_peft_adapter
@@ -33,7 +33,7 @@ from crossdock.train.keeping import RunKeeper
 from crossdock.train.layer_marks import mark_layers
 from crossdock.train.metrics import load_metrics, memory_use, say, traffic_metrics
 from crossdock.train.optimizer import build_optimizer, learning_rate_factor
-from crossdock.train.preparing import build_training_model, prepare_run_tokens, write_settings
+from crossdock.train.preparing import build_training_model, prepare_run_tokens
 from crossdock.train.record import RunRecord, lock_folder
 from crossdock.train.stopping import StopSignal
 from crossdock.train.together import TrainingStopped, first_named, from_first_rank, together
@@ -105,7 +105,9 @@ class Trainer:
         )
         if (too_long := TooLong.of(tokens.train, config.training.seq_len)).conversations:
             self._tell(str(too_long))
-        newest = from_first_rank(lambda: latest_step(self.folder / CHECKPOINT_FOLDER))
+        newest, passed_over = newest_whole(self.folder / CHECKPOINT_FOLDER)
+        for message in passed_over:
+            self._tell(message)
         self.meshes = meshes = dims.build_mesh(device.type, timedelta(seconds=group_timeout(config)))
         self.whole = whole = build_training_model(
             config, meshes, device, self.folder, tokens, is_new=newest is None, threads=threads
@@ -146,7 +148,7 @@ class Trainer:
         mark_layers(self.model, self.place)
         check_same_model(self.model, self.step, self.samples, self.rank // (self.world_size // dims.pp))
         # Not before the run has its weights: a start that fails leaves no settings behind.
-        together(lambda: write_settings(settings, self.folder) if self.rank == 0 else None)
+        together(lambda: write_run_settings(settings, self.folder) if self.rank == 0 else None)
 
     def train(self) -> None:
         """Run to the last step, or to the step boundary after a stop was asked for; a checkpoint is left in both cases.

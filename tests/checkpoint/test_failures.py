@@ -19,7 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crossdock.checkpoint import CheckpointError, latest_step
+from crossdock.checkpoint import CheckpointError, latest_step, newest_whole
+from crossdock.checkpoint.checksums import file_checksum, parse_checked_json, to_checked_json
 from crossdock.checkpoint.dcp_writing import DCPWriter
 from tests.checkpoint.small import Contents, Run
 from tests.ranks import RankPool
@@ -183,17 +184,25 @@ def edit_tensor(folder: Path, name: str, change: Callable[[Tensor], Tensor | Non
         tensors[new_name or name] = changed
         sharding[new_name or name] = sharding[name]
     save_file(tensors, path, metadata | {"DCP_SHARDING_INFO": json.dumps(sharding)})
-    edit_state(folder, lambda state: state["files"].update({path.name: path.stat().st_size}))
+    edit_state(folder, lambda state: state.update(files=files_of(folder)))
 
 
 def edit_state(folder: Path, change: Callable[[Any], Any]) -> None:
-    state = json.loads((folder / "state.json").read_text())
+    """Change it so that its checksum fits: what no damage does, but another run or program may."""
+    state = parse_checked_json((folder / "state.json").read_bytes())
     change(state)
-    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "state.json").write_text(to_checked_json(state, lines=True))
 
 
-def sizes(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+def files_of(folder: Path) -> dict[str, Any]:
+    files = folder.glob("*.safetensors")
+    return {path.name: {"size": path.stat().st_size, "checksum": file_checksum(path)} for path in files}
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
 
 
 def truncate(folder: Path) -> None:
@@ -219,11 +228,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a header is garbage": (overwrite_header, r"cannot read shard-00002-model-00001-of-00001\.safetensors: "),
     "a file too many": (copy_a_file, r"another\.safetensors is not of this checkpoint"),
     "a file is truncated, and state.json says so": (
-        lambda folder: (truncate(folder), edit_state(folder, lambda state: state.update(files=sizes(folder)))),
+        lambda folder: (truncate(folder), edit_state(folder, lambda state: state.update(files=files_of(folder)))),
         r"cannot read shard-00002-model-00001-of-00001\.safetensors: ",
     ),
     "a file outside the folder": (
-        lambda folder: edit_state(folder, lambda state: state["files"].update({"../secret.safetensors": 8})),
+        lambda folder: edit_state(
+            folder, lambda state: state["files"].update({"../secret.safetensors": {"size": 8, "checksum": "0" * 32}})
+        ),
         r"\.\./secret\.safetensors is missing",
     ),
     "no state": (lambda folder: (folder / "state.json").unlink(), r"cannot read state\.json: .*No such file"),
@@ -238,8 +249,34 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "state is a list": (lambda folder: (folder / "state.json").write_text("[1]"), r"state\.json has format None"),
     "another format": (
-        lambda folder: edit_state(folder, lambda state: state.update(format=2)),
-        r"state\.json has format 2; this version reads 1",
+        lambda folder: edit_state(folder, lambda state: state.update(format=3)),
+        r"state\.json has format 3; this version reads 2",
+    ),
+    "an older format": (
+        lambda folder: (folder / "state.json").write_text(json.dumps({"format": 1, "step": 1, "files": {"a": 8}})),
+        r"state\.json has format 1; this version reads 2",
+    ),
+    "a bit of a tensor": (
+        lambda folder: flip(folder / "shard-00001-model-00001-of-00001.safetensors", -1),
+        r"shard-00001-model-00001-of-00001\.safetensors is damaged: its checksum",
+    ),
+    "a bit of a header's metadata": (
+        lambda folder: flip(folder / "shard-00002-model-00001-of-00001.safetensors", 40),
+        r"shard-00002-model-00001-of-00001\.safetensors",
+    ),
+    "a bit of the state": (
+        lambda folder: (folder / "state.json").write_text(
+            (folder / "state.json").read_text().replace('"world_size": 2', '"world_size": 3')
+        ),
+        r"cannot read state\.json: it is damaged",
+    ),
+    "another step": (
+        lambda folder: edit_state(folder, lambda state: state.update(step=2)),
+        r"state\.json is of step 2",
+    ),
+    "files without checksums": (
+        lambda folder: edit_state(folder, lambda state: state.update(files={"a": 8})),
+        r"state\.json: files has 8 for a, not its size and checksum",
     ),
     "state lacks a key": (
         lambda folder: edit_state(folder, lambda state: state.pop("world_size")),
@@ -325,6 +362,60 @@ def test_damage_is_named_on_all_ranks_and_nothing_loaded(
     for message, unchanged in refusals[damage]:
         assert re.search(f"step-00000001: {DAMAGES[damage][1]}", message), message
         assert unchanged
+
+
+def find_among_damaged(folder: str) -> dict[str, Any]:
+    """Checkpoints of steps 1 to 5, the newest two and the first damaged; what a run finds, saves and keeps."""
+    run = Run(folder, 2, keep_latest_k=0)
+    run.train(1)
+    for step in range(1, 6):
+        run.checkpointer.save(step, {"step": step})
+    if dist.get_rank() == 0:
+        flip(Path(folder, "step-00000005/shard-00001-model-00001-of-00001.safetensors"), -1)
+        (Path(folder) / "step-00000004/state.json").write_text("{}")
+        flip(Path(folder, "step-00000001/shard-00002-model-00001-of-00001.safetensors"), -1)
+        Path(folder, "step-00000004.damaged").mkdir()
+    dist.barrier()
+    found, messages = newest_whole(Path(folder))
+    counters = run.checkpointer.load(found or 0, verified=True)
+    again = newest_whole(Path(folder))
+    run.checkpointer.keep_latest_k = 2
+    run.checkpointer.save(5, {})
+    return {"found": found, "messages": messages, "counters": counters, "again": again}
+
+
+def test_damaged_checkpoints_are_passed_over_and_neither_counted_nor_replaced(ranks: RankPool, tmp_path: Path) -> None:
+    for result in ranks.run(2, find_among_damaged, str(tmp_path)):
+        assert result["found"] == 3
+        assert result["counters"] == {"step": 3}
+        assert result["again"] == (3, []), "what was passed over once is told once"
+        newest, older = result["messages"]
+        assert re.search(r"step-00000005: shard-00001.*damaged.*passed over, and is step-00000005\.damaged now", newest)
+        assert re.search(r"step-00000004: state\.json.*passed over, and is step-00000004\.damaged-2 now", older)
+    kept = ["step-00000003", "step-00000004.damaged", "step-00000004.damaged-2", "step-00000005"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "step-00000005.damaged"])
+
+
+def find_without_any(folder: str) -> list[str]:
+    assert newest_whole(Path(folder)) == (None, [])
+    run = Run(folder, 2)
+    run.train(1)
+    messages = []
+    for change in ({"format": 1}, {"files": {}}):
+        run.checkpointer.save(1, {})
+        dist.barrier()
+        if dist.get_rank() == 0:
+            edit_state(Path(folder, "step-00000001"), lambda state, change=change: state.update(change))
+        dist.barrier()
+        messages.append(message_of(lambda: newest_whole(Path(folder))))
+    return messages
+
+
+def test_a_run_does_not_begin_anew_where_all_checkpoints_are_damaged(ranks: RankPool, tmp_path: Path) -> None:
+    for of_another_version, damaged in ranks.run(2, find_without_any, str(tmp_path)):
+        assert re.search(r"state\.json has format 1; this version reads 2$", of_another_version)
+        assert re.search(rf"no checkpoint in {tmp_path} is whole: .*step-00000001: shard-.* not of this", damaged)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def load_into_other_runs(folder: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from crossdock.checkpoint import CheckpointError, dcp_streaming
+from crossdock.checkpoint import CheckpointError, dcp_streaming, write_checksums
 from crossdock.config import ConfigError, load_config, validate
 from crossdock.tools.convert import ConvertOptions, convert, plan_conversion
 from crossdock.tools.opening import find_model, open_model
@@ -394,6 +394,7 @@ def test_a_damaged_checkpoint_and_a_full_disk_leave_nothing(
 def test_dtypes_that_were_not_noted_are_named(folders: Path, tmp_path: Path, noted: str) -> None:
     shutil.copytree(folders / "run", tmp_path / "run")
     (tmp_path / "run/hf_assets/tensor_dtypes.json").write_text(noted)
+    write_checksums(tmp_path / "run/hf_assets")
     with pytest.raises(CheckpointError, match=r"cannot read \S+tensor_dtypes\.json .*; name a dtype"):
         converted(tmp_path / "run", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

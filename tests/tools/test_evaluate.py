@@ -105,6 +105,6 @@ def test_padded_rows_train_alike_on_every_layout_and_count_no_padding(
         for name in ("loss", "grad_norm", "sequence_aux_loss", "tokens", "max_mean_load"):
             assert mine[name] == pytest.approx(other[name], rel=1e-9), name
         assert mine["tokens"] < 8 * SEQ_LEN, "no row was padded"
-    _, counts = read_load(folder / f"padded{within}2" / "expert_load.bin")
+    _, counts, _ = read_load(folder / f"padded{within}2" / "expert_load.bin")
     routes = [2 * line["tokens"] for line in two]  # top-2
     assert counts.sum(axis=2).tolist() == [[expected, expected] for expected in routes]

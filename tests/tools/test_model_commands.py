@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import crossdock.train.launch as launch
-from crossdock.config import load_config, to_toml
+from crossdock.checkpoint import write_checksums
+from crossdock.config import load_config, write_run_settings
 from tests.chats import write_chat_model
 from tests.checkpoint.hf_folders import snapshot
 from tests.test_cli import call, panels
-from tests.tiny import write_assets, write_hf_model
+from tests.tiny import by_hand, write_assets, write_hf_model
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +26,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_hf_model(folder / "hf", max_position_embeddings=20)
     write_chat_model(folder / "chat", max_position_embeddings=20)
     (folder / "chat.jsonl").touch()
-    write_assets(folder / "run" / "hf_assets")
+    write_checksums(write_assets(folder / "run" / "hf_assets"))
     step = folder / "run" / "checkpoint" / "step-00000003"
     step.mkdir(parents=True)
     (step / "state.json").write_text("{}")
     (folder / "new").mkdir()
     for name in ("run", "new"):
-        (folder / name / "config.toml").write_text(to_toml(load_config(None)))
+        write_run_settings(load_config(None), folder / name)
     write_assets(folder / "foreign", model_type="llama")
     write_assets(folder / "unreadable")
     (folder / "unreadable" / "config.json").write_text("{")
@@ -40,7 +41,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_hf_model(folder / "tanh", hidden_act="tanh")
     write_assets(folder / "negative", num_hidden_layers=-1, num_experts="many")
     write_assets(folder / "broken_run" / "hf_assets")
-    (folder / "broken_run" / "config.toml").write_text("[training\n")
+    (folder / "broken_run" / "config.toml").write_text(by_hand("[training\n"))
     (folder / "broken_run" / "checkpoint" / "step-00000003").mkdir(parents=True)
     (folder / "broken_run" / "checkpoint" / "step-00000003" / "state.json").write_text("{}")
     (folder / "taken").mkdir()

@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 
+from crossdock.checkpoint import to_checked_json
 from crossdock.cli import main
 from crossdock.tools.report import LOAD_FILE, RANK_LOAD_FILE, ReportError, write_report
 from crossdock.tools.report.balance import IDLE_ROUTES, OVERLOAD, Balance, warnings
 from crossdock.tools.report.charts import thin
 from crossdock.tools.report.heat import PALETTE, to_indices
 from crossdock.tools.report.numbers import count, log_ticks, short, ticks
+from tests.tiny import by_hand
 from tests.tools.pages import charts_of, figures_of, maps_of, points
 from tests.tools.runs import metrics_of, write_loads, write_metrics
 
@@ -47,7 +50,7 @@ def test_key_figures(tmp_path: Path) -> None:
     rows[60] |= {"validation_loss": 3.5, "mfu": 41.0}
     rows[100] |= {"loss": 2.125, "max_mean_load": 1.25, "skipped_steps": 7}
     folder = write_metrics(tmp_path / "run", rows)
-    (folder / "config.toml").write_text("[training]\nsteps = 300\n")
+    (folder / "config.toml").write_text(by_hand("[training]\nsteps = 300\n"))
     figures = figures_of(_html(folder))
     assert figures["Loss"].startswith("2.125 from 8.7")
     assert figures["Validation loss"] == "3.5 at step 61; best 3 at step 31"
@@ -61,14 +64,21 @@ def test_key_figures(tmp_path: Path) -> None:
 
 def test_the_title_names_settings_file_run_model_and_layout(tmp_path: Path) -> None:
     folder = write_metrics(tmp_path / "runs" / "debug" / "20261121-101622", [metrics_of(1, 1)])
-    (folder / "config.toml").write_text('[model]\nflavor = "debug"\n[parallelism]\nexpert_parallel_degree = -1\n')
+    (folder / "config.toml").write_text(
+        by_hand('[model]\nflavor = "debug"\n[parallelism]\nexpert_parallel_degree = -1\n')
+    )
     checkpoint = folder / "checkpoint" / "step-00000001"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text('{"world_size": 4}')
+    state = {"format": 2, "step": 1, "world_size": 4, "random_states": [], "counters": {}, "files": {}}
+    (checkpoint / "state.json").write_text(to_checked_json(state, lines=True))
     html = _html(folder)
     assert "<h1>debug / 20261121-101622</h1>" in html
     assert "<span>qwen3 debug</span>" in html
     assert "<span>4 ranks: ep 2, ep_shard 2, dp_shard 4</span>" in html
+    (checkpoint / "state.json").write_text((checkpoint / "state.json").read_text().replace("4", "8"))
+    html = _html(folder)
+    assert "ranks: ep" not in html
+    assert "step-00000001/state.json could not be read" in html
     assert str(tmp_path) not in html
 
 
@@ -126,7 +136,7 @@ def test_a_line_that_cannot_be_read_is_left_out_and_told(tmp_path: Path, tail: s
         file.write(tail)
     html = _html(folder)
     assert [step for step, _ in points(html, "loss")[0]["points"]] == [1, 2, 3, 4, 5]
-    assert "1 line of metrics.jsonl could not be read." in html
+    assert "metrics.jsonl: line 6 could not be read: cut off or damaged." in html
 
 
 @pytest.mark.parametrize(
@@ -238,14 +248,21 @@ def test_many_warnings_are_summed_up() -> None:
     assert "12 more layers" in sentences[-1]
 
 
+def _words(*parts: list[int]) -> bytes:
+    """The header and the records of a file of loads, each with its checksum."""
+    words = [np.array(part, "<i4").tobytes() for part in parts]
+    return b"".join(part + xxhash.xxh32(part).intdigest().to_bytes(4, "little") for part in words)
+
+
 @pytest.mark.parametrize("name", [LOAD_FILE, RANK_LOAD_FILE])
 @pytest.mark.parametrize(
     ("content", "told"),
     [
         (b"something else, of some length", "{} holds no loads."),
-        (np.array([0x444C4458, 2, 1, 1], "<i4").tobytes(), "{} has version 2"),
-        (np.array([0x444C4458, 1, -1, -1], "<i4").tobytes(), "{} says that it has -1 layers of -1 loads"),
-        (np.array([0x444C4458, 1, 1, 1, 20, 5, 10, 5], "<i4").tobytes(), "The steps in {} do not ascend."),
+        (_words([0x444C4458, 1, 1, 1]), "{} has version 1"),
+        (_words([0x444C4458, 2, -1, -1]), "{} is damaged: it says that it has -1 layers of -1 loads"),
+        (_words([0x444C4458, 2, 1, 1], [20, 5], [10, 5]), "The steps in {} do not ascend."),
+        (_words([0x444C4458, 2, 1, 1], [20, 5])[:-4] + b"\0" * 6, "{}: 2 records left out: damaged."),
     ],
 )
 def test_loads_that_cannot_be_read_are_told(tmp_path: Path, name: str, content: bytes, told: str) -> None:
@@ -259,7 +276,7 @@ def test_loads_that_cannot_be_read_are_told(tmp_path: Path, name: str, content: 
 
 def test_settings_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     folder = write_metrics(tmp_path / "run", [metrics_of(1, 1)])
-    (folder / "config.toml").write_text("[training]\nstepz = 5\n")
+    (folder / "config.toml").write_text(by_hand("[training]\nstepz = 5\n"))
     assert "did you mean training.steps?" in _html(folder)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from crossdock.tools.report import RANK_LOAD_FILE, write_report
 from tests.browser import Browser, Page
+from tests.tiny import by_hand
 from tests.tools.runs import metrics_of, write_loads, write_metrics
 
 pytestmark = pytest.mark.browser
@@ -73,7 +74,7 @@ def _ranks(folder: Path) -> None:
     for row in rows[9::10]:
         row |= {"predicted_rank_max_mean": 1.02, "moved_experts": 4, "moved_bytes": 2**21, "move_seconds": 0.5}
     write_metrics(folder, rows)
-    (folder / "config.toml").write_text("[moe]\nranks_per_node = 2\n")
+    (folder / "config.toml").write_text(by_hand("[moe]\nranks_per_node = 2\n"))
     random = np.random.default_rng(0)
     write_loads(folder, random.integers(10, 1000, size=(4, 2, 8)))
     counts = random.integers(10, 1000, size=(8, 2, 4))

@@ -25,7 +25,7 @@ from crossdock.train.stopping import StopSignal
 from crossdock.train.trainer import Trainer
 from tests.checkpoint.hf_folders import differences, read_tensors
 from tests.ranks import RankPool
-from tests.tiny import run_trainer, speeches, write_hf_model
+from tests.tiny import by_hand, run_trainer, speeches, write_hf_model
 
 EP2 = "--parallelism.expert-parallel-degree=2"
 FROM_HF = "--checkpoint.initial-load-in-hf"
@@ -218,7 +218,7 @@ def test_a_base_that_is_gone_is_named(
 ) -> None:
     shutil.copytree(folder / "run", tmp_path / "run")
     path = tmp_path / "run" / "config.toml"
-    path.write_text(path.read_text().replace(str(folder / "hf"), str(tmp_path / "gone")))
+    path.write_text(by_hand(path.read_text().replace(str(folder / "hf"), str(tmp_path / "gone"))))
     with pytest.raises(ConfigError) as caught:
         validate(load_config(None, [f"--job.dump-folder={tmp_path / 'run'}"]), 2)
     assert str(tmp_path / "gone") in str(caught.value)

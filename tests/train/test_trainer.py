@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 import time
 import tomllib
@@ -85,7 +84,7 @@ def test_recorded_loads_are_the_routes_of_the_global_batch(ranks: RankPool, fold
     ep2 = ("--parallelism.expert-parallel-degree", "2")
     every_second = ("--training.steps", "6", "--metrics.load-interval", "2")
     result = _train(ranks, folder, "loads", 2, *every_second, "--checkpoint.interval", "3", *ep2)
-    steps, counts = read_load(folder / "loads" / "expert_load.bin")
+    steps, counts, _ = read_load(folder / "loads" / "expert_load.bin")
     assert steps.tolist() == [2, 4, 6]
     assert counts.shape == (3, 2, 8)
     assert (counts.sum(axis=2) == 8 * 32 * 2).all(), "every token of the global batch takes two routes"
@@ -100,7 +99,7 @@ def test_recorded_loads_are_the_routes_of_the_global_batch(ranks: RankPool, fold
     whole = counts.copy()
     shutil.rmtree(folder / "loads" / "checkpoint" / "step-00000006")
     _train(ranks, folder, "loads", 2, *every_second, *ep2)
-    steps, counts = read_load(folder / "loads" / "expert_load.bin")
+    steps, counts, _ = read_load(folder / "loads" / "expert_load.bin")
     assert steps.tolist() == [2, 4, 6]
     np.testing.assert_array_equal(counts, whole)
 
@@ -167,17 +166,24 @@ def _resume(assets: str, run_folder: str, cache: str) -> str:
     return "no error"
 
 
-def test_a_damaged_checkpoint_is_named_with_the_one_that_the_run_can_go_on_from(ranks: RankPool, folder: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(ranks: RankPool, folder: Path) -> None:
     arguments = (str(folder / "assets"), str(folder / "damaged"), str(folder / "cache"))
-    _train(ranks, folder, "damaged", 1, "--training.steps", "4", "--checkpoint.interval", "2")
-    newest = folder / "damaged" / "checkpoint" / "step-00000004"
-    (shard,) = newest.glob("*.safetensors")
-    shard.write_bytes(shard.read_bytes()[:-1])
-    (message,) = ranks.run(1, _resume, *arguments)
-    assert re.search(rf"{newest}: {shard.name} has \d+ bytes, not \d+\. Without that folder, .* step 2$", message)
-    shutil.rmtree(newest)
+    before = _train(ranks, folder, "damaged", 1, "--training.steps", "4", "--checkpoint.interval", "2")
+    checkpoints = folder / "damaged" / "checkpoint"
+    (shard,) = (checkpoints / "step-00000004").glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
     resumed = _train(ranks, folder, "damaged", 1, "--training.steps", "4")
-    assert [line["step"] for line in resumed["metrics"]] == [1, 2, 3, 4]
+    assert [(line["step"], line["loss"]) for line in resumed["metrics"]] == [
+        (line["step"], line["loss"]) for line in before["metrics"]
+    ], "as if it had been interrupted at step 2"
+    assert (checkpoints / "step-00000004.damaged" / shard.name).read_bytes() == data
+    for step in (2, 4):
+        (checkpoints / f"step-{step:08d}" / "state.json").write_text("{}")
+    (message,) = ranks.run(1, _resume, *arguments)
+    assert f"no checkpoint in {checkpoints} is whole" in message
+    assert f"{checkpoints}/step-00000004: state.json" in message
 
 
 def _save_slowly(assets: str, run_folder: str, cache: str, stop_step: int, *overrides: str) -> list[str]:

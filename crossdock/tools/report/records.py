@@ -6,17 +6,18 @@ import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from crossdock.checkpoint import latest_step, saved_world_size
-from crossdock.config import RUN_CONFIG_FILE, Config, ConfigError, load_config
+from crossdock.checkpoint import latest_step, parse_checked_json, saved_world_size
+from crossdock.config import RUN_CONFIG_FILE, Config, ConfigError, read_run_settings
 from crossdock.tools.report.load import LOAD_FILE, RANK_LOAD_FILE, LoadFileError, read_load
 
-__all__ = ["METRICS_FILE", "Loads", "ReportError", "RunRecords", "read_run"]
+__all__ = ["METRICS_FILE", "Loads", "ReportError", "RunRecords", "read_metrics", "read_run"]
 
 METRICS_FILE = "metrics.jsonl"
+_SHOWN = 8
 
 
 class ReportError(ValueError):
@@ -84,13 +85,14 @@ def read_run(folder: Path) -> RunRecords:
     if not path.is_file():
         raise ReportError(f"{folder} holds no run: {METRICS_FILE} is not in it")
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines, broken = read_metrics(path)
         ended = datetime.fromtimestamp(path.stat().st_mtime, UTC)
     except OSError as error:
         raise ReportError(f"cannot read {path}: {error.strerror}") from None
-    by_step, broken = _parse(lines)
+    # Of two lines of a step the later counts.
+    by_step = {row["step"]: {name: _number(value) for name, value in row.items() if _is_number(value)} for row in lines}
     if not by_step:
-        raise ReportError(f"{path} has no step yet")
+        raise ReportError(f"{path} has no step yet{_damaged(broken, '; ')}")
     steps = np.array(sorted(by_step), dtype=np.int64)
     rows = [by_step[step] for step in steps.tolist()]
     names = dict.fromkeys(name for row in rows for name in row)
@@ -98,27 +100,42 @@ def read_run(folder: Path) -> RunRecords:
     skipped = np.array([any(np.isnan(row.get(name, 0.0)) for name in ("loss", "grad_norm")) for row in rows])
     records = RunRecords(folder, steps, columns, skipped, ended)
     if broken:
-        records.notes.append(f"{broken} line{'s' * (broken > 1)} of {METRICS_FILE} could not be read.")
+        records.notes.append(f"{METRICS_FILE}: {_damaged(broken)}.")
     records.expert_loads = _loads(folder / LOAD_FILE, records.notes)
     records.rank_loads = _loads(folder / RANK_LOAD_FILE, records.notes)
     _add_settings(records)
     return records
 
 
-def _parse(lines: list[str]) -> tuple[dict[int, dict[str, float]], int]:
-    """The numbers of each step, and how many lines hold none; of two lines of a step the later counts."""
-    by_step: dict[int, dict[str, float]] = {}
-    broken = 0
-    for line in lines:
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines of a metrics.jsonl that are what was written, and the numbers, from 1, of those that are not.
+
+    A line ends with its checksum. A file without any is of an older version, whose lines are taken as they are.
+
+    Raises:
+        OSError: where it cannot be read.
+    """
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n") if path.stat().st_size else []
+    parse = parse_checked_json if any(b'"checksum": "' in line for line in lines) else json.loads
+    rows, broken = [], []
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = parse(line)
         except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < 2**53:
-            broken += 1
-            continue
-        by_step[row["step"]] = {name: _number(value) for name, value in row.items() if _is_number(value)}
-    return by_step, broken
+        if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 2**53:
+            rows.append(row)
+        else:
+            broken.append(number)
+    return rows, broken
+
+
+def _damaged(lines: list[int], before: str = "") -> str:
+    if not lines:
+        return ""
+    more = f" and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    named = f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines[:_SHOWN]))}{more}"
+    return f"{before}{named} could not be read: cut off or damaged"
 
 
 def _is_number(value: object) -> bool:
@@ -142,12 +159,15 @@ def _loads(path: Path, notes: list[str]) -> Loads | None:
     if not path.is_file():
         return None
     try:
-        loads = Loads(*read_load(path))
+        *read, damaged = read_load(path)
     except LoadFileError as error:
         notes.append(_without_place(f"{error}.", path.parent))
     except OSError as error:
         notes.append(f"{path.name} could not be read: {error.strerror}.")
     else:
+        loads = Loads(*read)
+        if damaged:
+            notes.append(f"{path.name}: {damaged} record{'s' * (damaged > 1)} left out: damaged.")
         # Of a run that broke off and was resumed without its loads, or of a file put together by hand.
         if (np.diff(loads.steps) > 0).all():
             return loads if len(loads.steps) else None
@@ -159,12 +179,14 @@ def _add_settings(records: RunRecords) -> None:
     path = records.folder / RUN_CONFIG_FILE
     if path.is_file():
         try:
-            records.config = load_config(path)
+            records.config = read_run_settings(records.folder)
         except ConfigError as error:
             records.notes.append(_without_place(f"The settings could not be read: {error}.", records.folder))
     checkpoints = records.folder / "checkpoint"
     newest = latest_step(checkpoints)
     records.world_size = None if newest is None else saved_world_size(checkpoints, newest)
+    if newest is not None and records.world_size is None:
+        records.notes.append(f"{checkpoints.name}/step-{newest:08d}/state.json could not be read: it is damaged.")
 
 
 def _without_place(message: str, folder: Path) -> str:
