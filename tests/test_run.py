@@ -32,6 +32,7 @@ def _start(run_folder: Path) -> subprocess.Popen[str]:
         *("--data.cache-folder", str(run_folder.parent / "cache")),
         *("--training.seq-len", "32", "--training.local-batch-size", "2"),
         *("--parallelism.expert-parallel-degree", "2", "--training.steps", "100000"),
+        *("--fault-tolerance.max-restarts", "0"),
     ]
     return subprocess.Popen(
         [sys.executable, "-m", "crossdock", "train", *arguments],
