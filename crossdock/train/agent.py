@@ -30,6 +30,8 @@ REGROUP_EXIT_CODE = 75
 """Of a rank that ended for another start (`REGROUP_SIGNAL`)."""
 PROGRESS_FILE = "progress"
 """In the launcher's folder, once a step is done."""
+# Exit code of a command for a mistake of the user's, which another start would make again.
+_MISTAKE = 2
 _ADDRESS = "crossdock/address"
 _UNSHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 _KILLED_WITHIN_SECONDS = 10
@@ -173,7 +175,7 @@ class _Agent(LocalElasticAgent):
         allowed = self._worker_group.spec.max_restarts
         if codes == {REGROUP_EXIT_CODE}:
             self._remaining_restarts += 1
-        elif (cause is not None and cause.final) or not allowed:
+        elif (cause is not None and cause.final) or _MISTAKE in codes or not allowed:
             self._remaining_restarts = 0
         else:
             if self._progress.exists():
