@@ -407,10 +407,7 @@ def _foreign(rng: random.Random, subjects: Subjects) -> Case:
         del header[tensor]
         changed = _packed(header) + data[8 + length :]
 
-    def act(copy: Path) -> None:
-        (copy / name).write_bytes(changed)
-
-    return Case(f"{what}: {name}", subject, act, find, names)
+    return Case(f"{what}: {name}", subject, lambda copy: (copy / name).write_bytes(changed), find, names)
 
 
 def _flipped_names(data: bytes, length: int) -> tuple[str, ...]:

@@ -248,26 +248,30 @@ def test_many_warnings_are_summed_up() -> None:
     assert "12 more layers" in sentences[-1]
 
 
-def _words(*parts: list[int]) -> bytes:
-    """The header and the records of a file of loads, each with its checksum."""
-    words = [np.array(part, "<i4").tobytes() for part in parts]
+def _words(name: str, header: list[int], *records: list[int]) -> bytes:
+    """A file of loads: its letters and header, then the records, each with its checksum."""
+    letters = {LOAD_FILE: 0x444C4458, RANK_LOAD_FILE: 0x524C4458}[name]
+    words = [np.array(part, "<i4").tobytes() for part in ([letters, *header], *records)]
     return b"".join(part + xxhash.xxh32(part).intdigest().to_bytes(4, "little") for part in words)
 
 
+# By what is told: header, records, and how many bytes are cut off.
+BAD_LOADS: dict[str, tuple[list[list[int]], int]] = {
+    "{} has version 1": ([[1, 1, 1]], 0),
+    "{} is damaged: it says that it has -1 layers of -1 loads": ([[2, -1, -1]], 0),
+    "The steps in {} do not ascend.": ([[2, 1, 1], [20, 5], [10, 5]], 0),
+    "{}: 2 records left out: damaged.": ([[2, 1, 1], [20, 5, 0]], 2),
+    "{} holds no loads.": ([[2, 1, 1]], 5),
+}
+
+
 @pytest.mark.parametrize("name", [LOAD_FILE, RANK_LOAD_FILE])
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (b"something else, of some length", "{} holds no loads."),
-        (_words([0x444C4458, 1, 1, 1]), "{} has version 1"),
-        (_words([0x444C4458, 2, -1, -1]), "{} is damaged: it says that it has -1 layers of -1 loads"),
-        (_words([0x444C4458, 2, 1, 1], [20, 5], [10, 5]), "The steps in {} do not ascend."),
-        (_words([0x444C4458, 2, 1, 1], [20, 5])[:-4] + b"\0" * 6, "{}: 2 records left out: damaged."),
-    ],
-)
-def test_loads_that_cannot_be_read_are_told(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+@pytest.mark.parametrize("told", BAD_LOADS)
+def test_loads_that_cannot_be_read_are_told(tmp_path: Path, name: str, told: str) -> None:
     folder = write_metrics(tmp_path / "run", [metrics_of(1, 1)])
-    (folder / name).write_bytes(content)
+    parts, cut = BAD_LOADS[told]
+    data = _words(name, *parts)
+    (folder / name).write_bytes(data[: len(data) - cut])
     html = _html(folder)
     assert told.format(name) in html
     assert maps_of(html) == {}
