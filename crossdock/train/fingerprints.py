@@ -47,7 +47,7 @@ def check_same_code_and_config(config: Config, code: str | None = None) -> None:
     """Before anything that depends on them. Collective.
 
     Args:
-        config: as this rank has read it; `job.dump_folder` may differ.
+        config: as this rank has read it; folders of its machine may differ.
         code: hash of the sources; this process's by default.
 
     Raises:
@@ -61,7 +61,8 @@ def check_same_code_and_config(config: Config, code: str | None = None) -> None:
     }
     for section, values in asdict(config).items():
         facts |= {f"config: {section}.{name}": repr(value) for name, value in values.items()}
-    del facts["config: job.dump_folder"]
+    for name in ("job.dump_folder", "fault_tolerance.snapshot_folder"):
+        del facts[f"config: {name}"]
     _check_same(facts, "")
 
 

@@ -86,12 +86,15 @@ class RunKeeper:
         """Of the checkpoints."""
         return self._checkpointer.folder
 
-    def resume(self, newest: int | None, take: Callable[[_Counters], None]) -> str | None:
+    def resume(
+        self, newest: int | None, take: Callable[[_Counters], None], damaged: CheckpointError | None = None
+    ) -> str | None:
         """Go on from the newest state that is whole: in memory, on another machine or on disk.
 
         Args:
             newest: step of the newest checkpoint on disk that is whole (`newest_whole`).
             take: is given the counters, before model and optimizer have their values: it puts experts in their places.
+            damaged: why the checkpoints that there are cannot be read; a snapshot may be whole.
 
         Returns:
             Where the run goes on from; `None` for a new one.
@@ -104,6 +107,8 @@ class RunKeeper:
             take(found.counters)
             self._snapshots.load(found)
             return f"step {found.step}, from a snapshot in memory"
+        if damaged is not None:
+            raise damaged
         if newest is None:
             return None
         take(read_counters(self.folder, newest))

@@ -105,9 +105,7 @@ class Trainer:
         )
         if (too_long := TooLong.of(tokens.train, config.training.seq_len)).conversations:
             self._tell(str(too_long))
-        newest, passed_over = newest_whole(self.folder / CHECKPOINT_FOLDER)
-        for message in passed_over:
-            self._tell(message)
+        newest, damaged = self._newest_checkpoint()
         self.meshes = meshes = dims.build_mesh(device.type, timedelta(seconds=group_timeout(config)))
         self.whole = whole = build_training_model(
             config, meshes, device, self.folder, tokens, is_new=newest is None, threads=threads
@@ -142,7 +140,7 @@ class Trainer:
         self.samples = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
-        if came_from := self.keeper.resume(newest, self._take_counters):
+        if came_from := self.keeper.resume(newest, self._take_counters, damaged):
             self._resumed_step = self.step
             self._tell(f"resumed {self.folder} at {came_from}")
         mark_layers(self.model, self.place)
@@ -199,6 +197,18 @@ class Trainer:
             if record is not None:
                 record.close()
                 self._lock.close()
+
+    def _newest_checkpoint(self) -> tuple[int | None, CheckpointError | None]:
+        """The step of the newest that is whole, if there is one; or why those that there are cannot be read."""
+        try:
+            newest, passed_over = newest_whole(self.folder / CHECKPOINT_FOLDER)
+        except CheckpointError as error:
+            if not self.config.fault_tolerance.snapshot_interval:
+                raise
+            return None, error
+        for message in passed_over:
+            self._tell(message)
+        return newest, None
 
     def _open_record(self) -> RunRecord | None:
         if self.rank != 0:
