@@ -100,14 +100,14 @@ def check_settings(config: Config) -> PreTrainedConfig:
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a positive number": (
         lambda value: value > 0,
-        "training.local_batch_size training.seq_len training.steps training.max_norm training.max_skipped_steps "
-        "optimizer.eps metrics.log_freq lora.alpha",
+        "training.local_batch_size training.seq_len training.steps training.max_norm optimizer.eps metrics.log_freq "
+        "lora.alpha fault_tolerance.max_skipped_steps fault_tolerance.spike_window",
     ),
     "0 or more": (
         lambda value: value >= 0,
         "optimizer.lr optimizer.weight_decay lr_scheduler.warmup_steps checkpoint.interval checkpoint.keep_latest_k "
         "metrics.load_interval validation.interval validation.max_samples lora.rank fault_tolerance.max_restarts "
-        "fault_tolerance.snapshot_interval fault_tolerance.straggler_interval",
+        "fault_tolerance.snapshot_interval fault_tolerance.straggler_interval fault_tolerance.max_rollbacks",
     ),
     "-1, or 1 and more": (
         lambda value: value == -1 or value > 0,
@@ -119,6 +119,10 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "0 to 1": (lambda value: 0 <= value <= 1, "lr_scheduler.min_lr_factor lr_scheduler.decay_ratio"),
     "0 to 2^63 - 1": (lambda value: 0 <= value < 2**63, "training.seed"),
+    "0, or at least 1": (
+        lambda value: value == 0 or value >= 1,
+        "fault_tolerance.loss_spike_factor fault_tolerance.norm_spike_factor",
+    ),
     "1 to 31536000, a year": (lambda value: 0 < value <= 31_536_000, "job.comm_timeout_seconds"),
 }
 

@@ -46,15 +46,13 @@ class RunRecord:
     ) -> None:
         self.folder = folder
         self.load_interval = config.metrics.load_interval
+        self._last_step = step
         # Before the log, which drops lines that a tracker may have seen.
         self._trackers = Trackers(config, folder, step)
         self._log = MetricsLog(folder / "metrics.jsonl", step)
         sizes = {LOAD_FILE: num_experts, RANK_LOAD_FILE: num_ranks if num_ranks > 1 else 0}
-        self._loads = {
-            name: LoadLog(folder / name, num_layers, size, step)
-            for name, size in sizes.items()
-            if size and self.load_interval
-        }
+        self._load_shapes = {name: (num_layers, size) for name, size in sizes.items() if size and self.load_interval}
+        self._loads = self._open_loads(step)
         self._display = ProgressDisplay(config.training.steps, step, config.metrics.log_freq, on_gpu=on_gpu)
 
     def write(self, metrics: dict[str, Any], routes: Tensor, of_ranks: Tensor | None) -> str | None:
@@ -62,6 +60,7 @@ class RunRecord:
 
         Returns what is wrong where files cannot be written.
         """
+        self._last_step = metrics["step"]
         self._display.update(metrics)
         self._trackers.log(metrics)
         try:
@@ -73,6 +72,23 @@ class RunRecord:
         except OSError as error:
             return f"cannot write below {self.folder}: {error}"
         return None
+
+    def rewind(self, step: int, why: str) -> None:
+        """Tell of the last step what is no metric; where the run is back at an earlier `step`, drop what is after that.
+
+        Raises OSError where files cannot be written.
+        """
+        self.say(f"step {self._last_step}: {why}")
+        if step < self._last_step:
+            self._last_step = step
+            self._log.close()
+            self._log = MetricsLog(self._log.path, step)
+            for loads in self._loads.values():
+                loads.close()
+            self._loads = self._open_loads(step)
+
+    def _open_loads(self, step: int) -> dict[str, LoadLog]:
+        return {name: LoadLog(self.folder / name, *shape, step) for name, shape in self._load_shapes.items()}
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""

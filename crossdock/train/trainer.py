@@ -28,10 +28,11 @@ from crossdock.moe import finish_step, moe_layer_places, moe_layers, set_batch_t
 from crossdock.parallel import Boundary, GradientManager, ParallelDims, Pipeline, plain_name
 from crossdock.routing import CollapseMonitor
 from crossdock.tools.evaluate import evaluate
+from crossdock.train.bad_steps import BadSteps
 from crossdock.train.fingerprints import check_same_code_and_config, check_same_model
 from crossdock.train.keeping import RunKeeper
 from crossdock.train.layer_marks import mark_layers
-from crossdock.train.metrics import load_metrics, memory_use, say, traffic_metrics
+from crossdock.train.metrics import gather_metrics, load_metrics, say, traffic_metrics
 from crossdock.train.optimizer import build_optimizer, learning_rate_factor
 from crossdock.train.preparing import build_training_model, prepare_run_tokens
 from crossdock.train.record import RunRecord, lock_folder
@@ -140,8 +141,7 @@ class Trainer:
         self.step = 0
         self._resumed_step: int | None = None
         self.samples = 0
-        self.skipped_steps = 0
-        self.skipped_in_a_row = 0
+        self.bad_steps = BadSteps(config.fault_tolerance, self.keeper.folder)
         if came_from := self.keeper.resume(newest, self._take_counters):
             self._resumed_step = self.step
             self._tell(f"resumed {self.folder} at {came_from}")
@@ -154,7 +154,7 @@ class Trainer:
         """Run to the last step, or to the step boundary after a stop was asked for; a checkpoint is left in both cases.
 
         Raises:
-            TrainingStopped: after `training.max_skipped_steps` bad steps in a row.
+            TrainingStopped: where `BadSteps` asks for it.
         """
         config = self.config
         if self.step >= config.training.steps:
@@ -180,11 +180,10 @@ class Trainer:
                 if record is not None and (problem := record.write(metrics, routes, self._computed())):
                     record.say(f"stopping: {problem}")
                     self.stop.requested = True
-                self._stop_after_bad_steps()
                 if self._progress is not None:
                     self._progress.touch()
                 # A streak of bad steps must not push the last good checkpoint out.
-                if not self.skipped_in_a_row:
+                if not self._settle_bad_step(record):
                     self.place.enter("checkpoint or snapshot")
                     self.keeper.after_step(self.step, self._counters)
             self.place.enter("checkpoint")
@@ -249,26 +248,24 @@ class Trainer:
         sent_before = self._traffic()
         loss = self._backward([self._own_section(batch).inputs(self.device) for batch in batches], max(targets, 1))
         self.place.enter("gradient norm")
-        norm = self.gradients.clip(config.max_norm).item()
+        own_norm = self.gradients.clip(config.max_norm)
         self.place.enter("metrics")
-        sums, memory = self._gather_metrics(loss)
+        sums, norm, memory = gather_metrics({"loss": loss, **self._auxiliary_losses()}, own_norm, self.device)
         sent = traffic_metrics(self._traffic() - sent_before, self.gradients.replica_traffic, self.device)
 
         self.place.enter("optimizer")
         self.step += 1
         self.samples += self.batches.global_batch_size
         rate = self.config.optimizer.lr * learning_rate_factor(self.step, config.steps, self.config.lr_scheduler)
-        finite = math.isfinite(sums["loss"]) and math.isfinite(norm)
-        if finite:
+        applies = self.bad_steps.applies(self.step, sums["loss"], norm)
+        if applies:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
         # The expert bias is a part of what LoRA leaves as it is.
-        load = finish_step(self.model, dist.group.WORLD, update_bias=finite and not self.config.lora.rank)
+        load = finish_step(self.model, dist.group.WORLD, update_bias=applies and not self.config.lora.rank)
         for message in self._collapse.update(load.routes.cpu()) if self.rank == 0 else ():
             logger.warning(f"step {self.step}: {message}")
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        self.skipped_steps += not finite
         self.optimizer.zero_grad()
         self.place.enter("migration")
         balanced, messages = self.balancer.after_step(load)
@@ -284,7 +281,7 @@ class Trainer:
             **balanced,
             **sent,
             "tokens": tokens,
-            "skipped_steps": self.skipped_steps,
+            **self.bad_steps.metrics(),
         }, load.routes
 
     def _backward(self, batches: list[dict[str, torch.Tensor]], targets: int) -> torch.Tensor:
@@ -344,49 +341,51 @@ class Trainer:
         self.regroups = all_regroups > 0 and not all_stops
         return int(all_targets), int(all_tokens), all_stops + all_regroups > 0
 
-    def _gather_metrics(self, loss: torch.Tensor) -> tuple[dict[str, float], dict[str, float]]:
-        """Loss and auxiliary losses (mean over layers) summed over the ranks, and the largest memory of a rank."""
+    def _auxiliary_losses(self) -> dict[str, torch.Tensor]:
+        """This rank's terms of the auxiliary losses: mean over layers."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        auxiliary = {
-            name: sum((layer.load.losses[name].double() for layer in self.layers if name in layer.load.losses), zero)
+        of_layers = {
+            name: [layer.load.losses[name].double() for layer in self.layers if name in layer.load.losses]
             for name in self.whole.auxiliary_losses
         }
-        memory = [zero + value for value in memory_use(self.device)]
-        own = torch.stack([loss, *(value / len(self.places.names) for value in auxiliary.values()), *memory])
-        everyone = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(everyone, own)
-        gathered = torch.stack(everyone)
-        values, largest = gathered[:, :-2].sum(dim=0).tolist(), gathered[:, -2:].amax(dim=0).tolist()
-        sums = dict(zip(["loss", *auxiliary], values, strict=True))
-        return sums, dict(zip(["memory_gib", "memory_percent"], largest, strict=True))
+        return {name: sum(values, zero) / len(self.places.names) for name, values in of_layers.items()}
 
     def _traffic(self) -> Traffic:
         """What this rank has sent so far for its MoE layers; at a moment when the GPU has been waited for anyway."""
         return sum((layer.dispatcher.traffic for layer in self.layers), Traffic())
 
-    def _stop_after_bad_steps(self) -> None:
-        if self.skipped_in_a_row >= self.config.training.max_skipped_steps:
+    def _settle_bad_step(self, record: RunRecord | None) -> bool:
+        """Whether the last step was not applied; if so, do what the policy asks for."""
+        try:
+            message = self.bad_steps.settle(self, self._go_back)
+        except TrainingStopped:
             self.keeper.wait()
             self.keeper.clear()
-            raise TrainingStopped(
-                f"{self.skipped_in_a_row} steps in a row, the last of them {self.step}, had a NaN or infinite loss or "
-                "gradient norm and were skipped. Lower optimizer.lr, lengthen lr_scheduler.warmup_steps, or go back: "
-                f"remove the newest folders of {self.keeper.folder} and start again. training.max_skipped_steps "
-                "sets how many are allowed."
-            )
+            raise
+        if message and record is not None:
+            record.rewind(self.step, message)
+        return bool(message)
+
+    def _go_back(self) -> int | None:
+        """To the newest state that is kept; its step."""
+        self.keeper.wait()
+        newest, passed_over = newest_whole(self.keeper.folder)
+        for message in passed_over:
+            self._tell(message)
+        return self.step if self.keeper.resume(newest, self._take_counters) else None
 
     def _counters(self) -> dict[str, Any]:
         """Where the run stands, but for tensors; `_take_counters` takes it."""
         return {
             "step": self.step,
             "samples": self.samples,
-            "skipped_steps": self.skipped_steps,
+            **self.bad_steps.state(),
             "balance": self.balancer.state(),
         }
 
     def _take_counters(self, counters: dict[str, Any]) -> None:
         self.step, self.samples = counters["step"], counters["samples"]
-        self.skipped_steps = counters["skipped_steps"]
+        self.bad_steps.restore(counters)
         for layer in self.layers:
             if layer.router is not None:
                 layer.router.steps = self.step
