@@ -71,6 +71,9 @@ class TrainingConfig:
     """Optimizer steps of the whole run."""
     seed: int = 0
     """Of initial weights, data order and random state."""
+    deterministic: bool = False
+    """Two runs with the same settings, on the same number of ranks and threads of such devices, are equal bit by bit.
+    What decides by measured time, or sums in no fixed order, is refused then."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """bfloat16 computes in bfloat16 with float32 master weights and reductions; float64 is for checks on CPU."""
     max_norm: float = 1.0
@@ -84,7 +87,7 @@ class TrainingConfig:
     tuned: str = "auto"
     """What `crossdock tune` has measured, for settings that are left to be chosen. auto: of
     $XDG_CACHE_HOME/crossdock/tuned.json (~/.cache), where that has anything for this device, model and layout; off:
-    nothing; else of this file."""
+    nothing, and so is auto with deterministic; else of this file."""
     debug_moe_force_load_balance: bool = False
     """Deal tokens out to experts in turn, whatever the router says; for measurements."""
 

@@ -80,6 +80,7 @@ def check_settings(config: Config) -> PreTrainedConfig:
     _check_optimizer(config)
     _check_trackers(config)
     _check_attention(config)
+    _check_deterministic(config)
     model = _check_model(config)
     if config.moe.dispatcher == "deepep":
         valid = f"dispatcher 'deepep' needs a hidden size that is a multiple of 256, not {model.hidden_size}"
@@ -176,6 +177,28 @@ def _check_trackers(config: Config) -> None:
         require(config, "metrics.trackers", importlib.util.find_spec(name) is not None, missing)
     valid = "must be 1 to 128 letters, digits, '_', '-' and '.'"
     require(config, "metrics.project", re.fullmatch(r"[\w.-]{1,128}", config.metrics.project) is not None, valid)
+
+
+def _check_deterministic(config: Config) -> None:
+    """What `training.deterministic` cannot have: decisions by measured time, sums in no fixed order."""
+    if not config.training.deterministic:
+        return
+    balance, on_gpu = config.balance, torch.cuda.is_available()
+    valid = "must be false with training.deterministic: it decides by measured time"
+    for name, decides in (
+        ("balance.move_if_it_pays", balance.moves and balance.move_if_it_pays),
+        ("balance.spill_if_it_pays", balance.spills and balance.spill_if_it_pays),
+    ):
+        require(config, name, not decides, valid)
+    may_be_deepep = config.moe.dispatcher == "deepep" or (
+        config.moe.dispatcher == "auto" and on_gpu and importlib.util.find_spec("deep_ep") is not None
+    )
+    valid = "must be another with training.deterministic, alltoall for one: deepep sums in no order that it promises"
+    require(config, "moe.dispatcher", not may_be_deepep, valid)
+    valid = "must be false with training.deterministic on a GPU: its kernels are chosen by measured time"
+    require(config, "compile.enable", not (config.compile.enable and on_gpu), valid)
+    valid = "must be sdpa or eager with training.deterministic: the gradients of others are sums in no fixed order"
+    require(config, "model.attn_implementation", config.model.attn_implementation in ("sdpa", "eager"), valid)
 
 
 def _check_model(config: Config) -> PreTrainedConfig:

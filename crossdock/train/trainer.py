@@ -90,6 +90,7 @@ class Trainer:
         settings = replace(settings or config, job=replace(config.job, dump_folder=str(self.folder)))
         self.config = config = with_settled_batch(replace(config, job=settings.job), dims)
         check_same_code_and_config(config)
+        torch.use_deterministic_algorithms(config.training.deterministic)
         self._lock = together(lambda: lock_folder(self.folder) if self.rank == 0 else None)
         tokens, self.validation_tokens = prepare_run_tokens(config, first_on_machine)
         self.batches = TokenBatches(
