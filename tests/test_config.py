@@ -395,6 +395,7 @@ def test_data_may_be_cached_in_a_folder_that_can_only_be_read(tmp_path: Path, mo
         ("fault_tolerance.loss_spike_factor", ["0", "1"], ["-1", "0.5"]),
         ("fault_tolerance.norm_spike_factor", ["0", "1"], ["-1", "0.5"]),
         ("fault_tolerance.max_rollbacks", ["0"], ["-1"]),
+        ("fault_tolerance.replica_check_interval", ["0"], ["-1"]),
         ("training.global_batch_size", ["-1", "16", "48"], ["-16", "0", "8", "24"]),
         ("training.tuned", ["auto", "off"], ["", "/no/such.json", __file__]),
         ("optimizer.momentum", ["0", "0.99"], ["1", "-0.1", "nan"]),

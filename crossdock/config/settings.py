@@ -188,6 +188,9 @@ class FaultToleranceConfig:
     """So many steps in a row that are not applied end the run."""
     max_rollbacks: int = 3
     """Rollbacks in a row that do not get the run past the step that led to them; the next one ends it."""
+    replica_check_interval: int = 100
+    """Steps between looks whether ranks that should hold the same values do, bit by bit; a difference ends the run.
+    0: never."""
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value >= 0,
         "optimizer.lr optimizer.weight_decay lr_scheduler.warmup_steps checkpoint.interval checkpoint.keep_latest_k "
         "metrics.load_interval validation.interval validation.max_samples lora.rank fault_tolerance.max_restarts "
-        "fault_tolerance.snapshot_interval fault_tolerance.straggler_interval fault_tolerance.max_rollbacks",
+        "fault_tolerance.snapshot_interval fault_tolerance.straggler_interval fault_tolerance.max_rollbacks "
+        "fault_tolerance.replica_check_interval",
     ),
     "-1, or 1 and more": (
         lambda value: value == -1 or value > 0,

@@ -29,6 +29,7 @@ from crossdock.parallel import Boundary, GradientManager, ParallelDims, Pipeline
 from crossdock.routing import CollapseMonitor
 from crossdock.tools.evaluate import evaluate
 from crossdock.train.bad_steps import BadSteps
+from crossdock.train.drift import ReplicaCheck
 from crossdock.train.fingerprints import check_same_code_and_config, check_same_model
 from crossdock.train.keeping import RunKeeper
 from crossdock.train.layer_marks import mark_layers
@@ -143,6 +144,7 @@ class Trainer:
         self._resumed_step: int | None = None
         self.samples = 0
         self.bad_steps = BadSteps(config.fault_tolerance, self.keeper.folder)
+        self.replicas = ReplicaCheck(self.model, self.optimizer, meshes)
         if came_from := self.keeper.resume(newest, self._take_counters):
             self._resumed_step = self.step
             self._tell(f"resumed {self.folder} at {came_from}")
@@ -155,7 +157,7 @@ class Trainer:
         """Run to the last step, or to the step boundary after a stop was asked for; a checkpoint is left in both cases.
 
         Raises:
-            TrainingStopped: where `BadSteps` asks for it.
+            TrainingStopped: where `BadSteps` or `ReplicaCheck` ask for it.
         """
         config = self.config
         if self.step >= config.training.steps:
@@ -184,7 +186,7 @@ class Trainer:
                 if self._progress is not None:
                     self._progress.touch()
                 # A streak of bad steps must not push the last good checkpoint out.
-                if not self._settle_bad_step(record):
+                if self._is_well(record):
                     self.place.enter("checkpoint or snapshot")
                     self.keeper.after_step(self.step, self._counters)
             self.place.enter("checkpoint")
@@ -355,17 +357,18 @@ class Trainer:
         """What this rank has sent so far for its MoE layers; at a moment when the GPU has been waited for anyway."""
         return sum((layer.dispatcher.traffic for layer in self.layers), Traffic())
 
-    def _settle_bad_step(self, record: RunRecord | None) -> bool:
-        """Whether the last step was not applied; if so, do what the policy asks for."""
+    def _is_well(self, record: RunRecord | None) -> bool:
+        """Whether the last step was applied; if not, do what the policy asks for."""
         try:
             message = self.bad_steps.settle(self, self._go_back)
+            self.replicas.after_step(self.step, self.config.fault_tolerance.replica_check_interval, self.keeper.folder)
         except TrainingStopped:
             self.keeper.wait()
             self.keeper.clear()
             raise
         if message and record is not None:
             record.rewind(self.step, message)
-        return bool(message)
+        return not message
 
     def _go_back(self) -> int | None:
         """To the newest state that is kept; its step."""
