@@ -188,6 +188,9 @@ class FaultToleranceConfig:
     """So many steps in a row that are not applied end the run."""
     max_rollbacks: int = 3
     """Rollbacks in a row that do not get the run past the step that led to them; the next one ends it."""
+    on_write_error: Literal["stop", "warn"] = "stop"
+    """What a checkpoint or metrics that cannot be written, for a full disk, lead to. warn: the run goes on, and tries
+    again with the next one; the checkpoint at the end must be written."""
     replica_check_interval: int = 100
     """Steps between looks whether ranks that should hold the same values do, bit by bit; a difference ends the run.
     0: never."""

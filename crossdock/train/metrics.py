@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -143,13 +144,30 @@ class MetricsLog:
         beside = path.with_suffix(".partial")
         beside.write_text("".join(f"{to_checked_json(row)}\n" for row in kept))
         beside.rename(path)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (open for the whole run)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for the whole run)
+        self._unwritten = b""
 
     def write(self, metrics: dict[str, Any]) -> None:
-        self._file.write(to_checked_json(metrics) + "\n")
+        """Add a line. Raises OSError where the disk is full, for one; the line is kept then, for the next call."""
+        self._unwritten += f"{to_checked_json(metrics)}\n".encode()
+        self._flush()
 
     def close(self) -> None:
-        self._file.close()
+        """Raises OSError where a line that was kept still cannot be written."""
+        try:
+            self._flush()
+        finally:
+            self._file.close()
+
+    def _flush(self) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(self._unwritten) != len(self._unwritten):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(self._file.fileno(), size)  # No part of a line stays.
+            raise
+        self._unwritten = b""
 
 
 def last_logged_step(path: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -47,6 +48,8 @@ class RunRecord:
         self.folder = folder
         self.load_interval = config.metrics.load_interval
         self._last_step = step
+        self._goes_on = config.fault_tolerance.on_write_error == "warn"
+        self._is_behind = False
         # Before the log, which drops lines that a tracker may have seen.
         self._trackers = Trackers(config, folder, step)
         self._log = MetricsLog(folder / "metrics.jsonl", step)
@@ -63,29 +66,45 @@ class RunRecord:
         self._last_step = metrics["step"]
         self._display.update(metrics)
         self._trackers.log(metrics)
-        try:
-            self._log.write(metrics)
-            if self._loads and metrics["step"] % self.load_interval == 0:
-                self._loads[LOAD_FILE].write(metrics["step"], routes)
-                if of_ranks is not None:
-                    self._loads[RANK_LOAD_FILE].write(metrics["step"], of_ranks)
-        except OSError as error:
-            return f"cannot write below {self.folder}: {error}"
-        return None
+        return self._attempt(lambda: self._write(metrics, routes, of_ranks))
 
-    def rewind(self, step: int, why: str) -> None:
+    def rewind(self, step: int, why: str) -> str | None:
         """Tell of the last step what is no metric; where the run is back at an earlier `step`, drop what is after that.
 
-        Raises OSError where files cannot be written.
+        Returns what is wrong where files cannot be written.
         """
         self.say(f"step {self._last_step}: {why}")
-        if step < self._last_step:
-            self._last_step = step
-            self._log.close()
-            self._log = MetricsLog(self._log.path, step)
-            for loads in self._loads.values():
-                loads.close()
-            self._loads = self._open_loads(step)
+        return self._attempt(lambda: self._drop_after(step)) if step < self._last_step else None
+
+    def _write(self, metrics: dict[str, Any], routes: Tensor, of_ranks: Tensor | None) -> None:
+        self._log.write(metrics)
+        if self._loads and metrics["step"] % self.load_interval == 0:
+            self._loads[LOAD_FILE].write(metrics["step"], routes)
+            if of_ranks is not None:
+                self._loads[RANK_LOAD_FILE].write(metrics["step"], of_ranks)
+
+    def _drop_after(self, step: int) -> None:
+        self._last_step = step
+        self._log.close()
+        self._log = MetricsLog(self._log.path, step)
+        for loads in self._loads.values():
+            loads.close()
+        self._loads = self._open_loads(step)
+
+    def _attempt(self, action: Callable[[], None]) -> str | None:
+        """What is wrong where `action` cannot write; where the run goes on in spite of it, that is said once."""
+        try:
+            action()
+        except OSError as error:
+            problem = f"cannot write below {self.folder}: {error.strerror or error}"
+            if not self._goes_on:
+                return problem
+            if not self._is_behind:
+                self.say(f"step {self._last_step}: {problem}; the run goes on, metrics are written when there is room")
+            self._is_behind = True
+        else:
+            self._is_behind = False
+        return None
 
     def _open_loads(self, step: int) -> dict[str, LoadLog]:
         return {name: LoadLog(self.folder / name, *shape, step) for name, shape in self._load_shapes.items()}
@@ -98,9 +117,11 @@ class RunRecord:
         """Write what is left, and the report."""
         self._display.close()
         self._trackers.close()
-        self._log.close()
-        for loads in self._loads.values():
-            loads.close()
+        for file in (self._log, *self._loads.values()):
+            try:
+                file.close()
+            except OSError as error:
+                say(f"cannot write the last lines below {self.folder}: {error.strerror or error}")
         try:
             say(f"report: {write_report(self.folder)}")
         except Exception as error:  # noqa: BLE001 (whatever is wrong with it, a report is not worth a run)

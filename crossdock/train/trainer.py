@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from crossdock.checkpoint import (
     materialise_optimizer_state,
     newest_whole,
 )
+from crossdock.comm import raise_together
 from crossdock.config import ASSETS_FOLDER, Config, with_settled_batch, write_run_settings
-from crossdock.data import IGNORED_LABEL, Batch, TokenBatches, TooLong, evaluation_batches
+from crossdock.data import IGNORED_LABEL, Batch, DataError, TokenBatches, TooLong, evaluation_batches
 from crossdock.dispatch import Traffic
 from crossdock.models import FAMILIES, batch_loss, export_hf, left_out, save_peft_adapter
 from crossdock.moe import finish_step, moe_layer_places, moe_layers, set_batch_totals
@@ -142,6 +145,7 @@ class Trainer:
         self.keeper = RunKeeper(config, self.folder, self.model, self.optimizer, str(dims), machine)
         self.step = 0
         self._resumed_step: int | None = None
+        self._problem: str | None = None
         self.samples = 0
         self.bad_steps = BadSteps(config.fault_tolerance, self.keeper.folder)
         self.replicas = ReplicaCheck(self.model, self.optimizer, meshes)
@@ -157,7 +161,7 @@ class Trainer:
         """Run to the last step, or to the step boundary after a stop was asked for; a checkpoint is left in both cases.
 
         Raises:
-            TrainingStopped: where `BadSteps` or `ReplicaCheck` ask for it.
+            TrainingStopped: where `BadSteps` or `ReplicaCheck` ask for it, or the record cannot be written.
         """
         config = self.config
         if self.step >= config.training.steps:
@@ -169,8 +173,8 @@ class Trainer:
                 started = time.perf_counter()
                 self.place.begin(self.step + 1)
                 self.place.enter("data")
-                batches = self.batches.at(self.samples)
-                targets, tokens, stop = self._batch_totals(batches)
+                batches, unread = self._read()
+                targets, tokens, stop = self._batch_totals(batches, unread)
                 if stop:
                     break
                 metrics, routes = self._train_step(batches, targets, tokens)
@@ -180,9 +184,8 @@ class Trainer:
                     self.place.enter("validation")
                     metrics["validation_loss"] = self._validation_loss()
                 self.place.enter("record")
-                if record is not None and (problem := record.write(metrics, routes, self._computed())):
-                    record.say(f"stopping: {problem}")
-                    self.stop.requested = True
+                if record is not None:
+                    self._heed(record, record.write(metrics, routes, self._computed()))
                 if self._progress is not None:
                     self._progress.touch()
                 # A streak of bad steps must not push the last good checkpoint out.
@@ -192,6 +195,8 @@ class Trainer:
             self.place.enter("checkpoint")
             self.keeper.finish(self.step, self._counters)
             self.place.enter("end")
+            if problem := from_first_rank(lambda: self._problem):
+                raise TrainingStopped(f"{problem}. Make room, and start again with --job.dump-folder {self.folder}")
             if self.step >= config.training.steps and config.checkpoint.last_save_in_hf:
                 self._export()
             if record is not None and self.step < config.training.steps:
@@ -220,7 +225,8 @@ class Trainer:
     def _validation_loss(self) -> float | None:
         """Mean loss over the validation set; `None` where it is not finite. The same on all ranks."""
         config = self.config
-        batches = evaluation_batches(
+        batches = partial(
+            evaluation_batches,
             self.validation_tokens,
             seq_len=config.training.seq_len,
             local_batch_size=config.training.local_batch_size,
@@ -230,9 +236,11 @@ class Trainer:
             attend_within_documents=config.data.within_documents,
             max_samples=config.validation.max_samples or None,
         )
+        # Read once for what may be wrong with them: in the midst of it, the other ranks would wait for this one.
+        together(lambda: deque(batches(), maxlen=0))
         loss = evaluate(
             self.model,
-            map(self._own_section, batches),
+            map(self._own_section, batches()),
             self.device,
             counts=self.reader.counts_section,
             loss_of=None if self.pipeline is None else self.pipeline.evaluate,
@@ -327,8 +335,18 @@ class Trainer:
         """What this rank computes of a batch, which it may share with others."""
         return batch.section(self.reader.section, self.reader.sections)
 
-    def _batch_totals(self, batches: list[Batch]) -> tuple[int, int, bool]:
-        """Targets and tokens of the global batch, and whether any rank was asked to stop. The step's agreement."""
+    def _read(self) -> tuple[list[Batch], Exception | None]:
+        """This rank's part of the next step's data, or what is wrong with it."""
+        try:
+            return self.batches.at(self.samples), None
+        except (DataError, OSError) as error:
+            return [], error
+
+    def _batch_totals(self, batches: list[Batch], unread: Exception | None) -> tuple[int, int, bool]:
+        """Targets and tokens of the global batch, and whether any rank was asked to stop. The step's agreement.
+
+        Raises on all ranks where one has `unread`.
+        """
         own = batches if self.reader.is_first else []
         targets = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in own)
         tokens = sum(batch.num_tokens for batch in own)
@@ -337,9 +355,12 @@ class Trainer:
         words = self.watch.fingerprint.words(
             step=self.step, samples=self.samples, sequences_per_step=self.batches.global_batch_size
         )
-        totals = torch.tensor([targets, tokens, stops, regroups, *words], dtype=torch.float64, device=self.device)
+        own_totals = [targets, tokens, stops, regroups, unread is not None, *words]
+        totals = torch.tensor(own_totals, dtype=torch.float64, device=self.device)
         dist.all_reduce(totals)
-        all_targets, all_tokens, all_stops, all_regroups, *words = totals.tolist()
+        all_targets, all_tokens, all_stops, all_regroups, any_unread, *words = totals.tolist()
+        if any_unread:
+            raise_together(unread)
         self.watch.fingerprint.check(words)
         self.regroups = all_regroups > 0 and not all_stops
         return int(all_targets), int(all_tokens), all_stops + all_regroups > 0
@@ -367,8 +388,14 @@ class Trainer:
             self.keeper.clear()
             raise
         if message and record is not None:
-            record.rewind(self.step, message)
+            self._heed(record, record.rewind(self.step, message))
         return not message
+
+    def _heed(self, record: RunRecord, problem: str | None) -> None:
+        """End the run at the next step where its record cannot be written."""
+        if problem is not None:
+            record.say(f"stopping: {problem}")
+            self.stop.requested, self._problem = True, problem
 
     def _go_back(self) -> int | None:
         """To the newest state that is kept; its step."""
