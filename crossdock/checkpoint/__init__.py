@@ -20,6 +20,7 @@ from crossdock.checkpoint.dcp_tensors import (
     our_rows,
 )
 from crossdock.checkpoint.distributed import CheckpointConfig, Checkpointer
+from crossdock.checkpoint.finite import what_is_not_finite
 from crossdock.checkpoint.folders import (
     CHECKPOINT_FOLDER,
     CheckpointError,
@@ -100,5 +101,6 @@ __all__ = [
     "validate_experts",
     "verify_checkpoint",
     "views_of",
+    "what_is_not_finite",
     "write_checksums",
 ]

@@ -31,9 +31,11 @@ from crossdock.checkpoint.background import Background, Staging
 from crossdock.checkpoint.dcp_loading import StrictLoadPlanner
 from crossdock.checkpoint.dcp_writing import DCPWriter
 from crossdock.checkpoint.experts import ExpertRows
+from crossdock.checkpoint.finite import what_is_not_finite
 from crossdock.checkpoint.folders import (
     CheckpointError,
     finish,
+    in_short,
     make_room,
     read_state,
     saved_steps,
@@ -213,7 +215,8 @@ class Checkpointer:
 
         Raises:
             CheckpointError: on all ranks, naming the file or tensor that is missing, damaged or not this run's.
-                Nothing was loaded then, unless the storage failed while whole files were read.
+                Nothing was loaded then, unless the storage failed while whole files were read, or values are NaN or
+                infinite.
         """
         folder = step_folder(self.folder, step)
         self.wait()
@@ -232,9 +235,19 @@ class Checkpointer:
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), planner=planner)
         except CheckpointException as error:
             raise CheckpointError(f"cannot load checkpoint {folder}: {_reason(error)}") from None
+        self._refuse_nan(folder, tensors)
         self.weights_changed()
         set_random_states(random_states)
         return state["counters"]
+
+    def _refuse_nan(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        """Raises CheckpointError, on all ranks, for values that are not finite. Buffers may be infinite: masks are."""
+        buffers = {f"model.{plain_name(name)}" for name, _ in self.model.named_buffers()}
+        problems = []
+        for name, tensor in tensors.items():
+            if what := what_is_not_finite(local_part(tensor), may_be_infinite=name in buffers):
+                problems.append(f"{name} {what}")
+        raise_together(CheckpointError(f"checkpoint {folder}: {in_short(problems)}") if problems else None)
 
     def weights_changed(self) -> None:
         """Tell the model's layers that parameters have new values."""

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from crossdock.checkpoint.experts import ExpertRows
+from crossdock.checkpoint.finite import what_is_not_finite
 from crossdock.checkpoint.folders import CheckpointError, in_short
 from crossdock.checkpoint.hf_files import OpenFiles, read_headers
 from crossdock.checkpoint.stored import Stored, block_size, stored_tensors
@@ -194,17 +195,23 @@ class HFCheckpoint:
         Slots without an expert become 0. A dtype that differs is converted. Collective where there are ranks.
 
         Raises:
-            CheckpointError: on all ranks, if a file could not be read on one.
+            CheckpointError: on all ranks, if a file could not be read on one, or holds NaN or infinity.
         """
         error: Exception | None = None
+        problems: list[str] = []
+        buffers = {plain_name(name) for name, _ in model.named_buffers()}
         try:
             with OpenFiles(self.folder) as files:
                 for name, expert, view in views_of(model, keys):
                     local, offsets = local_with_offsets(view)
                     for part in keys.parts(name, expert, view.shape):
-                        read_part(files, self.tensors[part.name], part, local, offsets)
+                        values = read_part(files, self.tensors[part.name], part, local, offsets)
+                        what = what_is_not_finite(values, may_be_infinite=name in buffers)
+                        problems += [f"{part.name} {what}"] if what else []
         except (OSError, RuntimeError, SafetensorError) as caught:  # torch raises RuntimeError where mmap fails.
             error = CheckpointError(f"cannot read the weights in {self.folder}: {caught}")
+        if problems and error is None:
+            error = CheckpointError(f"the weights in {self.folder} are damaged: {in_short(problems)}")
         raise_together(error)
         _clear_empty_slots(model)
         for layer in moe_layers(model).values():
@@ -266,15 +273,18 @@ def _second_names(model: nn.Module) -> set[str]:
     return {plain_name(name) for name in every} - {plain_name(name) for name, _ in model.named_parameters()}
 
 
-def read_part(files: OpenFiles, stored: Stored, part: Part, local: Tensor, offsets: tuple[int, ...]) -> None:
-    """Copy what `local` covers of a stored tensor; `offsets` says where `local` starts in the parameter."""
+def read_part(files: OpenFiles, stored: Stored, part: Part, local: Tensor, offsets: tuple[int, ...]) -> Tensor:
+    """Copy what `local` covers of a stored tensor; `offsets` says where `local` starts in the parameter.
+
+    Returns the view of `local` that it has filled.
+    """
     ranges = [(start, start + size) for start, size in zip(offsets, local.shape, strict=True)]
     if part.columns is not None:
         first, last = max(ranges[1][0], part.columns.start), min(ranges[1][1], part.columns.stop)
         local = local[:, first - offsets[1] : last - offsets[1]]
         ranges[1] = (first - part.columns.start, last - part.columns.start)
     if local.numel() == 0:
-        return
+        return local
     if part.expert is not None:
         *others, last = ranges
         dim = 1 if part.transposed else -1
@@ -284,10 +294,9 @@ def read_part(files: OpenFiles, stored: Stored, part: Part, local: Tensor, offse
         values = values.t() if part.transposed else values
         if part.interleaved:
             values = halves_apart(values)[..., slice(*last)]
-        local.copy_(values)
-        return
+        return local.copy_(values)
     values = stored.read(files, ranges[::-1] if part.transposed else ranges)
-    local.copy_(values.t() if part.transposed else values)
+    return local.copy_(values.t() if part.transposed else values)
 
 
 def _clear_empty_slots(model: nn.Module) -> None:

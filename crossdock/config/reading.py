@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
+import logging
 import os
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
@@ -29,10 +32,15 @@ __all__ = [
     "write_run_settings",
 ]
 
+logger = logging.getLogger(__name__)
+
 # The resolved settings in a run folder.
 RUN_CONFIG_FILE = "config.toml"
 # Its first line; elsewhere, as in a copy that somebody edits, it is a comment and no more.
 _FIRST_LINE = re.compile(rf"# checksum of what follows: ([0-9a-f]{{32}}|{UNCHECKED})\n".encode())
+_WRITTEN_BY = "# Written by crossdock "
+# What settings of earlier versions are called now.
+_RENAMED: Mapping[str, str] = MappingProxyType({"training.max_skipped_steps": "fault_tolerance.max_skipped_steps"})
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -130,11 +138,21 @@ def read_run_settings(folder: Path) -> Config:
 
 
 def write_run_settings(config: Config, folder: Path) -> None:
-    """Write config.toml into the run folder, with its checksum. Raises OSError."""
-    text = to_toml(config).encode()
+    """Write config.toml into the run folder, with its checksum and the version that writes it. Raises OSError."""
+    path, version = folder / RUN_CONFIG_FILE, importlib.metadata.version("crossdock")
+    if path.is_file() and (other := _other_version(path.read_bytes())):
+        logger.warning(f"{path}: {other}, which the run goes on with")
+    text = f"{_WRITTEN_BY}{version}\n\n{to_toml(config)}".encode()
     beside = folder / f".{RUN_CONFIG_FILE}.partial"
     beside.write_bytes(f"# checksum of what follows: {checksum(text)}\n".encode() + text)
-    beside.rename(folder / RUN_CONFIG_FILE)
+    beside.rename(path)
+
+
+def _other_version(data: bytes) -> str:
+    """Which version has written a run's settings and which this is; empty where it is this, or they do not tell."""
+    ours = importlib.metadata.version("crossdock")
+    found = re.search(rf"^{_WRITTEN_BY}(\S+)$", data[:1000].decode(errors="replace"), re.MULTILINE)
+    return f"crossdock {found[1]} has written it, this is {ours}" if found is not None and found[1] != ours else ""
 
 
 def _read(path: Path) -> bytes:
@@ -148,7 +166,8 @@ def _parse_toml(path: Path, data: bytes) -> Config:
     try:
         return _build(tomllib.loads(data.decode("utf-8")))
     except ConfigError as error:
-        raise ConfigError(error.field, error.value, f"{error.valid} (in {path})") from None
+        where = "; ".join(filter(None, (f"in {path}", _other_version(data))))
+        raise ConfigError(error.field, error.value, f"{error.valid} ({where})") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError("config file", str(path), f"must be valid TOML ({error})") from None
 
@@ -254,6 +273,8 @@ def _expected(hint: Any) -> str:
 def _unknown(name: str, value: object) -> ConfigError:
     """The error for a setting or section that does not exist; its nearest may be of the same key elsewhere."""
     settings, sections = list(setting_types()), list(get_type_hints(Config))
+    if name in _RENAMED:
+        return ConfigError(name, value, f"is called {_RENAMED[name]} now")
     if name in sections:
         return ConfigError(name, value, f"is a section; a setting is written {name}.key")
     section, _, key = name.rpartition(".")

@@ -71,12 +71,13 @@ class TrainingConfig:
     """Optimizer steps of the whole run."""
     seed: int = 0
     """Of initial weights, data order and random state."""
+    deterministic: bool = False
+    """Two runs with the same settings, on the same number of ranks and threads of such devices, are equal bit by bit.
+    What decides by measured time, or sums in no fixed order, is refused then."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """bfloat16 computes in bfloat16 with float32 master weights and reductions; float64 is for checks on CPU."""
     max_norm: float = 1.0
     """Gradients are scaled to at most this global norm."""
-    max_skipped_steps: int = 5
-    """A step with a NaN or infinite loss or gradient norm is skipped; this many in a row stop the run."""
     freeze_router: bool = False
     """Keep the routers' weights as they are."""
     freeze_experts: bool = False
@@ -86,7 +87,7 @@ class TrainingConfig:
     tuned: str = "auto"
     """What `crossdock tune` has measured, for settings that are left to be chosen. auto: of
     $XDG_CACHE_HOME/crossdock/tuned.json (~/.cache), where that has anything for this device, model and layout; off:
-    nothing; else of this file."""
+    nothing, and so is auto with deterministic; else of this file."""
     debug_moe_force_load_balance: bool = False
     """Deal tokens out to experts in turn, whatever the router says; for measurements."""
 
@@ -172,6 +173,27 @@ class FaultToleranceConfig:
     """With several machines, the next one keeps a copy of each rank's snapshots, so that a machine may be lost."""
     straggler_interval: int = 100
     """Steps between looks for the rank that the others wait for, which is named where it stays slow; 0: none."""
+    on_bad_step: Literal["skip", "rollback", "stop"] = "skip"
+    """What a step with a NaN or infinite loss or gradient norm leads to. skip: it is not applied. rollback: the run
+    goes back to its newest checkpoint and passes over the data since."""
+    on_spike: Literal["none", "skip", "rollback", "stop"] = "none"
+    """Likewise for a step whose loss or gradient norm is far above what is usual."""
+    loss_spike_factor: float = 2.0
+    """A loss is a spike above so many times the median of the last spike_window steps that were applied; 0: never."""
+    norm_spike_factor: float = 10.0
+    """The same of the gradient norm, before clipping."""
+    spike_window: int = 64
+    """Steps that say what is usual; until so many were applied there are no spikes."""
+    max_skipped_steps: int = 5
+    """So many steps in a row that are not applied end the run."""
+    max_rollbacks: int = 3
+    """Rollbacks in a row that do not get the run past the step that led to them; the next one ends it."""
+    on_write_error: Literal["stop", "warn"] = "stop"
+    """What a checkpoint or metrics that cannot be written, for a full disk, lead to. warn: the run goes on, and tries
+    again with the next one; the checkpoint at the end must be written."""
+    replica_check_interval: int = 100
+    """Steps between looks whether ranks that should hold the same values do, bit by bit; a difference ends the run.
+    0: never."""
 
 
 @dataclass(frozen=True)

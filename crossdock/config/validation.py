@@ -80,6 +80,7 @@ def check_settings(config: Config) -> PreTrainedConfig:
     _check_optimizer(config)
     _check_trackers(config)
     _check_attention(config)
+    _check_deterministic(config)
     model = _check_model(config)
     if config.moe.dispatcher == "deepep":
         valid = f"dispatcher 'deepep' needs a hidden size that is a multiple of 256, not {model.hidden_size}"
@@ -100,14 +101,15 @@ def check_settings(config: Config) -> PreTrainedConfig:
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a positive number": (
         lambda value: value > 0,
-        "training.local_batch_size training.seq_len training.steps training.max_norm training.max_skipped_steps "
-        "optimizer.eps metrics.log_freq lora.alpha",
+        "training.local_batch_size training.seq_len training.steps training.max_norm optimizer.eps metrics.log_freq "
+        "lora.alpha fault_tolerance.max_skipped_steps fault_tolerance.spike_window",
     ),
     "0 or more": (
         lambda value: value >= 0,
         "optimizer.lr optimizer.weight_decay lr_scheduler.warmup_steps checkpoint.interval checkpoint.keep_latest_k "
         "metrics.load_interval validation.interval validation.max_samples lora.rank fault_tolerance.max_restarts "
-        "fault_tolerance.snapshot_interval fault_tolerance.straggler_interval",
+        "fault_tolerance.snapshot_interval fault_tolerance.straggler_interval fault_tolerance.max_rollbacks "
+        "fault_tolerance.replica_check_interval",
     ),
     "-1, or 1 and more": (
         lambda value: value == -1 or value > 0,
@@ -119,6 +121,10 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "0 to 1": (lambda value: 0 <= value <= 1, "lr_scheduler.min_lr_factor lr_scheduler.decay_ratio"),
     "0 to 2^63 - 1": (lambda value: 0 <= value < 2**63, "training.seed"),
+    "0, or at least 1": (
+        lambda value: value == 0 or value >= 1,
+        "fault_tolerance.loss_spike_factor fault_tolerance.norm_spike_factor",
+    ),
     "1 to 31536000, a year": (lambda value: 0 < value <= 31_536_000, "job.comm_timeout_seconds"),
 }
 
@@ -172,6 +178,28 @@ def _check_trackers(config: Config) -> None:
         require(config, "metrics.trackers", importlib.util.find_spec(name) is not None, missing)
     valid = "must be 1 to 128 letters, digits, '_', '-' and '.'"
     require(config, "metrics.project", re.fullmatch(r"[\w.-]{1,128}", config.metrics.project) is not None, valid)
+
+
+def _check_deterministic(config: Config) -> None:
+    """What `training.deterministic` cannot have: decisions by measured time, sums in no fixed order."""
+    if not config.training.deterministic:
+        return
+    balance, on_gpu = config.balance, torch.cuda.is_available()
+    valid = "must be false with training.deterministic: it decides by measured time"
+    for name, decides in (
+        ("balance.move_if_it_pays", balance.moves and balance.move_if_it_pays),
+        ("balance.spill_if_it_pays", balance.spills and balance.spill_if_it_pays),
+    ):
+        require(config, name, not decides, valid)
+    may_be_deepep = config.moe.dispatcher == "deepep" or (
+        config.moe.dispatcher == "auto" and on_gpu and importlib.util.find_spec("deep_ep") is not None
+    )
+    valid = "must be another with training.deterministic, alltoall for one: deepep sums in no order that it promises"
+    require(config, "moe.dispatcher", not may_be_deepep, valid)
+    valid = "must be false with training.deterministic on a GPU: its kernels are chosen by measured time"
+    require(config, "compile.enable", not (config.compile.enable and on_gpu), valid)
+    valid = "must be sdpa or eager with training.deterministic: the gradients of others are sums in no fixed order"
+    require(config, "model.attn_implementation", config.model.attn_implementation in ("sdpa", "eager"), valid)
 
 
 def _check_model(config: Config) -> PreTrainedConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 _ROWS_PER_READ: Final = 256
+_PIECE: Final = 1 << 20  # Bytes of a long document that are read at a time.
 
 T = TypeVar("T")
 
@@ -86,7 +88,13 @@ def first_line(error: Exception) -> str:
 
 
 def _text_file(path: Path, fields: Fields[T]) -> Iterator[T]:
-    text = _decode(path.read_bytes(), path, 1)  # read_text would translate the ends of lines.
+    with path.open("rb") as file:  # Text mode would translate the ends of lines.
+        start, size = file.read(_PIECE), path.stat().st_size
+        _decode_start(start, path)
+        if size > (most := _most_bytes()):
+            instead = "cut it into several files, or give one document per line of a .jsonl"
+            raise DataError(f"{path}: is one document of {size / 1e9:,.1f} GB, {_beyond(most)}; {instead}")
+        text = _decode(start + file.read(), path, 1)
     yield fields.of_text(text, f"{path}:1")
 
 
@@ -136,12 +144,41 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            while line := _read_line(file, f"{path}:{number + 1}"):
+                number += 1
                 yield number, line
     except EOFError as error:
         raise DataError(f"{path}:{number + 1}: the compressed data breaks off here: the file is truncated") from error
     except (gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}:{number + 1}: is not valid gzip data ({error})") from error
+
+
+def _read_line(file: Any, place: str) -> bytes:
+    """The next line with its end. Of one that no memory would hold it reads no more than shows that."""
+    line = file.readline(_PIECE)
+    if len(line) < _PIECE or line.endswith(b"\n"):
+        return line
+    pieces, most = [line], _most_bytes()
+    while len(pieces[-1]) == _PIECE and not pieces[-1].endswith(b"\n") and b"\0" not in pieces[-1]:
+        pieces.append(file.readline(_PIECE))
+        if len(pieces) * _PIECE > most:
+            raise DataError(f"{place}: the line has {_beyond(most)}; give one document per line")
+    return b"".join(pieces)
+
+
+def _most_bytes() -> int:
+    """Of one document: as text, as tokens and in between it takes several times as much."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+
+
+def _beyond(most: int) -> str:
+    return f"more than an eighth of this machine's memory ({most / 1e9:,.1f} GB)"
+
+
+def _decode_start(start: bytes, path: Path) -> None:
+    """Refuse a file whose first bytes are no text, before the rest is read."""
+    if b"\0" in start:
+        _decode(start, path, 1)
 
 
 def _decode(raw: bytes, path: Path, first_line_number: int) -> str:

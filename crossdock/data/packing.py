@@ -150,7 +150,8 @@ def read_rows(
             continue
         starts, ends = source.spans(row_ids[mine])
         where = np.minimum(starts[:, None] + np.arange(seq_len + 1), ends[:, None] - 1)
-        token_ids[mine] = source.tokens.open()[where]
+        token_ids[mine] = own = source.tokens.open()[where]
+        _check_ids(own, source.tokens)
         targets[mine] = ends - starts - 1
         if (to_predict := source.tokens.targets()) is not None:
             masked[mine] = ~to_predict[where[:, 1:]]
@@ -172,6 +173,15 @@ def read_rows(
         torch.from_numpy(positions) if within_documents else None,
         torch.from_numpy(padding) if padded else None,
     )
+
+
+def _check_ids(ids: _Array, tokens: TokenFile) -> None:
+    """Raises DataError for ids that the vocabulary has not: a model would fail on them, on a GPU for good."""
+    if (largest := int(ids.max(initial=0))) >= tokens.vocab_size:
+        raise DataError(
+            f"{tokens.path} is damaged: it holds the token {largest}, beyond its vocabulary of {tokens.vocab_size}; "
+            f"remove the folder {tokens.path.parent.parent}, and the tokens of {tokens.source!r} are made anew"
+        )
 
 
 class TooLong(NamedTuple):

@@ -136,9 +136,12 @@ def prepare_tokens(config: DataConfig, tokenizer_folder: Path | None, vocab_size
     cache = Path(config.cache_folder).expanduser()
     folders = [cache / _fingerprint(tokenizer, config.held_out, identity) for identity in identities]
     if (present := _read_all(sources, folders)) is None:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache, _fingerprint(tokenizer, config.held_out, identities)):
-            _build_missing(sources, folders, config.held_out, given_json, make_encoder, vocab_size)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with _locked(cache, _fingerprint(tokenizer, config.held_out, identities)):
+                _build_missing(sources, folders, config.held_out, given_json, make_encoder, vocab_size)
+        except OSError as error:  # A write to an open file does not name it.
+            raise OSError(error.errno, error.strerror, error.filename or str(cache)) from error
         present = _read_all(sources, folders)
         assert present is not None
     return present

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from crossdock.checkpoint import DTYPES, CheckpointError, in_short, replace_folder
+from crossdock.checkpoint import DTYPES, CheckpointError, in_short, replace_folder, what_is_not_finite
 from crossdock.comm import raise_together
 from crossdock.experts import halves_apart
 from crossdock.lora import LoRAConfig, LoRALinear
@@ -304,13 +304,16 @@ class PeftAdapter:
         """Fill the adapters of `model` in place, after `check`. Slots without an expert become 0.
 
         Raises:
-            CheckpointError: on all ranks, if a file could not be read on one.
+            CheckpointError: on all ranks, if a file could not be read on one, or holds NaN or infinity.
         """
         error: Exception | None = None
         try:
             with safe_open(self.folder / _WEIGHTS_FILE, framework="pt") as file:
                 for stored in _stored(model, family):
-                    _fill(stored, file.get_tensor(stored.name))
+                    values = file.get_tensor(stored.name)
+                    if what := what_is_not_finite(values):
+                        raise CheckpointError(f"{stored.name} {what}")
+                    _fill(stored, values)
         except (OSError, RuntimeError, SafetensorError) as caught:
             error = CheckpointError(f"cannot read the adapter in {self.folder}: {caught}")
         raise_together(error)

@@ -128,15 +128,25 @@ class RunKeeper:
                 logger.warning(f"step {step}: no snapshot: {error}")
 
     def finish(self, step: int, counters: Callable[[], _Counters]) -> None:
-        """Leave a checkpoint of `step` and no snapshots."""
+        """Leave a checkpoint of `step` and no snapshots.
+
+        Raises CheckpointError where it cannot be written.
+        """
+        self.wait()
         if self._saved != step:
             self._save(step, counters(), last=True)
-        self.wait()
         self.clear()
 
     def wait(self) -> None:
-        """Wait for the checkpoint that is being written."""
-        self._checkpointer.wait()
+        """Wait for the checkpoint that is being written.
+
+        Raises CheckpointError where it cannot be written, and that is not to be passed over.
+        """
+        try:
+            self._checkpointer.wait()
+        except CheckpointError as error:
+            self._pass_over(error)
+            self._saved = None
 
     def clear(self) -> None:
         """Leave no snapshots."""
@@ -145,10 +155,26 @@ class RunKeeper:
 
     def _save(self, step: int, counters: _Counters, *, last: bool) -> None:
         """Save a step, unless the checkpoint before is still being written and this one can wait."""
-        if self._checkpointer.save(step, counters, blocking=last) is None:
+        try:
+            saved = self._checkpointer.save(step, counters, blocking=last)
+        except CheckpointError as error:
+            if last:
+                raise
+            self._pass_over(error)
+            if self._config.async_mode != "async":
+                return
+            # What failed is the write of the one before.
+            saved = self._checkpointer.save(step, counters, blocking=last)
+        if saved is None:
             logger.warning(f"step {step}: no checkpoint, since the one before is still being written")
         else:
             self._saved = step
+
+    def _pass_over(self, error: CheckpointError) -> None:
+        """Go on in spite of it, where that is asked for."""
+        if self._tolerance.on_write_error == "stop":
+            raise error
+        logger.warning(f"{error}; the run goes on, and tries again with the next checkpoint")
 
 
 def run_identity(folder: Path) -> str:

@@ -235,6 +235,9 @@ def train_rank(config: Config, environment: Mapping[str, str]) -> int:
     rank = int(environment["RANK"])
     if rank >= world_size:
         return _be_spare(stop)
+    if config.training.deterministic:
+        # cuBLAS reads it at its first product; without, torch refuses its products then.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # The package's own notes, once; not those of the libraries it uses.
     notes = logging.getLogger("crossdock")
     notes.setLevel(logging.INFO)

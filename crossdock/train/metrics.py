@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from crossdock.checkpoint import to_checked_json
 from crossdock.dispatch import Traffic
@@ -21,7 +24,16 @@ from crossdock.parallel import ReplicaTraffic
 from crossdock.routing import StepLoad, load_statistics
 from crossdock.tools.report import read_metrics
 
-__all__ = ["MetricsLog", "ProgressDisplay", "last_logged_step", "load_metrics", "memory_use", "say", "traffic_metrics"]
+__all__ = [
+    "MetricsLog",
+    "ProgressDisplay",
+    "gather_metrics",
+    "last_logged_step",
+    "load_metrics",
+    "memory_use",
+    "say",
+    "traffic_metrics",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +52,31 @@ def memory_use(device: torch.device) -> tuple[float, float]:
         held = int(Path("/proc/self/statm").read_text().split()[1]) * page
         there = os.sysconf("SC_PHYS_PAGES") * page
     return held / 2**30, 100 * held / there
+
+
+def gather_metrics(
+    terms: Mapping[str, Tensor], norm: Tensor, device: torch.device
+) -> tuple[dict[str, float], float, dict[str, float]]:
+    """What a step's numbers are over all ranks: the same bits on each, whatever devices they have.
+
+    All add up the same numbers in the same order, on the host, and take the first rank's norm. Collective, over the
+    default group: one all-gather.
+
+    Args:
+        terms: this rank's of each loss: fp64 scalars.
+        norm: of the global gradient, a fp64 scalar.
+        device: of this rank.
+
+    Returns:
+        The sum of each loss, the norm, and the memory of the rank that holds most.
+    """
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    own = torch.stack([zero + value for value in (*terms.values(), norm, *memory_use(device))])
+    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, own)
+    *columns, norms, gib, percent = zip(*torch.stack(everyone).tolist(), strict=True)
+    sums = {name: float(sum(column)) for name, column in zip(terms, columns, strict=True)}
+    return sums, norms[0], {"memory_gib": max(gib), "memory_percent": max(percent)}
 
 
 def load_metrics(load: StepLoad) -> dict[str, float]:
@@ -96,6 +133,7 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
+        self.path = path
         rows, broken = read_metrics(path) if path.is_file() else ([], [])
         if broken:
             shown = ", ".join(map(str, broken[:_SHOWN])) + ", ..." * (len(broken) > _SHOWN)
@@ -106,13 +144,30 @@ class MetricsLog:
         beside = path.with_suffix(".partial")
         beside.write_text("".join(f"{to_checked_json(row)}\n" for row in kept))
         beside.rename(path)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (open for the whole run)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for the whole run)
+        self._unwritten = b""
 
     def write(self, metrics: dict[str, Any]) -> None:
-        self._file.write(to_checked_json(metrics) + "\n")
+        """Add a line. Raises OSError where the disk is full, for one; the line is kept then, for the next call."""
+        self._unwritten += f"{to_checked_json(metrics)}\n".encode()
+        self._flush()
 
     def close(self) -> None:
-        self._file.close()
+        """Raises OSError where a line that was kept still cannot be written."""
+        try:
+            self._flush()
+        finally:
+            self._file.close()
+
+    def _flush(self) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(self._unwritten) != len(self._unwritten):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(self._file.fileno(), size)  # No part of a line stays.
+            raise
+        self._unwritten = b""
 
 
 def last_logged_step(path: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -46,15 +47,15 @@ class RunRecord:
     ) -> None:
         self.folder = folder
         self.load_interval = config.metrics.load_interval
+        self._last_step = step
+        self._goes_on = config.fault_tolerance.on_write_error == "warn"
+        self._is_behind = False
         # Before the log, which drops lines that a tracker may have seen.
         self._trackers = Trackers(config, folder, step)
         self._log = MetricsLog(folder / "metrics.jsonl", step)
         sizes = {LOAD_FILE: num_experts, RANK_LOAD_FILE: num_ranks if num_ranks > 1 else 0}
-        self._loads = {
-            name: LoadLog(folder / name, num_layers, size, step)
-            for name, size in sizes.items()
-            if size and self.load_interval
-        }
+        self._load_shapes = {name: (num_layers, size) for name, size in sizes.items() if size and self.load_interval}
+        self._loads = self._open_loads(step)
         self._display = ProgressDisplay(config.training.steps, step, config.metrics.log_freq, on_gpu=on_gpu)
 
     def write(self, metrics: dict[str, Any], routes: Tensor, of_ranks: Tensor | None) -> str | None:
@@ -62,17 +63,51 @@ class RunRecord:
 
         Returns what is wrong where files cannot be written.
         """
+        self._last_step = metrics["step"]
         self._display.update(metrics)
         self._trackers.log(metrics)
+        return self._attempt(lambda: self._write(metrics, routes, of_ranks))
+
+    def rewind(self, step: int, why: str) -> str | None:
+        """Tell of the last step what is no metric; where the run is back at an earlier `step`, drop what is after that.
+
+        Returns what is wrong where files cannot be written.
+        """
+        self.say(f"step {self._last_step}: {why}")
+        return self._attempt(lambda: self._drop_after(step)) if step < self._last_step else None
+
+    def _write(self, metrics: dict[str, Any], routes: Tensor, of_ranks: Tensor | None) -> None:
+        self._log.write(metrics)
+        if self._loads and metrics["step"] % self.load_interval == 0:
+            self._loads[LOAD_FILE].write(metrics["step"], routes)
+            if of_ranks is not None:
+                self._loads[RANK_LOAD_FILE].write(metrics["step"], of_ranks)
+
+    def _drop_after(self, step: int) -> None:
+        self._last_step = step
+        self._log.close()
+        self._log = MetricsLog(self._log.path, step)
+        for loads in self._loads.values():
+            loads.close()
+        self._loads = self._open_loads(step)
+
+    def _attempt(self, action: Callable[[], None]) -> str | None:
+        """What is wrong where `action` cannot write; where the run goes on in spite of it, that is said once."""
         try:
-            self._log.write(metrics)
-            if self._loads and metrics["step"] % self.load_interval == 0:
-                self._loads[LOAD_FILE].write(metrics["step"], routes)
-                if of_ranks is not None:
-                    self._loads[RANK_LOAD_FILE].write(metrics["step"], of_ranks)
+            action()
         except OSError as error:
-            return f"cannot write below {self.folder}: {error}"
+            problem = f"cannot write below {self.folder}: {error.strerror or error}"
+            if not self._goes_on:
+                return problem
+            if not self._is_behind:
+                self.say(f"step {self._last_step}: {problem}; the run goes on, metrics are written when there is room")
+            self._is_behind = True
+        else:
+            self._is_behind = False
         return None
+
+    def _open_loads(self, step: int) -> dict[str, LoadLog]:
+        return {name: LoadLog(self.folder / name, *shape, step) for name, shape in self._load_shapes.items()}
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
@@ -82,9 +117,11 @@ class RunRecord:
         """Write what is left, and the report."""
         self._display.close()
         self._trackers.close()
-        self._log.close()
-        for loads in self._loads.values():
-            loads.close()
+        for file in (self._log, *self._loads.values()):
+            try:
+                file.close()
+            except OSError as error:
+                say(f"cannot write the last lines below {self.folder}: {error.strerror or error}")
         try:
             say(f"report: {write_report(self.folder)}")
         except Exception as error:  # noqa: BLE001 (whatever is wrong with it, a report is not worth a run)

@@ -29,7 +29,9 @@ def together(action: Callable[[], Any], group: dist.ProcessGroup | None = None) 
     try:
         result = action()
     except OSError as caught:
-        error = TrainingStopped(str(caught))
+        place = caught.filename2 or caught.filename  # Of a renaming, the new name.
+        named = f"{place}: " if place else ""
+        error = TrainingStopped(f"{named}{caught.strerror or caught}")
     except Exception as caught:  # noqa: BLE001 (whatever it is, the others must hear of it)
         error = caught
     raise_together(error, group)

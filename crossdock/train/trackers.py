@@ -224,6 +224,7 @@ class Trackers:
 
     def __init__(self, config: Config, folder: Path, resumed_step: int) -> None:
         self._trackers: list[BackgroundTracker] = []
+        self._last_step = resumed_step
         names = config.metrics.trackers
         run_id, seen = _remember(folder, names)
         settings = {name: attrgetter(name)(config) for name in setting_types()}
@@ -244,7 +245,13 @@ class Trackers:
             self._trackers.append(BackgroundTracker(name, lambda name=name, run=run: TRACKERS[name](run), say))
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Hand on the metrics of a step; those that are `None` are left out."""
+        """Hand on the metrics of a step; those that are `None` are left out.
+
+        Of steps that are done again after a rollback, trackers keep what they have: most cannot take it back.
+        """
+        if metrics["step"] <= self._last_step:
+            return
+        self._last_step = metrics["step"]
         numbers = {name: value for name, value in metrics.items() if value is not None and name != "step"}
         for tracker in self._trackers:
             tracker.log(metrics["step"], numbers)

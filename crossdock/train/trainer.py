@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,21 @@ from crossdock.checkpoint import (
     materialise_optimizer_state,
     newest_whole,
 )
+from crossdock.comm import raise_together
 from crossdock.config import ASSETS_FOLDER, Config, with_settled_batch, write_run_settings
-from crossdock.data import IGNORED_LABEL, Batch, TokenBatches, TooLong, evaluation_batches
+from crossdock.data import IGNORED_LABEL, Batch, DataError, TokenBatches, TooLong, evaluation_batches
 from crossdock.dispatch import Traffic
 from crossdock.models import FAMILIES, batch_loss, export_hf, left_out, save_peft_adapter
 from crossdock.moe import finish_step, moe_layer_places, moe_layers, set_batch_totals
 from crossdock.parallel import Boundary, GradientManager, ParallelDims, Pipeline, plain_name
 from crossdock.routing import CollapseMonitor
 from crossdock.tools.evaluate import evaluate
+from crossdock.train.bad_steps import BadSteps
+from crossdock.train.drift import ReplicaCheck
 from crossdock.train.fingerprints import check_same_code_and_config, check_same_model
 from crossdock.train.keeping import RunKeeper
 from crossdock.train.layer_marks import mark_layers
-from crossdock.train.metrics import load_metrics, memory_use, say, traffic_metrics
+from crossdock.train.metrics import gather_metrics, load_metrics, say, traffic_metrics
 from crossdock.train.optimizer import build_optimizer, learning_rate_factor
 from crossdock.train.preparing import build_training_model, prepare_run_tokens
 from crossdock.train.record import RunRecord, lock_folder
@@ -89,6 +94,7 @@ class Trainer:
         settings = replace(settings or config, job=replace(config.job, dump_folder=str(self.folder)))
         self.config = config = with_settled_batch(replace(config, job=settings.job), dims)
         check_same_code_and_config(config)
+        torch.use_deterministic_algorithms(config.training.deterministic)
         self._lock = together(lambda: lock_folder(self.folder) if self.rank == 0 else None)
         tokens, self.validation_tokens = prepare_run_tokens(config, first_on_machine)
         self.batches = TokenBatches(
@@ -137,9 +143,10 @@ class Trainer:
         self.keeper = RunKeeper(config, self.folder, self.model, self.optimizer, str(dims), machine)
         self.step = 0
         self._resumed_step: int | None = None
+        self._problem: str | None = None
         self.samples = 0
-        self.skipped_steps = 0
-        self.skipped_in_a_row = 0
+        self.bad_steps = BadSteps(config.fault_tolerance, self.keeper.folder)
+        self.replicas = ReplicaCheck(self.model, self.optimizer, meshes)
         if came_from := self.keeper.resume(newest, self._take_counters, damaged):
             self._resumed_step = self.step
             self._tell(f"resumed {self.folder} at {came_from}")
@@ -152,7 +159,7 @@ class Trainer:
         """Run to the last step, or to the step boundary after a stop was asked for; a checkpoint is left in both cases.
 
         Raises:
-            TrainingStopped: after `training.max_skipped_steps` bad steps in a row.
+            TrainingStopped: where `BadSteps` or `ReplicaCheck` ask for it, or the record cannot be written.
         """
         config = self.config
         if self.step >= config.training.steps:
@@ -164,8 +171,8 @@ class Trainer:
                 started = time.perf_counter()
                 self.place.begin(self.step + 1)
                 self.place.enter("data")
-                batches = self.batches.at(self.samples)
-                targets, tokens, stop = self._batch_totals(batches)
+                batches, unread = self._read()
+                targets, tokens, stop = self._batch_totals(batches, unread)
                 if stop:
                     break
                 metrics, routes = self._train_step(batches, targets, tokens)
@@ -175,19 +182,19 @@ class Trainer:
                     self.place.enter("validation")
                     metrics["validation_loss"] = self._validation_loss()
                 self.place.enter("record")
-                if record is not None and (problem := record.write(metrics, routes, self._computed())):
-                    record.say(f"stopping: {problem}")
-                    self.stop.requested = True
-                self._stop_after_bad_steps()
+                if record is not None:
+                    self._heed(record, record.write(metrics, routes, self._computed()))
                 if self._progress is not None:
                     self._progress.touch()
                 # A streak of bad steps must not push the last good checkpoint out.
-                if not self.skipped_in_a_row:
+                if self._is_well(record):
                     self.place.enter("checkpoint or snapshot")
                     self.keeper.after_step(self.step, self._counters)
             self.place.enter("checkpoint")
             self.keeper.finish(self.step, self._counters)
             self.place.enter("end")
+            if problem := from_first_rank(lambda: self._problem):
+                raise TrainingStopped(f"{problem}. Make room, and start again with --job.dump-folder {self.folder}")
             if self.step >= config.training.steps and config.checkpoint.last_save_in_hf:
                 self._export()
             if record is not None and self.step < config.training.steps:
@@ -228,7 +235,8 @@ class Trainer:
     def _validation_loss(self) -> float | None:
         """Mean loss over the validation set; `None` where it is not finite. The same on all ranks."""
         config = self.config
-        batches = evaluation_batches(
+        batches = partial(
+            evaluation_batches,
             self.validation_tokens,
             seq_len=config.training.seq_len,
             local_batch_size=config.training.local_batch_size,
@@ -238,9 +246,11 @@ class Trainer:
             attend_within_documents=config.data.within_documents,
             max_samples=config.validation.max_samples or None,
         )
+        # Read once for what may be wrong with them: in the midst of it, the other ranks would wait for this one.
+        together(lambda: deque(batches(), maxlen=0))
         loss = evaluate(
             self.model,
-            map(self._own_section, batches),
+            map(self._own_section, batches()),
             self.device,
             counts=self.reader.counts_section,
             loss_of=None if self.pipeline is None else self.pipeline.evaluate,
@@ -259,26 +269,24 @@ class Trainer:
         sent_before = self._traffic()
         loss = self._backward([self._own_section(batch).inputs(self.device) for batch in batches], max(targets, 1))
         self.place.enter("gradient norm")
-        norm = self.gradients.clip(config.max_norm).item()
+        own_norm = self.gradients.clip(config.max_norm)
         self.place.enter("metrics")
-        sums, memory = self._gather_metrics(loss)
+        sums, norm, memory = gather_metrics({"loss": loss, **self._auxiliary_losses()}, own_norm, self.device)
         sent = traffic_metrics(self._traffic() - sent_before, self.gradients.replica_traffic, self.device)
 
         self.place.enter("optimizer")
         self.step += 1
         self.samples += self.batches.global_batch_size
         rate = self.config.optimizer.lr * learning_rate_factor(self.step, config.steps, self.config.lr_scheduler)
-        finite = math.isfinite(sums["loss"]) and math.isfinite(norm)
-        if finite:
+        applies = self.bad_steps.applies(self.step, sums["loss"], norm)
+        if applies:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
         # The expert bias is a part of what LoRA leaves as it is.
-        load = finish_step(self.model, dist.group.WORLD, update_bias=finite and not self.config.lora.rank)
+        load = finish_step(self.model, dist.group.WORLD, update_bias=applies and not self.config.lora.rank)
         for message in self._collapse.update(load.routes.cpu()) if self.rank == 0 else ():
             logger.warning(f"step {self.step}: {message}")
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        self.skipped_steps += not finite
         self.optimizer.zero_grad()
         self.place.enter("migration")
         balanced, messages = self.balancer.after_step(load)
@@ -294,7 +302,7 @@ class Trainer:
             **balanced,
             **sent,
             "tokens": tokens,
-            "skipped_steps": self.skipped_steps,
+            **self.bad_steps.metrics(),
         }, load.routes
 
     def _backward(self, batches: list[dict[str, torch.Tensor]], targets: int) -> torch.Tensor:
@@ -337,8 +345,18 @@ class Trainer:
         """What this rank computes of a batch, which it may share with others."""
         return batch.section(self.reader.section, self.reader.sections)
 
-    def _batch_totals(self, batches: list[Batch]) -> tuple[int, int, bool]:
-        """Targets and tokens of the global batch, and whether any rank was asked to stop. The step's agreement."""
+    def _read(self) -> tuple[list[Batch], Exception | None]:
+        """This rank's part of the next step's data, or what is wrong with it."""
+        try:
+            return self.batches.at(self.samples), None
+        except (DataError, OSError) as error:
+            return [], error
+
+    def _batch_totals(self, batches: list[Batch], unread: Exception | None) -> tuple[int, int, bool]:
+        """Targets and tokens of the global batch, and whether any rank was asked to stop. The step's agreement.
+
+        Raises on all ranks where one has `unread`.
+        """
         own = batches if self.reader.is_first else []
         targets = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in own)
         tokens = sum(batch.num_tokens for batch in own)
@@ -347,56 +365,68 @@ class Trainer:
         words = self.watch.fingerprint.words(
             step=self.step, samples=self.samples, sequences_per_step=self.batches.global_batch_size
         )
-        totals = torch.tensor([targets, tokens, stops, regroups, *words], dtype=torch.float64, device=self.device)
+        own_totals = [targets, tokens, stops, regroups, unread is not None, *words]
+        totals = torch.tensor(own_totals, dtype=torch.float64, device=self.device)
         dist.all_reduce(totals)
-        all_targets, all_tokens, all_stops, all_regroups, *words = totals.tolist()
+        all_targets, all_tokens, all_stops, all_regroups, any_unread, *words = totals.tolist()
+        if any_unread:
+            raise_together(unread)
         self.watch.fingerprint.check(words)
         self.regroups = all_regroups > 0 and not all_stops
         return int(all_targets), int(all_tokens), all_stops + all_regroups > 0
 
-    def _gather_metrics(self, loss: torch.Tensor) -> tuple[dict[str, float], dict[str, float]]:
-        """Loss and auxiliary losses (mean over layers) summed over the ranks, and the largest memory of a rank."""
+    def _auxiliary_losses(self) -> dict[str, torch.Tensor]:
+        """This rank's terms of the auxiliary losses: mean over layers."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        auxiliary = {
-            name: sum((layer.load.losses[name].double() for layer in self.layers if name in layer.load.losses), zero)
+        of_layers = {
+            name: [layer.load.losses[name].double() for layer in self.layers if name in layer.load.losses]
             for name in self.whole.auxiliary_losses
         }
-        memory = [zero + value for value in memory_use(self.device)]
-        own = torch.stack([loss, *(value / len(self.places.names) for value in auxiliary.values()), *memory])
-        everyone = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(everyone, own)
-        gathered = torch.stack(everyone)
-        values, largest = gathered[:, :-2].sum(dim=0).tolist(), gathered[:, -2:].amax(dim=0).tolist()
-        sums = dict(zip(["loss", *auxiliary], values, strict=True))
-        return sums, dict(zip(["memory_gib", "memory_percent"], largest, strict=True))
+        return {name: sum(values, zero) / len(self.places.names) for name, values in of_layers.items()}
 
     def _traffic(self) -> Traffic:
         """What this rank has sent so far for its MoE layers; at a moment when the GPU has been waited for anyway."""
         return sum((layer.dispatcher.traffic for layer in self.layers), Traffic())
 
-    def _stop_after_bad_steps(self) -> None:
-        if self.skipped_in_a_row >= self.config.training.max_skipped_steps:
+    def _is_well(self, record: RunRecord | None) -> bool:
+        """Whether the last step was applied; if not, do what the policy asks for."""
+        try:
+            message = self.bad_steps.settle(self, self._go_back)
+            self.replicas.after_step(self.step, self.config.fault_tolerance.replica_check_interval, self.keeper.folder)
+        except TrainingStopped:
             self.keeper.wait()
             self.keeper.clear()
-            raise TrainingStopped(
-                f"{self.skipped_in_a_row} steps in a row, the last of them {self.step}, had a NaN or infinite loss or "
-                "gradient norm and were skipped. Lower optimizer.lr, lengthen lr_scheduler.warmup_steps, or go back: "
-                f"remove the newest folders of {self.keeper.folder} and start again. training.max_skipped_steps "
-                "sets how many are allowed."
-            )
+            raise
+        if message and record is not None:
+            self._heed(record, record.rewind(self.step, message))
+        return not message
+
+    def _heed(self, record: RunRecord, problem: str | None) -> None:
+        """End the run at the next step where its record cannot be written."""
+        if problem is not None:
+            record.say(f"stopping: {problem}")
+            self.stop.requested, self._problem = True, problem
+
+    def _go_back(self) -> int | None:
+        """To the newest state that is kept; its step."""
+        self.keeper.wait()
+        newest, passed_over = newest_whole(self.keeper.folder)
+        for message in passed_over:
+            self._tell(message)
+        return self.step if self.keeper.resume(newest, self._take_counters) else None
 
     def _counters(self) -> dict[str, Any]:
         """Where the run stands, but for tensors; `_take_counters` takes it."""
         return {
             "step": self.step,
             "samples": self.samples,
-            "skipped_steps": self.skipped_steps,
+            **self.bad_steps.state(),
             "balance": self.balancer.state(),
         }
 
     def _take_counters(self, counters: dict[str, Any]) -> None:
         self.step, self.samples = counters["step"], counters["samples"]
-        self.skipped_steps = counters["skipped_steps"]
+        self.bad_steps.restore(counters)
         for layer in self.layers:
             if layer.router is not None:
                 layer.router.steps = self.step

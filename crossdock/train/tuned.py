@@ -58,7 +58,9 @@ def take_tuned(model: nn.Module, config: Config, meshes: Meshes, device: torch.d
         ConfigError: on all ranks, for a file that the run names and that cannot be read. One that is looked for by
             itself is warned of.
     """
-    if config.training.tuned == "off" or config.lora.rank:
+    training = config.training
+    # What lies in a cache by chance, and what was measured, is not the same for all runs.
+    if training.tuned == "off" or (training.tuned == "auto" and training.deterministic) or config.lora.rank:
         return
     layers = list(moe_layers(model).values())
     key = TunedKey.of(

@@ -224,7 +224,7 @@ def test_a_stop_waits_for_checkpoints_that_are_being_written(
 def _bad_numbers(assets: str, run_folder: str, cache: str, bad_rank: int, bad_calls: list[int]) -> dict[str, Any]:
     """NaN in one rank's logits in some steps; weights before and after the first bad step."""
     saving = ("--checkpoint.interval", "1", "--checkpoint.async-mode", "async")
-    config = _config(assets, run_folder, cache, "--training.max-skipped-steps", "3", *saving)
+    config = _config(assets, run_folder, cache, "--fault-tolerance.max-skipped-steps", "3", *saving)
     trainer = Trainer(
         config, validate(config, dist.get_world_size()), torch.device("cpu"), dist.get_rank() == 0, StopSignal()
     )

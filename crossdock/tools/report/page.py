@@ -125,7 +125,7 @@ def _key_figures(records: RunRecords) -> str:
         more = f"worst {values[worst]:.2f} at step {int(records.steps[worst]):,}"
         figures.append(("Busiest expert", f"{load[1]:.2f} <small>&times; mean</small>", more))
     figures += rank_figure(records)
-    figures.append(("Skipped steps", f"{_skipped(records):,}", "loss or gradient not finite"))
+    figures.append(("Skipped steps", f"{_skipped(records):,}", "loss or gradient not finite, or a spike"))
     cells = "".join(
         f'<div><dt>{title}</dt><dd class="value">{value}</dd><dd class="more">{more}</dd></div>'
         for title, value, more in figures
