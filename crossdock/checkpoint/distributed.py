@@ -200,7 +200,10 @@ class Checkpointer:
         except CheckpointException as error:
             if self._rank == 0:
                 shutil.rmtree(beside, ignore_errors=True)
-            raise CheckpointError(f"cannot write checkpoint {final}: {_reason(error)}") from None
+            # What is no matter of the disk may be well when ranks have started again.
+            of_disk = isinstance(_first_failure(error), (OSError, CheckpointError))
+            kind = CheckpointError if of_disk else RuntimeError
+            raise kind(f"cannot write checkpoint {final}: {_reason(error)}") from None
         self._on_first_rank(lambda: finish(beside, final, state, writer.checksums), group)
         self._on_first_rank(lambda: self._drop_old(state["step"]), group)
 
@@ -393,7 +396,11 @@ def _contiguous(name: str, tensor: Tensor) -> Tensor:
     return tensor if local_part(tensor).is_contiguous() else tensor.contiguous()
 
 
+def _first_failure(error: CheckpointException) -> BaseException:
+    return next(iter(error.failures.values()))[0]
+
+
 def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+        error = _first_failure(error)
     return f"{type(error).__name__}: {error}" if not isinstance(error, CheckpointError) else str(error)

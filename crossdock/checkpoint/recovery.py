@@ -129,12 +129,8 @@ class Snapshots:
         """
         self._background.wait()
 
-    def newest(self, before: int | None = None) -> FoundSnapshot | None:
-        """The newest that is whole across the ranks, on any machine; damaged ones are named and passed over.
-
-        Args:
-            before: only such as were taken after earlier steps.
-        """
+    def newest(self) -> FoundSnapshot | None:
+        """The newest that is whole across the ranks, on any machine; damaged ones are named and passed over."""
         self.wait()
         readable: dict[tuple[int, int], tuple[int, Manifest]] = {}
         here = [rank for rank in range(self._world_size) if self._machines[rank] == self._machines[self._rank]]
@@ -147,7 +143,7 @@ class Snapshots:
             except CheckpointError as error:
                 damaged.append(str(error))
                 continue
-            if manifest.run_id == self._run_id and (before is None or manifest.step < before):
+            if manifest.run_id == self._run_id:
                 readable[manifest.step, rank] = (slot, manifest)
         own = [
             (step, rank, slot, manifest.world_size, manifest.layout, manifest.counters if rank == 0 else None)
