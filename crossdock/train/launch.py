@@ -48,6 +48,9 @@ ENDED_FOLDER = "CROSSDOCK_ENDED_FOLDER"
 _CHOSEN_THREADS = "CROSSDOCK_CHOSEN_THREADS"
 # Set by the launcher where the run may go on with fewer machines.
 _ELASTIC = "CROSSDOCK_ELASTIC"
+# What ranks without work look for in the store, and how often: the run's exit code.
+_OVER = "crossdock/over"
+_SPARE_SECONDS = 0.5
 _LOOPBACK = "lo"
 
 
@@ -234,7 +237,7 @@ def train_rank(config: Config, environment: Mapping[str, str]) -> int:
         dims = validate(config, world_size)
     rank = int(environment["RANK"])
     if rank >= world_size:
-        return _be_spare(stop)
+        return _be_spare(stop, environment)
     if config.training.deterministic:
         # cuBLAS reads it at its first product; without, torch refuses its products then.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -271,14 +274,35 @@ def train_rank(config: Config, environment: Mapping[str, str]) -> int:
         return REGROUP_EXIT_CODE if trainer.regroups else 0
 
     with watch.leaving_failures():
-        return run_rank(train, environment, group_timeout(config), world_size)
+        exit_code = run_rank(train, environment, group_timeout(config), world_size)
+    if rank == 0 and world_size < int(environment["WORLD_SIZE"]):
+        _store(environment).set(_OVER, str(exit_code))
+    return exit_code
 
 
-def _be_spare(stop: StopSignal) -> int:
-    """Wait, as a rank that the layout has no use for, until the run ends or machines come or go."""
-    while not stop.requested:
-        time.sleep(0.2)
-    return 0
+def _be_spare(stop: StopSignal, environment: Mapping[str, str]) -> int:
+    """Wait, as a rank that the layout has no use for, until the run ends or machines come or go; its exit code."""
+    try:
+        store = _store(environment)
+        while not stop.requested:
+            if store.check([_OVER]):
+                return _ended(int(store.get(_OVER)), environment)
+            time.sleep(_SPARE_SECONDS)
+    except dist.DistError:  # Its machine is gone: the others begin again.
+        return REGROUP_EXIT_CODE
+    return _ended(REGROUP_EXIT_CODE if stop.regroups else 0, environment)
+
+
+def _ended(exit_code: int, environment: Mapping[str, str]) -> int:
+    """Tell the launcher that this rank has ended as it was asked to; its exit code."""
+    if ENDED_FOLDER in environment:
+        Path(environment[ENDED_FOLDER], f"rank-{environment['LOCAL_RANK']}").touch()
+    return exit_code
+
+
+def _store(environment: Mapping[str, str]) -> dist.TCPStore:
+    """This start's, as its launchers have made it."""
+    return dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False)
 
 
 def run_rank(
@@ -314,8 +338,7 @@ def run_rank(
         dist.barrier()
         free_deepep_buffers()
         dist.destroy_process_group()
-        if ENDED_FOLDER in environment:
-            Path(environment[ENDED_FOLDER], f"rank-{local_rank}").touch()
+        _ended(exit_code, environment)
     else:
         # At exit, to free them would wait for ranks that are gone.
         free_deepep_buffers(destroy=False)

@@ -25,7 +25,7 @@ STEPS, SNAPSHOT_INTERVAL = 40, 5
 class Machine:
     """A launcher of two ranks, in a process group of its own, with a memory of its own."""
 
-    def __init__(self, folder: Path, number: int, port: int, nnodes: str, steps: int = STEPS) -> None:
+    def __init__(self, folder: Path, number: int, port: int, nnodes: str, batch: int = 2, ep: int = 4) -> None:
         self.memory = folder / f"memory-{number}"
         self.memory.mkdir(exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK")}
@@ -37,8 +37,9 @@ class Machine:
                 *("--node-rank", str(number), "--master-addr", "127.0.0.1", "--master-port", str(port)),
                 *("--model.hf-assets-path", str(folder / "assets"), "--data.source", str(folder / "speeches")),
                 *("--data.cache-folder", str(folder / "cache"), "--job.dump-folder", str(folder / "run")),
-                *("--training.steps", str(steps), "--training.seq-len", "32", "--training.local-batch-size", "2"),
-                *("--training.tuned", "off", "--checkpoint.interval", "0", "--parallelism.expert-parallel-degree", "4"),
+                *("--training.steps", str(STEPS), "--training.seq-len", "32"),
+                *("--training.local-batch-size", str(batch), "--parallelism.expert-parallel-degree", str(ep)),
+                *("--training.tuned", "off", "--checkpoint.interval", "0"),
                 *("--checkpoint.no-last-save-in-hf", "--job.comm-timeout-seconds", "20"),
                 *("--fault-tolerance.snapshot-interval", str(SNAPSHOT_INTERVAL)),
                 *("--fault-tolerance.snapshot-folder", str(self.memory)),
@@ -122,6 +123,18 @@ def test_a_run_goes_on_with_fewer_machines(folder: Path, undisturbed: list[float
     assert "from a snapshot in memory" in output
     assert "on 2 ranks (ep 2, ep_shard 1)" in output
     assert steps_done(folder) == pytest.approx(undisturbed, rel=1e-4), "the same samples in the same order"
+
+
+def test_ranks_that_the_layout_has_no_use_for_wait_and_end_with_the_others(folder: Path) -> None:
+    # Six samples per step divide over three of the four ranks that are left.
+    port = free_port()
+    machines = [Machine(folder, number, port, "2:3", batch=1, ep=6) for number in range(3)]
+    wait_for_steps(folder, SNAPSHOT_INTERVAL + 2, *machines)
+    machines[2].lose()
+    for machine in machines[:2]:
+        assert machine.process.wait(SECONDS) == 0, machine.output()
+    assert "on 3 ranks (ep 3, ep_shard 1)" in machines[0].output() + machines[1].output()
+    assert len(steps_done(folder)) == STEPS
 
 
 def test_the_loss_of_the_rendezvous_host_ends_the_run_with_a_sentence(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from contextlib import nullcontext
@@ -295,7 +296,13 @@ def export_in_many_ways(folder: str, exports: str) -> dict[str, Any]:
         with break_on(rank):
             outcome[f"rank {rank} breaks off"] = refused(f"broken{rank}")
             outcome[f"rank {rank} breaks off replacing"] = refused("good", replace=True)
-    with mock.patch.object(Path, "rename", side_effect=OSError("no rename today")):
+
+    def rename(path: Path, target: Path) -> None:
+        if target.name == "unnamed":
+            raise OSError("no rename today")
+        os.rename(path, target)
+
+    with mock.patch.object(Path, "rename", rename):
         outcome["rename fails"] = refused("unnamed")
     outcome["untouched"] = snapshot(Path(exports, "good")) == before
     outcome["replaced"] = refused("good", dtype="float32", replace=True)

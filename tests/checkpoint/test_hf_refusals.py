@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import crossdock.train.launch as launch
-from crossdock.config import load_config, to_toml
+from crossdock.config import load_config, write_run_settings
 from tests.checkpoint.hf_folders import INDEX, SINGLE, mixed, read_tensors, snapshot, write_shards
 from tests.test_cli import call, panels
 from tests.tiny import write_hf_model
@@ -195,7 +195,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "an index that leads to the folder above": (
         _edit_index(lambda index: index["weight_map"].update({EXPERT: ".."})),
-        [r"cannot read \S+/\.\.: Is a directory"],
+        [r"is in .\.\..; it must be the name of a file in the same folder"],
     ),
     "files without their index": (
         lambda folder: (folder / INDEX).unlink(),
@@ -221,7 +221,7 @@ def run(whole: Path, tmp_path: Path) -> Path:
     settings = ["--model.hf-assets-path", str(tmp_path / "damaged"), "--job.dump-folder", str(tmp_path / "run")]
     config = load_config(None, [*settings, "--training.seq-len", "32", "--checkpoint.initial-load-in-hf"])
     (tmp_path / "run" / "hf_assets").mkdir(parents=True)
-    (tmp_path / "run" / "config.toml").write_text(to_toml(config))
+    write_run_settings(config, tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     (tmp_path / "run" / "hf_assets" / "config.json").write_text("{}")
     shutil.copytree(whole, tmp_path / "damaged")
