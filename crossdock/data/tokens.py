@@ -141,7 +141,7 @@ def prepare_tokens(config: DataConfig, tokenizer_folder: Path | None, vocab_size
             with _locked(cache, _fingerprint(tokenizer, config.held_out, identities)):
                 _build_missing(sources, folders, config.held_out, given_json, make_encoder, vocab_size)
         except OSError as error:  # A write to an open file does not name it.
-            raise OSError(error.errno, error.strerror, error.filename or str(cache)) from error
+            raise OSError(error.errno, error.strerror or str(error), error.filename or str(cache)) from error
         present = _read_all(sources, folders)
         assert present is not None
     return present
