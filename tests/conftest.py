@@ -59,5 +59,6 @@ def only_rank(
         return int(ended.value.code or 0)
 
     yield call
+    torch.use_deterministic_algorithms(False)  # of a run with training.deterministic
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""The commands that README.md, docs/models.md and docs/checkpoints.md show do what they say, on a tiny model."""
+"""The commands that README.md and some pages of docs show do what they say, on a tiny model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from tests.ranks import RankPool
 from tests.tiny import run_trainer, write_assets
 
 ROOT = Path(__file__).parent.parent
-TEXT = "".join((ROOT / path).read_text() for path in ("README.md", "docs/models.md", "docs/checkpoints.md"))
+TEXT = "".join(
+    (ROOT / path).read_text() for path in ("README.md", "docs/models.md", "docs/checkpoints.md", "docs/numbers.md")
+)
 COMMANDS = re.findall(r"^    (?:\.venv/bin/)?crossdock (.+)$", TEXT, re.MULTILINE)
 RUN = "runs/debug/20261121-101622"
 TITAN = "torchtitan/step-1000"

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -362,15 +363,20 @@ main(sys.argv[1:])
 """
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that everybody may enter: pytest's own are closed to others."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody without rights")
 @pytest.mark.parametrize(
     ("hidden", "words"), [("data", "Permission denied"), ("run", "must be a folder that you may write to")]
 )
-def test_a_file_that_may_not_be_read_or_written_is_named(tmp_path_factory: Any, hidden: str, words: str) -> None:
-    folder = tmp_path_factory.mktemp("rights")
-    for parent in (folder, *folder.parents[:-1]):
-        if parent.stat().st_uid == 0 and not parent.stat().st_mode & 0o001 and parent != Path("/tmp"):
-            parent.chmod(parent.stat().st_mode | 0o011)
+def test_a_file_that_may_not_be_read_or_written_is_named(hidden: str, words: str, open_folder: Path) -> None:
+    folder = open_folder
     assets = write_assets(folder / "assets")
     for name in ("run", "cache"):
         (folder / name).mkdir(mode=0o777)
