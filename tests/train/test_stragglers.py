@@ -41,7 +41,7 @@ def train_with_slow_experts(folder: str) -> int:
             *("--job.dump-folder", f"{folder}/run"),
             *("--model.hf-assets-path", f"{folder}/assets"),
             *("--data.source", str(speeches(f"{folder}/assets")), "--data.cache-folder", f"{folder}/cache"),
-            *("--training.seq-len", "32", "--training.local-batch-size", "2", "--training.steps", "35"),
+            *("--training.seq-len", "32", "--training.local-batch-size", "2", "--training.steps", "60"),
             *("--parallelism.expert-parallel-degree", "2", "--training.tuned", "off"),
             *("--fault-tolerance.straggler-interval", "5"),
         ],
