@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ __all__ = [
     "moe_layer_places",
     "moe_layers",
     "set_batch_totals",
+    "step_load",
 ]
 
 MOE_LAYER_PLACES = "crossdock_moe_layer_places"
@@ -255,6 +256,7 @@ def set_batch_totals(
     tokens: int,
     group: dist.ProcessGroup | None = None,
     sequence_group: dist.ProcessGroup | None = None,
+    sum_copies: Callable[[Tensor], None] | None = None,
 ) -> None:
     """Tell every MoE layer the size of the global batch (all ranks and micro-batches of the step).
 
@@ -264,15 +266,34 @@ def set_batch_totals(
         group: all ranks that hold tokens of the batch, for the auxiliary loss of the `global` level; `None` for this
             rank alone.
         sequence_group: the ranks that share sequences, each with a part of every one; likewise.
+        sum_copies: see `BatchTotals`.
     """
     names = [None if each is None else each.group_name for each in (group, sequence_group)]
-    totals = BatchTotals(sequences, tokens, *names)
+    totals = BatchTotals(sequences, tokens, *names, sum_copies=sum_copies)
     for layer in moe_layers(model).values():
         if isinstance(layer, MoE):
             layer.batch_totals = totals
 
 
-def finish_step(model: nn.Module, group: dist.ProcessGroup | None = None, *, update_bias: bool = True) -> StepLoad:
+def step_load(model: nn.Module, group: dist.ProcessGroup | None = None) -> StepLoad:
+    """The first part of `finish_step`, for a caller who adds to the counts: those of the ranks of `group` in the step.
+
+    Raises:
+        ValueError: for a model without an MoE layer.
+    """
+    counters = load_counters(model)
+    if not counters:
+        raise ValueError("the model has no crossdock.MoE layer, so there is no step to finish")
+    return reduce_load(counters, group)
+
+
+def finish_step(
+    model: nn.Module,
+    group: dist.ProcessGroup | None = None,
+    *,
+    update_bias: bool = True,
+    load: StepLoad | None = None,
+) -> StepLoad:
     """After an optimizer step: sum the step's counts over the ranks, move the expert biases, start counting anew.
 
     Copies of experts (`crossdock.balance`) are made anew in the next forward pass.
@@ -281,6 +302,7 @@ def finish_step(model: nn.Module, group: dist.ProcessGroup | None = None, *, upd
         model: its MoE layers all have the same number of experts.
         group: the data-parallel ranks, of all pipeline stages; `None` for this rank alone. Collective.
         update_bias: false leaves the biases as they are, after a step that was skipped.
+        load: counts that have been summed already (`step_load`); nothing is collective then.
 
     Returns:
         Routes per layer and logical expert, and routes that were dropped, over the whole global batch.
@@ -288,10 +310,8 @@ def finish_step(model: nn.Module, group: dist.ProcessGroup | None = None, *, upd
     Raises:
         ValueError: for a model without an MoE layer.
     """
-    counters = load_counters(model)
-    if not counters:
-        raise ValueError("the model has no crossdock.MoE layer, so there is no step to finish")
-    load = reduce_load(counters, group)
+    if load is None:
+        load = step_load(model, group)
     for layer, index in zip(moe_layers(model).values(), moe_layer_places(model).own, strict=True):
         layer_counts = load.routes[index]
         if update_bias and layer.router is not None:

@@ -42,6 +42,9 @@ class Balancer:
 
         metrics, messages = balancer.after_step(finish_step(model, group))
 
+    Where further copies of the model take part (`ReplicaGroups`), the counts of `load` and what `gather` gives are
+    summed over them first, so that all copies place experts alike.
+
     The methods are collective among the ranks of the default group.
 
     Args:
@@ -104,8 +107,24 @@ class Balancer:
         """Whether anything is balanced; loads are only watched otherwise."""
         return self.config.strategy != "none" and self.num_ranks > 1 and bool(self._layers)
 
-    def after_step(self, load: StepLoad) -> tuple[dict[str, Any], list[str]]:
+    def gather(self, load: StepLoad) -> Tensor:
+        """What `after_step` is to know of all ranks: a vector whose sum over copies of the model has a meaning.
+
+        Loads of ranks (`BalanceMonitor.gather`), then what was measured here of links and ranks, and a one. Float64, on
+        the CPU; empty where one rank holds all experts.
+        """
+        if self.num_ranks == 1:
+            return torch.zeros(0, dtype=torch.float64)
+        rates = [0.0] * 3 if self._rates is None else self._rates
+        last = torch.tensor([*rates, 1.0], dtype=torch.float64)
+        return torch.cat([self.monitor.gather(load).flatten(), last])
+
+    def after_step(self, load: StepLoad, gathered: Tensor | None = None) -> tuple[dict[str, Any], list[str]]:
         """Take in a step's `load`, and move experts where that is due.
+
+        Args:
+            load: of the whole global batch, all copies of the model together.
+            gathered: of `gather`, summed over these copies; `None` where there is one.
 
         Returns:
             Metrics, and messages for people: what was decided, and why.
@@ -115,7 +134,12 @@ class Balancer:
         """
         if self.num_ranks == 1:
             return {}, []
-        seen = self.seen = self.monitor.update(load)
+        gathered = self.gather(load) if gathered is None else gathered
+        *rates, copies = gathered[-4:].tolist()
+        if self._rates is not None and copies > 1:
+            self._rates = Rates(*(value / copies for value in rates))
+        loads = gathered[:-4].view(len(self._places.names), self.num_ranks + 1)
+        seen = self.seen = self.monitor.update(load, loads, round(copies))
         metrics: dict[str, Any] = seen.metrics(self._ranks_per_node)
         if self.config.strategy == "none":
             return metrics, []
@@ -230,6 +254,13 @@ class Balancer:
         if self.config.strategy == "none" or self.num_ranks == 1 or not self._deciding.moves:
             return None
         return self.rebalance(always=True)[1]
+
+    def forget_step(self) -> None:
+        """Drop what has been noted of a step that does not count."""
+        for layer in self._layers:
+            layer.clock.take()
+            if isinstance(layer.relief, LayerRelief):
+                layer.relief.take_borrowed()
 
     def _place(self, slots: list[list[int]]) -> None:
         """Placements of held slots in force."""

@@ -76,13 +76,12 @@ class BalanceMonitor:
         self.num_ranks, self.num_groups = num_ranks, num_groups
         self.average: Tensor | None = None
 
-    def update(self, load: StepLoad) -> RankLoad:
-        """Take in a step. Collective among the ranks of the default group."""
-        routes = load.routes.cpu().double()
-        if self.average is None:
-            self.average = routes
-        else:
-            self.average = self.decay * self.average + (1 - self.decay) * routes
+    def gather(self, load: StepLoad) -> Tensor:
+        """What the ranks of the default group have computed in a step, and how long. Collective among them.
+
+        Returns:
+            `[L, R + 1]` float64 on the CPU: routes that each rank computed, and seconds that all have spent on them.
+        """
         device = load.routes.device
         own = torch.zeros(len(self.places.names), self.num_ranks + 1, dtype=torch.float64)
         computed = load.computed.cpu()
@@ -93,10 +92,25 @@ class BalanceMonitor:
             everywhere = own.to(device)
             dist.all_reduce(everywhere)
             own = everywhere.cpu()
-        of_ranks, seconds = own[:, :-1], own[:, -1]
+        return own
+
+    def update(self, load: StepLoad, gathered: Tensor, copies: int = 1) -> RankLoad:
+        """Take in a step.
+
+        Args:
+            load: of the step, over all copies of the model.
+            gathered: what `gather` returns, summed over all copies.
+            copies: of the model, beside those in the default group.
+        """
+        routes = load.routes.cpu().double()
+        if self.average is None:
+            self.average = routes
+        else:
+            self.average = self.decay * self.average + (1 - self.decay) * routes
+        of_ranks, seconds = gathered[:, :-1], gathered[:, -1]
         surplus = of_ranks.amax(dim=1) - of_ranks.mean(dim=1)
         total = of_ranks.sum(dim=1).clamp_min(1)
-        price = float((surplus / self.num_groups * seconds / total).sum()) * PASSES
+        price = float((surplus / (self.num_groups * copies) * seconds / total).sum()) * PASSES
         return RankLoad(of_ranks, self._unrelieved(routes), price)
 
     def _unrelieved(self, routes: Tensor) -> Tensor:

@@ -83,14 +83,14 @@ def _main(arguments: list[str]) -> NoReturn:
 
 
 def _config(arguments: list[str], options: argparse.Namespace) -> int:
-    from crossdock.config import check_settings, load_config, to_toml, validate
+    from crossdock.config import check_settings, load_config, ranks_per_group, to_toml, validate
 
     config = load_config(*split_path(arguments))
     if options.nproc is None:
         check_settings(config)
     else:
         machines = machines_of(options)
-        validate(config, machines.world_size, machines.nproc)
+        validate(config, ranks_per_group(config, machines.nproc, machines.nnodes), machines.nproc)
     print(to_toml(config), end="")
     return 0
 
@@ -99,8 +99,9 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
     path, overrides = split_path(arguments)
 
     from crossdock.checkpoint import CheckpointError
-    from crossdock.config import fit, load_config, validate, with_settled_batch
+    from crossdock.config import ConfigError, fit, load_config, ranks_per_group, validate, with_settled_batch
     from crossdock.data import DataError
+    from crossdock.train.groups import group_place, is_in_group, start_groups
     from crossdock.train.launch import ENDED_FOLDER, start_ranks, train_rank
     from crossdock.train.trainer import TrainingStopped
 
@@ -109,11 +110,14 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
         if is_rank():
             # Our launcher has named the folder, on the first machine, whose ranks need not be the first ones.
             first = ENDED_FOLDER not in os.environ and os.environ["RANK"] == "0"
-            return train_rank(_with_run_folder(config, path, first=first), os.environ)
+            place = group_place(config, os.environ)
+            return train_rank(_with_run_folder(config, path, first=first), os.environ, place)
         machines = machines_of(options)
-        dims = validate(config, machines.world_size, machines.nproc)
+        begins = not is_in_group(os.environ)
+        ranks = ranks_per_group(config, machines.nproc, machines.nnodes) if begins else machines.nproc
+        dims = validate(config, ranks, machines.nproc)
         check_gpus(machines, config.training.dtype)
-        if config.parallelism.expert_parallel_degree == -1:
+        if begins and config.parallelism.expert_parallel_degree == -1:
             print(f"expert_parallel_degree = -1: {dims.ep} on {dims.world_size} ranks", flush=True)
         arguments = ["train", *arguments]
         if machines.is_elastic:
@@ -122,6 +126,10 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
             fit(config, machines.nproc * (machines.min_nodes or 1))
         config = _with_run_folder(config, path, first=machines.node_rank == 0)
         arguments += ["--job.dump-folder", config.job.dump_folder]
+        if begins and config.fault_tolerance.replica_groups:
+            if machines.is_elastic:
+                raise ConfigError("--nnodes", options.nnodes, "must be one number with fault_tolerance.replica_groups")
+            return start_groups(arguments, config, machines)
         return start_ranks(arguments, machines, config.fault_tolerance.max_restarts)
     except DataError as error:
         fail(str(error))

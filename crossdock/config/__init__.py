@@ -1,6 +1,7 @@
 """Configuration: TOML, then command-line overrides, into typed dataclasses, validated once before anything starts."""
 
 from crossdock.config.elastic import fit, with_settled_batch
+from crossdock.config.group_checks import ranks_per_group
 from crossdock.config.layout_checks import expert_parallel_degrees
 from crossdock.config.reading import (
     RUN_CONFIG_FILE,
@@ -44,6 +45,7 @@ __all__ = [
     "expert_parallel_degrees",
     "fit",
     "load_config",
+    "ranks_per_group",
     "read_run_settings",
     "read_toml",
     "read_tuned",

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
+from crossdock.config.group_checks import default_global_batch_size
 from crossdock.config.layout_checks import check_layout
 from crossdock.config.settings import Config, ConfigError
 from crossdock.config.validation import check_settings
@@ -19,8 +20,7 @@ def with_settled_batch(config: Config, dims: ParallelDims) -> Config:
     """With `training.global_batch_size` as a number, that of the layout `dims`: the same on any other layout."""
     if config.training.global_batch_size != -1:
         return config
-    # A pipeline has a micro-batch for each of its ranks, or most would wait.
-    size = config.training.local_batch_size * dims.reader(0).degree * dims.pp
+    size = default_global_batch_size(config, dims)
     return replace(config, training=replace(config.training, global_batch_size=size))
 
 

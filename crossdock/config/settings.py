@@ -194,6 +194,17 @@ class FaultToleranceConfig:
     replica_check_interval: int = 100
     """Steps between looks whether ranks that should hold the same values do, bit by bit; a difference ends the run.
     0: never."""
+    replica_groups: int = 0
+    """Whole copies of the model, each a group of ranks of its own under torchft, that train together: a group that dies
+    does not stop the others, and catches up from them when it comes back. 0: no groups."""
+    min_replica_groups: int = 1
+    """With fewer groups than this, training waits."""
+    heartbeat_timeout_ms: int = 1500
+    """Milliseconds without a sign of life after which a group counts as gone."""
+    join_timeout_ms: int = 1000
+    """Milliseconds that a step waits for groups that are alive and have not come to it."""
+    lighthouse: str = ""
+    """http://HOST:PORT of a torchft lighthouse that runs elsewhere; empty: the launcher of machine 0 starts one."""
 
 
 @dataclass(frozen=True)

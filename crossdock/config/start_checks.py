@@ -19,7 +19,7 @@ from crossdock.checkpoint import (
 )
 from crossdock.config.reading import RUN_CONFIG_FILE, read_run_settings
 from crossdock.config.requirements import check_writable, require
-from crossdock.config.settings import Config, ConfigError
+from crossdock.config.settings import ASSETS_FOLDER, Config, ConfigError
 from crossdock.config.tuned import TunedFileError, read_tuned
 from crossdock.lora import LoRAError, add_lora
 from crossdock.models import FAMILIES, PeftAdapter, build_model
@@ -168,5 +168,8 @@ def check_run_folder(config: Config) -> None:
         valid = f"the run that {folder} holds is {old}; weights of float64 and others do not mix"
         require(config, "training.dtype", (old == "float64") == (dtype == "float64"), valid)
     else:
-        usable = not os.path.isdir(folder) or all(name.startswith(".") for name in os.listdir(folder))
+        # Replica groups start one after the other, and the first one's settings come last.
+        begun = {ASSETS_FOLDER} if config.fault_tolerance.replica_groups else set()
+        found = os.listdir(folder) if os.path.isdir(folder) else []
+        usable = all(name.startswith(".") or name in begun for name in found)
         require(config, "job.dump_folder", usable, "must be the folder of a run, an empty one or a new one")

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from crossdock.config.data_checks import check_data, check_tokenizer
+from crossdock.config.group_checks import check_group_layout, check_groups
 from crossdock.config.layout_checks import check_layout
 from crossdock.config.requirements import check_writable, require
 from crossdock.config.settings import Config, ConfigError, setting_types
@@ -57,6 +58,7 @@ def validate(config: Config, world_size: int, ranks_per_machine: int = 0) -> Par
     except LayoutError as error:
         raise ConfigError(f"parallelism.{error.field}", error.value, error.valid) from None
     check_layout(config, dims, model, ranks_per_machine)
+    check_group_layout(config, dims)
     return dims
 
 
@@ -88,6 +90,7 @@ def check_settings(config: Config) -> PreTrainedConfig:
     in_background = config.checkpoint.async_mode == "async" or config.checkpoint.async_when_busy == "wait"
     require(config, "checkpoint.async_when_busy", in_background, "needs checkpoint.async_mode = async")
     _check_snapshots(config)
+    check_groups(config)
     check_run_folder(config)
     check_tuned(config)
     check_initial_weights(config, model)
@@ -114,6 +117,11 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "-1, or 1 and more": (
         lambda value: value == -1 or value > 0,
         "parallelism.pipeline_parallel_stages_per_rank",
+    ),
+    "0, or 2 or more": (lambda value: value == 0 or value >= 2, "fault_tolerance.replica_groups"),
+    "50 to 3600000, an hour": (
+        lambda value: 50 <= value <= 3_600_000,
+        "fault_tolerance.heartbeat_timeout_ms fault_tolerance.join_timeout_ms",
     ),
     "at least 0 and below 1": (
         lambda value: 0 <= value < 1,

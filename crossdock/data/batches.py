@@ -75,15 +75,21 @@ class TokenBatches:
         """Rows that each source holds."""
         return tuple(map(len, self._rows))
 
-    def at(self, first_sample: int) -> list[Batch]:
+    def at(self, first_sample: int, group: int = 0, groups: int = 1) -> list[Batch]:
         """The `G / (B*D)` micro-batches of this rank in the step that starts at `first_sample` >= 0 (else DataError).
 
-        The position is a number of samples, not of steps, so that a resumed run may take another global batch.
+        The position is a number of samples, not of steps, so that a resumed run may take another global batch. Where
+        several groups of `dp_degree` ranks share the step's samples, D is that of all `groups` together, and this rank
+        is one of number `group`; G must be a multiple of B*D (else DataError).
         """
         if first_sample < 0:
             raise DataError(f"first_sample is {first_sample}, must be at least 0")
-        in_step = np.arange(self.global_batch_size).reshape(-1, self.dp_degree, self.local_batch_size)
-        samples = first_sample + in_step[:, self.dp_rank]  # [micro-batches, B]
+        degree, rank = self.dp_degree * groups, self.dp_degree * group + self.dp_rank
+        if self.global_batch_size % (rows := self.local_batch_size * degree):
+            shares = f"must be a multiple of {rows} for {groups} groups"
+            raise DataError(f"global_batch_size is {self.global_batch_size}, {shares}")
+        in_step = np.arange(self.global_batch_size).reshape(-1, degree, self.local_batch_size)
+        samples = first_sample + in_step[:, rank]  # [micro-batches, B]
         bounds = np.cumsum([0, *self.rows_per_source])
         rows = self._mixed(samples, bounds) if self._quotas else self._in_epochs(samples, 0, int(bounds[-1]), ())
         sources = np.searchsorted(bounds, rows, side="right") - 1

@@ -6,6 +6,7 @@ from crossdock.parallel.context import SequenceContext, apply_cp, check_heads
 from crossdock.parallel.expert import ExpertParallel, apply_ep, layer_dispatcher
 from crossdock.parallel.fsdp import apply_fsdp
 from crossdock.parallel.gradients import GradientManager
+from crossdock.parallel.groups import GroupPlace, OneGroup, ReplicaGroups
 from crossdock.parallel.mesh import (
     ContextMethod,
     LayoutError,
@@ -34,14 +35,17 @@ __all__ = [
     "ContextMethod",
     "ExpertParallel",
     "GradientManager",
+    "GroupPlace",
     "LayoutError",
     "Meshes",
+    "OneGroup",
     "ParallelDims",
     "ParallelismConfig",
     "Pipeline",
     "PipelineSchedule",
     "Reader",
     "Region",
+    "ReplicaGroups",
     "ReplicaTraffic",
     "ReshardPolicy",
     "SequenceContext",

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from crossdock.parallel.groups import OneGroup, ReplicaGroups
 from crossdock.parallel.mesh import GradientReduction, Meshes
 from crossdock.parallel.norm import clip_grad_norm_
 from crossdock.parallel.replicas import ExpertReplicas, ReplicaTraffic
@@ -36,6 +37,7 @@ class GradientManager:
         meshes: the same.
         reduction: when FSDP reduces.
         sparse: whether experts without tokens are left out among replicas.
+        groups: further copies of the model, over which `clip` sums all gradients.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class GradientManager:
         *,
         reduction: GradientReduction = "micro_batch",
         sparse: bool = True,
+        groups: ReplicaGroups | None = None,
     ) -> None:
         self._model = model
+        self._groups = groups or OneGroup()
         self._reduction = reduction
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._replicas: ExpertReplicas | None = None
@@ -109,6 +113,8 @@ class GradientManager:
             self._replicas.finish()
         if self._tp is not None:
             _sum_partial(self._model, self._tp)
+        gradients = (parameter.grad for parameter in self._model.parameters())
+        self._groups.sum_(*(local_part(gradient) for gradient in gradients if gradient is not None))
         return clip_grad_norm_(self._model.parameters(), max_norm, stages=self._stages)
 
 

@@ -7,6 +7,7 @@ tokens per expert in its backward, once per forward pass, under recompute and an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,12 +67,14 @@ class BatchTotals:
         tokens: unpadded ones, more than 0.
         group_name: of the process group whose ranks share the batch; `None` for this rank alone.
         sequence_group_name: of that whose ranks share sequences, each having a part of every one; likewise.
+        sum_copies: sums a tensor in place over further copies of the model, each with a part of the batch.
     """
 
     sequences: int
     tokens: int
     group_name: str | None = None
     sequence_group_name: str | None = None
+    sum_copies: Callable[[Tensor], None] | None = None
 
 
 def switch_loss(
@@ -179,6 +182,9 @@ def _global_switch_loss(
     seen = seen + torch.cat([count_experts(routing.expert_ids, num_experts), unpadded[None]])
     if totals.group_name is not None:
         seen = sum_over_ranks(seen, totals.group_name)
+    if totals.sum_copies is not None:
+        seen = seen.clone()  # What recompute keeps of it is summed anew.
+        totals.sum_copies(seen)
     frequency = seen[:-1].to(mean_probability.dtype) / (seen[-1] * top_k).clamp_min(1)
     return num_experts * (frequency * mean_probability).sum()
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from crossdock.config import Config, ConfigError, fit, validate
 from crossdock.dispatch import free_deepep_buffers
+from crossdock.parallel import GroupPlace
 from crossdock.train.agent import PROGRESS_FILE, REGROUP_EXIT_CODE
 from crossdock.train.stopping import StopSignal
 from crossdock.train.trainer import Trainer
@@ -36,6 +37,8 @@ __all__ = [
     "memory_settings",
     "run_rank",
     "start_ranks",
+    "tell",
+    "thread_settings",
     "threads_are_open",
     "train_rank",
 ]
@@ -123,6 +126,12 @@ def memory_settings() -> dict[str, str]:
     return settings
 
 
+def thread_settings(nproc: int) -> dict[str, str]:
+    """Environment variables that divide this machine's cores among `nproc` ranks, where nobody else has."""
+    threads = str(max(1, (os.cpu_count() or 1) // nproc))
+    return {"OMP_NUM_THREADS": threads, _CHOSEN_THREADS: threads}
+
+
 def default_nproc() -> int:
     """One rank per GPU; two on a machine without."""
     return torch.cuda.device_count() or 2
@@ -144,8 +153,7 @@ def start_ranks(arguments: list[str], machines: Machines, max_restarts: int = 0)
     from crossdock.train.agent import Rendezvous, run_agent
 
     if "OMP_NUM_THREADS" not in os.environ:
-        threads = str(max(1, (os.cpu_count() or 1) // machines.nproc))
-        os.environ["OMP_NUM_THREADS"] = os.environ[_CHOSEN_THREADS] = threads
+        os.environ |= thread_settings(machines.nproc)
     for name, value in memory_settings().items():
         os.environ.setdefault(name, value)
     alone = machines.nnodes == 1
@@ -169,16 +177,16 @@ def start_ranks(arguments: list[str], machines: Machines, max_restarts: int = 0)
                 max_restarts=max_restarts,
                 folder=Path(ended_folder),
                 shutdown_seconds=_SHUTDOWN_SECONDS,
-                tell=_tell,
+                tell=tell,
             )
         except SignalException as error:
             if len(list(Path(ended_folder).glob("rank-*"))) == machines.nproc:
                 return 0
             without = " without a checkpoint of this moment" if arguments[0] == "train" else ""
-            _tell(f"stopped{without}")
+            tell(f"stopped{without}")
             return 128 + error.sigval
         except (RendezvousError, dist.DistError) as error:
-            _tell(_rendezvous_sentence(error, machines, arguments[0]))
+            tell(_rendezvous_sentence(error, machines, arguments[0]))
             return 1
     return _exit_code(failures)
 
@@ -190,7 +198,7 @@ def _exit_code(failures: Mapping[int, ProcessFailure]) -> int:
     rank, failure = min(failures.items(), key=lambda item: (item[1].timestamp, item[0]))
     if failure.exitcode > 2 or failure.exitcode < 0:
         ended = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-        _tell(f"rank {rank} ended with {ended}; its output is above")
+        tell(f"rank {rank} ended with {ended}; its output is above")
     return failure.exitcode if failure.exitcode > 0 else 1
 
 
@@ -209,7 +217,8 @@ def _rendezvous_sentence(error: Exception, machines: Machines, command: str) -> 
     return lost + (again if command == "train" else "")
 
 
-def _tell(message: str) -> None:
+def tell(message: str) -> None:
+    """A line of the launcher's, on stderr."""
     print(f"crossdock: {message}", file=sys.stderr, flush=True)
 
 
@@ -219,12 +228,13 @@ def threads_are_open(environment: Mapping[str, str]) -> bool:
     return chosen is not None and chosen == environment.get("OMP_NUM_THREADS")
 
 
-def train_rank(config: Config, environment: Mapping[str, str]) -> int:
+def train_rank(config: Config, environment: Mapping[str, str], in_group: GroupPlace | None = None) -> int:
     """Be one rank of a run.
 
     Args:
         config: with `job.dump_folder` set, on one rank at least.
         environment: torchrun's, see `run_rank`.
+        in_group: place of these ranks among replica groups, where the run has some.
     """
     failures = Path(environment[ENDED_FOLDER]) if ENDED_FOLDER in environment else None
     watch = RunWatch(int(environment["RANK"]), failures)
@@ -246,6 +256,8 @@ def train_rank(config: Config, environment: Mapping[str, str]) -> int:
     notes.setLevel(logging.INFO)
     notes.propagate = False
     notes.addHandler(logging.StreamHandler(sys.stdout) if rank == 0 else logging.NullHandler())
+    if in_group is not None and in_group.number:
+        notes.setLevel(logging.WARNING)  # The first group's notes are theirs too.
     first_on_machine = environment["LOCAL_RANK"] == "0"
     progress = Path(environment[ENDED_FOLDER], PROGRESS_FILE) if ENDED_FOLDER in environment else None
 
@@ -263,6 +275,7 @@ def train_rank(config: Config, environment: Mapping[str, str]) -> int:
                 progress=progress,
                 machine=int(environment.get("GROUP_RANK", 0)),
                 watch=watch,
+                in_group=in_group,
             )
             trainer.train()
         except (Exception, SystemExit) as error:

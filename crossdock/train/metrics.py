@@ -20,7 +20,7 @@ from torch import Tensor
 
 from crossdock.checkpoint import to_checked_json
 from crossdock.dispatch import Traffic
-from crossdock.parallel import ReplicaTraffic
+from crossdock.parallel import ReplicaGroups, ReplicaTraffic
 from crossdock.routing import StepLoad, load_statistics
 from crossdock.tools.report import read_metrics
 
@@ -55,7 +55,7 @@ def memory_use(device: torch.device) -> tuple[float, float]:
 
 
 def gather_metrics(
-    terms: Mapping[str, Tensor], norm: Tensor, device: torch.device
+    terms: Mapping[str, Tensor], norm: Tensor, device: torch.device, groups: ReplicaGroups | None = None
 ) -> tuple[dict[str, float], float, dict[str, float]]:
     """What a step's numbers are over all ranks: the same bits on each, whatever devices they have.
 
@@ -66,6 +66,7 @@ def gather_metrics(
         terms: this rank's of each loss: fp64 scalars.
         norm: of the global gradient, a fp64 scalar.
         device: of this rank.
+        groups: over which losses are summed too; the norm is that of the first one's.
 
     Returns:
         The sum of each loss, the norm, and the memory of the rank that holds most.
@@ -75,8 +76,16 @@ def gather_metrics(
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, own)
     *columns, norms, gib, percent = zip(*torch.stack(everyone).tolist(), strict=True)
-    sums = {name: float(sum(column)) for name, column in zip(terms, columns, strict=True)}
-    return sums, norms[0], {"memory_gib": max(gib), "memory_percent": max(percent)}
+    values = [*(float(sum(column)) for column in columns), norms[0]]
+    if groups is not None and groups.count > 1:
+        over_groups = torch.tensor(values if groups.index == 0 else [*values[:-1], 0.0], dtype=torch.float64)
+        groups.sum_(over_groups)
+        values = over_groups.tolist()
+    return (
+        dict(zip(terms, values[:-1], strict=True)),
+        values[-1],
+        {"memory_gib": max(gib), "memory_percent": max(percent)},
+    )
 
 
 def load_metrics(load: StepLoad) -> dict[str, float]:
@@ -95,12 +104,13 @@ def load_metrics(load: StepLoad) -> dict[str, float]:
 
 
 def traffic_metrics(
-    traffic: Traffic, of_replicas: ReplicaTraffic | None, device: torch.device
+    traffic: Traffic, of_replicas: ReplicaTraffic | None, device: torch.device, groups: ReplicaGroups
 ) -> dict[str, int | float]:
-    """Bytes that all ranks sent, of what each sent; seconds are a rank's mean. Collective, over the default group."""
+    """Bytes that all ranks of all groups sent, of what each sent; seconds are a rank's mean. Collective."""
     own = [*astuple(traffic), *(of_replicas or ())]
     sums = torch.tensor(own, dtype=torch.float64, device=device)
     dist.all_reduce(sums)
+    groups.sum_(sums)
     values = sums.tolist()
     in_all = Traffic(*map(int, values[: len(astuple(traffic))]))
     replicas: dict[str, int | float] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from crossdock.models import (
 from crossdock.moe import MoE, moe_layers
 from crossdock.parallel import Meshes, parallelize
 from crossdock.train.flops import Speed
+from crossdock.train.record import one_at_a_time
 from crossdock.train.together import TrainingStopped, patient_group, together
 from crossdock.train.tuned import take_tuned
 
@@ -183,8 +184,13 @@ def build_training_model(
         end_of_text_id = tokens.train[0].end_of_text_id
         template = together(lambda: read_chat_template(config.data.chat_template))
         arguments = (folder / ASSETS_FOLDER, model, tokens.tokenizer_path, end_of_text_id, source, weights, template)
-        together(lambda: write_assets(*arguments) if dist.get_rank() == 0 else None)
+        together(lambda: _write_assets(*arguments) if dist.get_rank() == 0 else None)
     return whole
+
+
+def _write_assets(folder: Path, *arguments: Any) -> None:
+    with one_at_a_time(folder.parent):
+        write_assets(folder, *arguments)
 
 
 def _open_weights(folder: Path, model: PreTrainedModel, keys: HFKeys) -> HFCheckpoint:

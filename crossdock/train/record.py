@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,7 +18,7 @@ from crossdock.train.metrics import MetricsLog, ProgressDisplay, say
 from crossdock.train.together import TrainingStopped
 from crossdock.train.trackers import Trackers
 
-__all__ = ["RunRecord", "lock_folder"]
+__all__ = ["RunRecord", "lock_folder", "one_at_a_time"]
 
 
 class RunRecord:
@@ -113,8 +115,8 @@ class RunRecord:
         """Print a line above the progress bar."""
         self._display.say(message)
 
-    def close(self) -> None:
-        """Write what is left, and the report."""
+    def close(self, *, report: bool = True) -> None:
+        """Write what is left, and the `report`."""
         self._display.close()
         self._trackers.close()
         for file in (self._log, *self._loads.values()):
@@ -122,25 +124,52 @@ class RunRecord:
                 file.close()
             except OSError as error:
                 say(f"cannot write the last lines below {self.folder}: {error.strerror or error}")
+        if not report:
+            return
         try:
             say(f"report: {write_report(self.folder)}")
         except Exception as error:  # noqa: BLE001 (whatever is wrong with it, a report is not worth a run)
             say(f"no report: {error}")
 
 
-def lock_folder(folder: Path) -> TextIO:
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Waits until no other process is here, for what replica groups write into the run folder when they start.
+
+    Raises:
+        OSError: where the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _open_lock(folder / ".start.lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def lock_folder(folder: Path, patience: float = 0.0) -> TextIO:
     """Hold the run folder, made where it is missing, until the file is closed, so that no other run writes there.
+
+    Args:
+        folder: of the run.
+        patience: seconds to wait for one that is about to let go of it.
 
     Raises:
         TrainingStopped: where another run holds it.
         OSError: where it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    file = _open_lock(folder / ".lock")
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError:
+            if time.monotonic() >= deadline:
+                file.close()
+                raise TrainingStopped(f"job.dump_folder {folder} is in use by another run") from None
+        time.sleep(0.05)
+
+
+def _open_lock(path: Path) -> TextIO:
     # The folder may be shared: a link that somebody else has put there is not followed.
-    file = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise TrainingStopped(f"job.dump_folder {folder} is in use by another run") from None
-    return file
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")

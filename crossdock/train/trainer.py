@@ -27,8 +27,8 @@ from crossdock.config import ASSETS_FOLDER, Config, with_settled_batch, write_ru
 from crossdock.data import IGNORED_LABEL, Batch, DataError, TokenBatches, TooLong, evaluation_batches
 from crossdock.dispatch import Traffic
 from crossdock.models import FAMILIES, batch_loss, export_hf, left_out, save_peft_adapter
-from crossdock.moe import finish_step, moe_layer_places, moe_layers, set_batch_totals
-from crossdock.parallel import Boundary, GradientManager, ParallelDims, Pipeline, plain_name
+from crossdock.moe import finish_step, moe_layer_places, moe_layers, set_batch_totals, step_load
+from crossdock.parallel import Boundary, GradientManager, GroupPlace, ParallelDims, Pipeline, plain_name
 from crossdock.routing import CollapseMonitor
 from crossdock.tools.evaluate import evaluate
 from crossdock.train.bad_steps import BadSteps
@@ -36,17 +36,21 @@ from crossdock.train.drift import ReplicaCheck
 from crossdock.train.fingerprints import check_same_code_and_config, check_same_model
 from crossdock.train.keeping import RunKeeper
 from crossdock.train.layer_marks import mark_layers
+from crossdock.train.live import LiveState, check_alike, fingerprint, join_groups, sum_everywhere
 from crossdock.train.metrics import gather_metrics, load_metrics, say, traffic_metrics
 from crossdock.train.optimizer import build_optimizer, learning_rate_factor
 from crossdock.train.preparing import build_training_model, prepare_run_tokens
-from crossdock.train.record import RunRecord, lock_folder
+from crossdock.train.record import RunRecord, one_at_a_time
 from crossdock.train.stopping import StopSignal
 from crossdock.train.together import TrainingStopped, first_named, from_first_rank, together
 from crossdock.train.watching import RunWatch, group_timeout
+from crossdock.train.writing import Writing
 
 __all__ = ["Trainer", "TrainingStopped"]
 
 logger = logging.getLogger(__name__)
+
+_Taken = tuple[dict[str, Any], torch.Tensor]
 
 EXPORT_FOLDER = "hf"
 ADAPTER_FOLDER = "adapter"
@@ -66,6 +70,7 @@ class Trainer:
         progress: a file that is made once a step is done.
         machine: number of this rank's machine.
         watch: watches over this rank; by default nobody does.
+        in_group: place of these ranks among replica groups, where the run has some.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class Trainer:
         progress: Path | None = None,
         machine: int = 0,
         watch: RunWatch | None = None,
+        in_group: GroupPlace | None = None,
     ) -> None:
         self.device = device
         self.watch = watch or RunWatch()
@@ -95,7 +101,10 @@ class Trainer:
         self.config = config = with_settled_batch(replace(config, job=settings.job), dims)
         check_same_code_and_config(config)
         torch.use_deterministic_algorithms(config.training.deterministic)
-        self._lock = together(lambda: lock_folder(self.folder) if self.rank == 0 else None)
+        self.groups = join_groups(in_group, config, self._live_state)
+        self._grouped = in_group is not None
+        patience = float(config.job.comm_timeout_seconds)
+        self.writing = Writing(self.folder, self._open_record, among_groups=self._grouped, patience=patience)
         tokens, self.validation_tokens = prepare_run_tokens(config, first_on_machine)
         self.batches = TokenBatches(
             tokens.train,
@@ -131,6 +140,7 @@ class Trainer:
             meshes,
             reduction=config.parallelism.gradient_reduction,
             sparse=config.parallelism.sparse_replica_gradients,
+            groups=self.groups,
         )
         self.pipeline = self._build_pipeline() if dims.pp > 1 else None
         dtype = torch.bfloat16 if config.training.dtype == "bfloat16" else None
@@ -139,7 +149,8 @@ class Trainer:
         self.balancer = Balancer(
             self.model, config.balance, optimizer=self.optimizer, stage=self._stage_group(), dtype=dtype
         )
-        torch.manual_seed(config.training.seed + self.rank)
+        self._seed = config.training.seed + self.rank + self.world_size * self.groups.number
+        torch.manual_seed(self._seed)
         self.keeper = RunKeeper(config, self.folder, self.model, self.optimizer, str(dims), machine)
         self.step = 0
         self._resumed_step: int | None = None
@@ -153,7 +164,7 @@ class Trainer:
         mark_layers(self.model, self.place)
         check_same_model(self.model, self.step, self.samples, self.rank // (self.world_size // dims.pp))
         # Not before the run has its weights: a start that fails leaves no settings behind.
-        together(lambda: write_run_settings(settings, self.folder) if self.rank == 0 else None)
+        together(lambda: self._write_settings(settings) if self.rank == 0 else None)
 
     def train(self) -> None:
         """Run to the last step, or to the step boundary after a stop was asked for; a checkpoint is left in both cases.
@@ -164,46 +175,39 @@ class Trainer:
         config = self.config
         if self.step >= config.training.steps:
             self._tell(f"nothing to do: {self.step} steps are done, training.steps is {config.training.steps}")
-        record = together(self._open_record)
+        self.writing.begin()
         try:
             self.model.train()
-            while self.step < config.training.steps:
-                started = time.perf_counter()
-                self.place.begin(self.step + 1)
-                self.place.enter("data")
-                batches, unread = self._read()
-                targets, tokens, stop = self._batch_totals(batches, unread)
-                if stop:
-                    break
-                metrics, routes = self._train_step(batches, targets, tokens)
-                metrics |= self.watch.straggler_metrics()
-                metrics |= self.whole.speed.metrics(tokens / (time.perf_counter() - started) / self.world_size)
-                if self._is_due(config.validation.interval):
+            while (taken := self._take_step()) is not None:
+                metrics, routes = taken
+                if self.writing.is_ours and self._is_due(config.validation.interval):
                     self.place.enter("validation")
                     metrics["validation_loss"] = self._validation_loss()
                 self.place.enter("record")
+                record = self.writing.record
                 if record is not None:
                     self._heed(record, record.write(metrics, routes, self._computed()))
                 if self._progress is not None:
                     self._progress.touch()
+                pauses = self._is_due(config.validation.interval) or self._is_due(config.checkpoint.interval)
+                if pauses:
+                    check_alike(self.groups, self._live_state)
                 # A streak of bad steps must not push the last good checkpoint out.
-                if self._is_well(record):
+                if self._is_well(record) and self.writing.is_ours:
                     self.place.enter("checkpoint or snapshot")
                     self.keeper.after_step(self.step, self._counters)
-            self.place.enter("checkpoint")
-            self.keeper.finish(self.step, self._counters)
-            self.place.enter("end")
-            if problem := from_first_rank(lambda: self._problem):
-                raise TrainingStopped(f"{problem}. Make room, and start again with --job.dump-folder {self.folder}")
-            if self.step >= config.training.steps and config.checkpoint.last_save_in_hf:
-                self._export()
-            if record is not None and self.step < config.training.steps:
-                why = "stopping for another start" if self.regroups else "stopped as asked"
-                record.say(f"{why}, at step {self.step}; start again with --job.dump-folder {self.folder}")
+                # Groups that went on to the next step would take the one that is busy for lost.
+                if pauses:
+                    self.place.enter("other groups")
+                    self.groups.settle()
+            check_alike(self.groups, self._live_state)
+            self._finish()
+            while not self.groups.settle():
+                self._begin_step()
+                self._finish()
         finally:
-            if record is not None:
-                record.close()
-                self._lock.close()
+            self.groups.close()
+            self.writing.close()
 
     def _newest_checkpoint(self) -> tuple[int | None, CheckpointError | None]:
         """The step of the newest that is whole, if there is one; or why those that there are cannot be read."""
@@ -217,9 +221,32 @@ class Trainer:
             self._tell(message)
         return newest, None
 
-    def _open_record(self) -> RunRecord | None:
-        if self.rank != 0:
-            return None
+    def _finish(self) -> None:
+        """Leave what a run leaves behind, where this group is the one that writes."""
+        if not self.writing.is_ours:
+            return
+        self.place.enter("checkpoint")
+        self.keeper.finish(self.step, self._counters)
+        self.place.enter("end")
+        if problem := from_first_rank(lambda: self._problem):
+            raise TrainingStopped(f"{problem}. Make room, and start again with --job.dump-folder {self.folder}")
+        if self.step >= self.config.training.steps and self.config.checkpoint.last_save_in_hf:
+            self._export()
+        if self.writing.record is not None and self.step < self.config.training.steps:
+            why = "stopping for another start" if self.regroups else "stopped as asked"
+            self.writing.record.say(f"{why}, at step {self.step}; start again with --job.dump-folder {self.folder}")
+
+    def _begin_step(self) -> None:
+        """Find out which groups take part in the next step; the first of them writes metrics and checkpoints."""
+        before = self.groups.count
+        self.place.begin(self.step + 1)
+        self.place.enter("other groups")
+        self.groups.begin_step()
+        self.writing.take_turn(self.groups.index == 0, self.keeper.wait)
+        if self.groups.count != before:
+            self._tell(f"step {self.step + 1}: {self.groups.count} replica groups take part")
+
+    def _open_record(self) -> RunRecord:
         layers, experts = len(self.places.names), self.places.num_experts
         on_gpu = self.device.type == "cuda"
         ranks = self.balancer.num_ranks
@@ -257,22 +284,58 @@ class Trainer:
         ).loss
         return loss if math.isfinite(loss) else None
 
-    def _train_step(self, batches: list[Batch], targets: int, tokens: int) -> tuple[dict[str, Any], torch.Tensor]:
+    def _take_step(self) -> _Taken | None:
+        """A step, begun anew with the groups that are left until it counts; `None` at the end of the run."""
+        started, waited = time.perf_counter(), 0.0
+        taken: _Taken | None = None
+        while taken is None:
+            self._begin_step()
+            if self.step >= self.config.training.steps:
+                return None
+            self.place.enter("data")
+            totals = self._batch_totals(*(read := self._read()))
+            if totals is None:
+                continue
+            targets, tokens, stop = totals
+            if stop:
+                return None
+            waited = time.perf_counter() - started
+            taken = self._train_step(read[0], targets, tokens)
+        metrics, routes = taken
+        metrics |= self.watch.straggler_metrics()
+        ranks = self.world_size * self.groups.count
+        metrics |= self.whole.speed.metrics(metrics["tokens"] / (time.perf_counter() - started) / ranks)
+        if self._grouped:
+            metrics |= {"replica_groups": self.groups.count, "stall_seconds": waited}
+        return metrics, routes
+
+    def _train_step(self, batches: list[Batch], targets: int, tokens: int) -> _Taken | None:
         """Forward, backward and update over this rank's micro-batches.
 
         Returns:
-            The step's metrics and its routes per layer and logical expert `[L, E]`, the same on all ranks.
+            The step's metrics and its routes per layer and logical expert `[L, E]`, the same on all ranks; `None` where
+            a group was lost on the way, and nothing has changed.
         """
         config = self.config.training
         sequences = self.batches.global_batch_size
-        set_batch_totals(self.model, sequences, tokens, self._stage_group(), self.meshes.sequence)
+        # Not a bound method where there is nothing to sum: the counts would be copied for it.
+        sum_copies = self.groups.sum_ if self._grouped else None
+        set_batch_totals(self.model, sequences, tokens, self._stage_group(), self.meshes.sequence, sum_copies)
         sent_before = self._traffic()
         loss = self._backward([self._own_section(batch).inputs(self.device) for batch in batches], max(targets, 1))
         self.place.enter("gradient norm")
         own_norm = self.gradients.clip(config.max_norm)
         self.place.enter("metrics")
-        sums, norm, memory = gather_metrics({"loss": loss, **self._auxiliary_losses()}, own_norm, self.device)
-        sent = traffic_metrics(self._traffic() - sent_before, self.gradients.replica_traffic, self.device)
+        terms = {"loss": loss, **self._auxiliary_losses()}
+        sums, norm, memory = gather_metrics(terms, own_norm, self.device, self.groups)
+        traffic = self._traffic() - sent_before
+        sent = traffic_metrics(traffic, self.gradients.replica_traffic, self.device, self.groups)
+        load = step_load(self.model, dist.group.WORLD)
+        loads_of_ranks = self.balancer.gather(load)
+        self.groups.sum_(load.routes, load.dropped, loads_of_ranks)
+        if not self.groups.commit():
+            self._forget_step()
+            return None
 
         self.place.enter("optimizer")
         self.step += 1
@@ -284,12 +347,12 @@ class Trainer:
                 group["lr"] = rate
             self.optimizer.step()
         # The expert bias is a part of what LoRA leaves as it is.
-        load = finish_step(self.model, dist.group.WORLD, update_bias=applies and not self.config.lora.rank)
-        for message in self._collapse.update(load.routes.cpu()) if self.rank == 0 else ():
+        finish_step(self.model, update_bias=applies and not self.config.lora.rank, load=load)
+        for message in self._collapse.update(load.routes.cpu()) if self.writing.record is not None else ():
             logger.warning(f"step {self.step}: {message}")
         self.optimizer.zero_grad()
         self.place.enter("migration")
-        balanced, messages = self.balancer.after_step(load)
+        balanced, messages = self.balancer.after_step(load, loads_of_ranks)
         for message in messages:
             self._tell(f"step {self.step}: {message}")
         return {
@@ -304,6 +367,12 @@ class Trainer:
             "tokens": tokens,
             **self.bad_steps.metrics(),
         }, load.routes
+
+    def _forget_step(self) -> None:
+        self.optimizer.zero_grad()
+        for layer in self.layers:
+            layer.load.reset()
+        self.balancer.forget_step()
 
     def _backward(self, batches: list[dict[str, torch.Tensor]], targets: int) -> torch.Tensor:
         """Gradients of the mean loss over `targets` of the global batch; returns this rank's share of it."""
@@ -348,30 +417,32 @@ class Trainer:
     def _read(self) -> tuple[list[Batch], Exception | None]:
         """This rank's part of the next step's data, or what is wrong with it."""
         try:
-            return self.batches.at(self.samples), None
+            return self.batches.at(self.samples, self.groups.index, self.groups.count), None
         except (DataError, OSError) as error:
             return [], error
 
-    def _batch_totals(self, batches: list[Batch], unread: Exception | None) -> tuple[int, int, bool]:
+    def _batch_totals(self, batches: list[Batch], unread: Exception | None) -> tuple[int, int, bool] | None:
         """Targets and tokens of the global batch, and whether any rank was asked to stop. The step's agreement.
 
-        Raises on all ranks where one has `unread`.
+        `None` where replica groups could not agree. Raises on all ranks where one has `unread`.
         """
-        own = batches if self.reader.is_first else []
-        targets = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in own)
-        tokens = sum(batch.num_tokens for batch in own)
+        counted = batches if self.reader.is_first else []
+        targets = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in counted)
+        tokens = sum(batch.num_tokens for batch in counted)
         self.place.enter("agreement")
         regroups, stops = self.stop.regroups, self.stop.requested and not self.stop.regroups
         words = self.watch.fingerprint.words(
             step=self.step, samples=self.samples, sequences_per_step=self.batches.global_batch_size
         )
-        own_totals = [targets, tokens, stops, regroups, unread is not None, *words]
-        totals = torch.tensor(own_totals, dtype=torch.float64, device=self.device)
-        dist.all_reduce(totals)
-        all_targets, all_tokens, all_stops, all_regroups, any_unread, *words = totals.tolist()
+        totals = torch.tensor([targets, tokens, stops, regroups], dtype=torch.float64, device=self.device)
+        own = [float(unread is not None), *words]
+        sums, (any_unread, *words) = sum_everywhere(totals, self.groups, self._fingerprint, own)
         if any_unread:
             raise_together(unread)
         self.watch.fingerprint.check(words)
+        if sums is None:
+            return None
+        all_targets, all_tokens, all_stops, all_regroups = sums
         self.regroups = all_regroups > 0 and not all_stops
         return int(all_targets), int(all_tokens), all_stops + all_regroups > 0
 
@@ -454,6 +525,16 @@ class Trainer:
             return
         self._tell(f"{'adapter' if lora.rank else 'Hugging Face model'}: {destination}{note}")
 
+    def _live_state(self) -> LiveState:
+        return LiveState(self.folder, self.model, self.optimizer, self._counters, self._take_counters, self._seed)
+
+    def _write_settings(self, settings: Config) -> None:
+        with one_at_a_time(self.folder):
+            write_run_settings(settings, self.folder)
+
+    def _fingerprint(self) -> int:
+        return fingerprint(self.config, self.step, self.samples, self.layers)
+
     def _tell(self, message: str) -> None:
-        if self.rank == 0:
+        if self.rank == 0 and self.groups.index == 0:
             say(message)
