@@ -194,6 +194,7 @@ def test_two_groups_train_as_two_replicas_in_one_world(start: Callable[..., Run]
     one_world = start("one-world", *replicas, *common).finish()
     assert all(line["replica_groups"] == 2 for line in together)
     timed = {"memory_gib", "memory_percent", "tflops", "mfu", "tokens_per_second_per_gpu", "imbalance_seconds"}
+    timed |= {"slowest_rank", "slowest_rank_ratio", "checksum"}
     for line, alike in zip(together, one_world, strict=True):
         for name in line.keys() & alike.keys() - timed:
             assert line[name] == pytest.approx(alike[name], rel=1e-9), (name, line["step"])
