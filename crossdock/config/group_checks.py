@@ -35,18 +35,17 @@ def check_groups(config: Config) -> None:
     require(config, least, 1 <= settings.min_replica_groups <= settings.replica_groups, valid)
     valid = "must be empty or an address http://HOST:PORT"
     require(config, address, re.fullmatch(r"(http://[^/\s]+:\d{1,5})?", settings.lighthouse) is not None, valid)
+    degrees = config.parallelism
     valid = f"must be 1 with {_GROUPS}, whose groups are the replicas; each is divided by the other degrees"
-    replicas = config.parallelism.data_parallel_replicate_degree
-    require(config, "parallelism.data_parallel_replicate_degree", replicas == 1, valid)
+    replicas = "parallelism.data_parallel_replicate_degree"
+    require(config, replicas, degrees.data_parallel_replicate_degree == 1, valid)
     valid = f"must be 1 with {_GROUPS}: the number of micro-batches of a step changes with that of the groups"
-    stages = config.parallelism.pipeline_parallel_degree
-    snapshots = "fault_tolerance.snapshot_interval"
-    without = f"must be 0 with {_GROUPS}: a group catches up from those that went on"
-    require(config, snapshots, not settings.snapshot_interval, without)
+    require(config, "parallelism.pipeline_parallel_degree", degrees.pipeline_parallel_degree == 1, valid)
+    valid = f"must be 0 with {_GROUPS}: a group catches up from those that went on"
+    require(config, "fault_tolerance.snapshot_interval", not settings.snapshot_interval, valid)
+    valid = f"must be another one with {_GROUPS}, whose groups cannot go back together"
     for name in ("on_bad_step", "on_spike"):
-        valid = f"must be another one with {_GROUPS}, whose groups cannot go back together"
         require(config, f"fault_tolerance.{name}", getattr(settings, name) != "rollback", valid)
-    require(config, "parallelism.pipeline_parallel_degree", stages == 1, valid)
 
 
 def check_group_layout(config: Config, dims: ParallelDims) -> None:

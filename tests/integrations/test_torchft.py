@@ -248,7 +248,7 @@ def test_a_stop_ends_all_groups_and_a_start_with_others_resumes(start: Callable[
         (["--nproc", "4", "--parallelism.data-parallel-replicate-degree", "2"], "whose groups are the replicas"),
         (["--nproc", "4", "--fault-tolerance.min-replica-groups", "3"], "must be 1 to 2"),
         (["--nproc", "4", "--fault-tolerance.lighthouse", "there"], "http://HOST:PORT"),
-        (["--nproc", "4", "--parallelism.pipeline-parallel-degree", "2"], "must be 1"),
+        (["--nproc", "4", "--parallelism.pipeline-parallel-degree", "2"], "number of micro-batches"),
     ],
 )
 def test_settings_that_cannot_work_are_named(
