@@ -140,8 +140,9 @@ def work(
 
 
 def _only_watch(balancer: Balancer) -> Any:
-    def after_step(load: Any) -> tuple[dict[str, Any], list[str]]:
-        seen = balancer.monitor.update(load)
+    def after_step(load: Any, gathered: Any = None) -> tuple[dict[str, Any], list[str]]:
+        loads = balancer.gather(load)[:-4].view(-1, balancer.num_ranks + 1)
+        seen = balancer.monitor.update(load, loads)
         return seen.metrics(balancer.num_ranks), []
 
     return after_step

@@ -3,57 +3,46 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections import deque
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from crossdock.balance import Balancer
 from crossdock.checkpoint import (
     CHECKPOINT_FOLDER,
     CheckpointError,
-    materialise_optimizer_state,
     newest_whole,
 )
 from crossdock.comm import raise_together
-from crossdock.config import ASSETS_FOLDER, Config, with_settled_batch, write_run_settings
-from crossdock.data import IGNORED_LABEL, Batch, DataError, TokenBatches, TooLong, evaluation_batches
-from crossdock.dispatch import Traffic
-from crossdock.models import FAMILIES, batch_loss, export_hf, left_out, save_peft_adapter
-from crossdock.moe import finish_step, moe_layer_places, moe_layers, set_batch_totals, step_load
-from crossdock.parallel import Boundary, GradientManager, GroupPlace, ParallelDims, Pipeline, plain_name
+from crossdock.config import Config, with_settled_batch, write_run_settings
+from crossdock.data import IGNORED_LABEL, Batch, DataError, TokenBatches, TooLong
+from crossdock.moe import moe_layer_places, moe_layers
+from crossdock.parallel import GroupPlace, ParallelDims, plain_name
 from crossdock.routing import CollapseMonitor
-from crossdock.tools.evaluate import evaluate
 from crossdock.train.bad_steps import BadSteps
 from crossdock.train.drift import ReplicaCheck
+from crossdock.train.exporting import leave_export
 from crossdock.train.fingerprints import check_same_code_and_config, check_same_model
 from crossdock.train.keeping import RunKeeper
 from crossdock.train.layer_marks import mark_layers
 from crossdock.train.live import LiveState, check_alike, fingerprint, join_groups, sum_everywhere
-from crossdock.train.metrics import gather_metrics, load_metrics, say, traffic_metrics
-from crossdock.train.optimizer import build_optimizer, learning_rate_factor
+from crossdock.train.metrics import say
 from crossdock.train.preparing import build_training_model, prepare_run_tokens
 from crossdock.train.record import RunRecord, one_at_a_time
+from crossdock.train.stepping import Stepper, Taken
 from crossdock.train.stopping import StopSignal
 from crossdock.train.together import TrainingStopped, first_named, from_first_rank, together
+from crossdock.train.validation import validation_loss
 from crossdock.train.watching import RunWatch, group_timeout
 from crossdock.train.writing import Writing
 
 __all__ = ["Trainer", "TrainingStopped"]
 
 logger = logging.getLogger(__name__)
-
-_Taken = tuple[dict[str, Any], torch.Tensor]
-
-EXPORT_FOLDER = "hf"
-ADAPTER_FOLDER = "adapter"
 
 
 class Trainer:
@@ -135,20 +124,18 @@ class Trainer:
         self.layers = list(moe_layers(self.model).values())
         self.places = moe_layer_places(self.model)
         self._collapse = CollapseMonitor([plain_name(name) for name in self.places.names], whole.top_k)
-        self.gradients = GradientManager(
-            self.model,
+        self.bad_steps = BadSteps(config.fault_tolerance, self.folder / CHECKPOINT_FOLDER)
+        self.stepper = Stepper(
+            config,
+            whole,
             meshes,
-            reduction=config.parallelism.gradient_reduction,
-            sparse=config.parallelism.sparse_replica_gradients,
+            self.reader,
+            device=device,
+            place=self.place,
             groups=self.groups,
+            bad_steps=self.bad_steps,
         )
-        self.pipeline = self._build_pipeline() if dims.pp > 1 else None
-        dtype = torch.bfloat16 if config.training.dtype == "bfloat16" else None
-        self.optimizer = build_optimizer(self.model, config.optimizer, dtype)
-        materialise_optimizer_state(self.optimizer)
-        self.balancer = Balancer(
-            self.model, config.balance, optimizer=self.optimizer, stage=self._stage_group(), dtype=dtype
-        )
+        self.optimizer, self.balancer = self.stepper.optimizer, self.stepper.balancer
         self._seed = config.training.seed + self.rank + self.world_size * self.groups.number
         torch.manual_seed(self._seed)
         self.keeper = RunKeeper(config, self.folder, self.model, self.optimizer, str(dims), machine)
@@ -156,7 +143,6 @@ class Trainer:
         self._resumed_step: int | None = None
         self._problem: str | None = None
         self.samples = 0
-        self.bad_steps = BadSteps(config.fault_tolerance, self.keeper.folder)
         self.replicas = ReplicaCheck(self.model, self.optimizer, meshes)
         if came_from := self.keeper.resume(newest, self._take_counters, damaged):
             self._resumed_step = self.step
@@ -179,7 +165,7 @@ class Trainer:
         try:
             self.model.train()
             while (taken := self._take_step()) is not None:
-                metrics, routes = taken
+                metrics, routes, _ = taken
                 if self.writing.is_ours and self._is_due(config.validation.interval):
                     self.place.enter("validation")
                     metrics["validation_loss"] = self._validation_loss()
@@ -231,7 +217,8 @@ class Trainer:
         if problem := from_first_rank(lambda: self._problem):
             raise TrainingStopped(f"{problem}. Make room, and start again with --job.dump-folder {self.folder}")
         if self.step >= self.config.training.steps and self.config.checkpoint.last_save_in_hf:
-            self._export()
+            again = self.step != self._resumed_step
+            self._tell(leave_export(self.config, self.folder, self.model, again=again))
         if self.writing.record is not None and self.step < self.config.training.steps:
             why = "stopping for another start" if self.regroups else "stopped as asked"
             self.writing.record.say(f"{why}, at step {self.step}; start again with --job.dump-folder {self.folder}")
@@ -260,34 +247,13 @@ class Trainer:
         return interval > 0 and (self.step % interval == 0 or self.step >= self.config.training.steps)
 
     def _validation_loss(self) -> float | None:
-        """Mean loss over the validation set; `None` where it is not finite. The same on all ranks."""
-        config = self.config
-        batches = partial(
-            evaluation_batches,
-            self.validation_tokens,
-            seq_len=config.training.seq_len,
-            local_batch_size=config.training.local_batch_size,
-            dp_rank=self.reader.rank,
-            dp_degree=self.reader.degree,
-            packing=config.data.row_packing,
-            attend_within_documents=config.data.within_documents,
-            max_samples=config.validation.max_samples or None,
-        )
-        # Read once for what may be wrong with them: in the midst of it, the other ranks would wait for this one.
-        together(lambda: deque(batches(), maxlen=0))
-        loss = evaluate(
-            self.model,
-            map(self._own_section, batches()),
-            self.device,
-            counts=self.reader.counts_section,
-            loss_of=None if self.pipeline is None else self.pipeline.evaluate,
-        ).loss
-        return loss if math.isfinite(loss) else None
+        pipeline, tokens = self.stepper.pipeline, self.validation_tokens
+        return validation_loss(self.model, tokens, self.config, self.reader, self.device, pipeline)
 
-    def _take_step(self) -> _Taken | None:
+    def _take_step(self) -> Taken | None:
         """A step, begun anew with the groups that are left until it counts; `None` at the end of the run."""
         started, waited = time.perf_counter(), 0.0
-        taken: _Taken | None = None
+        taken: Taken | None = None
         while taken is None:
             self._begin_step()
             if self.step >= self.config.training.steps:
@@ -301,118 +267,25 @@ class Trainer:
                 return None
             waited = time.perf_counter() - started
             taken = self._train_step(read[0], targets, tokens)
-        metrics, routes = taken
+        metrics = taken.metrics
         metrics |= self.watch.straggler_metrics()
         ranks = self.world_size * self.groups.count
         metrics |= self.whole.speed.metrics(metrics["tokens"] / (time.perf_counter() - started) / ranks)
         if self._grouped:
             metrics |= {"replica_groups": self.groups.count, "stall_seconds": waited}
-        return metrics, routes
+        return taken
 
-    def _train_step(self, batches: list[Batch], targets: int, tokens: int) -> _Taken | None:
-        """Forward, backward and update over this rank's micro-batches.
-
-        Returns:
-            The step's metrics and its routes per layer and logical expert `[L, E]`, the same on all ranks; `None` where
-            a group was lost on the way, and nothing has changed.
-        """
-        config = self.config.training
-        sequences = self.batches.global_batch_size
-        # Not a bound method where there is nothing to sum: the counts would be copied for it.
-        sum_copies = self.groups.sum_ if self._grouped else None
-        set_batch_totals(self.model, sequences, tokens, self._stage_group(), self.meshes.sequence, sum_copies)
-        sent_before = self._traffic()
-        loss = self._backward([self._own_section(batch).inputs(self.device) for batch in batches], max(targets, 1))
-        self.place.enter("gradient norm")
-        own_norm = self.gradients.clip(config.max_norm)
-        self.place.enter("metrics")
-        terms = {"loss": loss, **self._auxiliary_losses()}
-        sums, norm, memory = gather_metrics(terms, own_norm, self.device, self.groups)
-        traffic = self._traffic() - sent_before
-        sent = traffic_metrics(traffic, self.gradients.replica_traffic, self.device, self.groups)
-        load = step_load(self.model, dist.group.WORLD)
-        loads_of_ranks = self.balancer.gather(load)
-        self.groups.sum_(load.routes, load.dropped, loads_of_ranks)
-        if not self.groups.commit():
-            self._forget_step()
-            return None
-
-        self.place.enter("optimizer")
-        self.step += 1
-        self.samples += self.batches.global_batch_size
-        rate = self.config.optimizer.lr * learning_rate_factor(self.step, config.steps, self.config.lr_scheduler)
-        applies = self.bad_steps.applies(self.step, sums["loss"], norm)
-        if applies:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-        # The expert bias is a part of what LoRA leaves as it is.
-        finish_step(self.model, update_bias=applies and not self.config.lora.rank, load=load)
-        for message in self._collapse.update(load.routes.cpu()) if self.writing.record is not None else ():
-            logger.warning(f"step {self.step}: {message}")
-        self.optimizer.zero_grad()
-        self.place.enter("migration")
-        balanced, messages = self.balancer.after_step(load, loads_of_ranks)
-        for message in messages:
-            self._tell(f"step {self.step}: {message}")
-        return {
-            "step": self.step,
-            **{name: value if math.isfinite(value) else None for name, value in sums.items()},
-            "grad_norm": norm if math.isfinite(norm) else None,
-            "lr": rate,
-            **memory,
-            **load_metrics(load),
-            **balanced,
-            **sent,
-            "tokens": tokens,
-            **self.bad_steps.metrics(),
-        }, load.routes
-
-    def _forget_step(self) -> None:
-        self.optimizer.zero_grad()
-        for layer in self.layers:
-            layer.load.reset()
-        self.balancer.forget_step()
-
-    def _backward(self, batches: list[dict[str, torch.Tensor]], targets: int) -> torch.Tensor:
-        """Gradients of the mean loss over `targets` of the global batch; returns this rank's share of it."""
-        if self.pipeline is not None:
-            self.place.enter("pipeline")
-            return self.pipeline.step(batches, 1 / targets)
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index, batch in enumerate(batches):
-            self.gradients.before_backward(is_last=index == len(batches) - 1)
-            self.place.enter("forward")
-            share = batch_loss(self.model, **batch) / targets
-            self.place.enter("backward")
-            share.backward()
-            loss += share.detach()
-        return loss
-
-    def _stage_group(self) -> dist.ProcessGroup | None:
-        """All ranks of this pipeline stage."""
-        return self.meshes.stage if self.pipeline is not None else dist.group.WORLD
-
-    def _build_pipeline(self) -> Pipeline:
-        training, parallelism = self.config.training, self.config.parallelism
-        positions = training.seq_len // self.reader.sections
-        if parallelism.sequence_parallel:
-            positions //= parallelism.tensor_parallel_degree
-        shape = (training.local_batch_size, positions, self.model.config.get_text_config().hidden_size)
-        return Pipeline(
-            self.model,
-            self.meshes,
-            self.gradients,
-            batch_loss,
-            Boundary(shape, getattr(torch, training.dtype), self.device),
-            schedule=parallelism.pipeline_parallel_schedule,
-            num_microbatches=self.batches.global_batch_size // (training.local_batch_size * self.reader.degree),
-            reshards=parallelism.reshards,
-        )
-
-    def _own_section(self, batch: Batch) -> Batch:
-        """What this rank computes of a batch, which it may share with others."""
-        return batch.section(self.reader.section, self.reader.sections)
+    def _train_step(self, batches: list[Batch], targets: int, tokens: int) -> Taken | None:
+        """The next step; `None` where a group was lost on the way, and nothing has changed."""
+        taken = self.stepper.take(self.step + 1, batches, targets, tokens)
+        if taken is not None:
+            self.step += 1
+            self.samples += self.batches.global_batch_size
+            for message in self._collapse.update(taken.routes.cpu()) if self.writing.record is not None else ():
+                logger.warning(f"step {self.step}: {message}")
+            for message in taken.messages:
+                self._tell(f"step {self.step}: {message}")
+        return taken
 
     def _read(self) -> tuple[list[Batch], Exception | None]:
         """This rank's part of the next step's data, or what is wrong with it."""
@@ -445,19 +318,6 @@ class Trainer:
         all_targets, all_tokens, all_stops, all_regroups = sums
         self.regroups = all_regroups > 0 and not all_stops
         return int(all_targets), int(all_tokens), all_stops + all_regroups > 0
-
-    def _auxiliary_losses(self) -> dict[str, torch.Tensor]:
-        """This rank's terms of the auxiliary losses: mean over layers."""
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        of_layers = {
-            name: [layer.load.losses[name].double() for layer in self.layers if name in layer.load.losses]
-            for name in self.whole.auxiliary_losses
-        }
-        return {name: sum(values, zero) / len(self.places.names) for name, values in of_layers.items()}
-
-    def _traffic(self) -> Traffic:
-        """What this rank has sent so far for its MoE layers; at a moment when the GPU has been waited for anyway."""
-        return sum((layer.dispatcher.traffic for layer in self.layers), Traffic())
 
     def _is_well(self, record: RunRecord | None) -> bool:
         """Whether the last step was applied; if not, do what the policy asks for."""
@@ -504,27 +364,6 @@ class Trainer:
         if message := self.balancer.restore(counters.get("balance", {})):
             self._tell(message)
 
-    def _export(self) -> None:
-        """Leave the model in Hugging Face's format, or the adapter in PEFT's. The run is whole without it, so that a
-        failure ends nothing."""
-        lora, family = self.config.lora, FAMILIES[self.config.model.name]
-        destination = self.folder / (ADAPTER_FOLDER if lora.rank else EXPORT_FOLDER)
-        if self.step == self._resumed_step and from_first_rank(destination.exists):
-            return
-        dtype, note = self.config.checkpoint.export_dtype, ""
-        try:
-            if lora.rank:
-                base = self.config.initial_weights
-                save_peft_adapter(self.model, family, lora, base, destination, dtype, replace=True)
-            else:
-                keys = family.keys(self.model)
-                export_hf(self.model, keys, self.folder / ASSETS_FOLDER, destination, dtype, replace=True)
-                note = left_out(self.model, keys)
-        except CheckpointError as error:
-            self._tell(f"{error}; crossdock export {self.folder} DESTINATION tries again")
-            return
-        self._tell(f"{'adapter' if lora.rank else 'Hugging Face model'}: {destination}{note}")
-
     def _live_state(self) -> LiveState:
         return LiveState(self.folder, self.model, self.optimizer, self._counters, self._take_counters, self._seed)
 
@@ -536,5 +375,5 @@ class Trainer:
         return fingerprint(self.config, self.step, self.samples, self.layers)
 
     def _tell(self, message: str) -> None:
-        if self.rank == 0 and self.groups.index == 0:
+        if message and self.rank == 0 and self.groups.index == 0:
             say(message)

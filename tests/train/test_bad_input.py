@@ -172,10 +172,10 @@ def _read_bad_tokens(assets: str, run_folder: str, cache: str) -> str:
     trainer = _trainer(assets, run_folder, cache, [])
     read = trainer.batches.at
 
-    def at(first: int) -> Any:
+    def at(first: int, *group: int) -> Any:
         if first >= 8 and dist.get_rank() == 1:
             raise DataError("tokens.bin is damaged")
-        return read(first)
+        return read(first, *group)
 
     object.__setattr__(trainer.batches, "at", at)
     try:

@@ -150,10 +150,10 @@ def _train(
     read = trainer.batches.at
     size = trainer.batches.global_batch_size
 
-    def read_without_them(first: int) -> Any:
+    def read_without_them(first: int, *group: int) -> Any:
         for batch in sorted(bad):
             first += size * (first >= size * (batch - 1))
-        return read(first)
+        return read(first, *group)
 
     if by == "left out":
         object.__setattr__(trainer.batches, "at", read_without_them)
