@@ -31,6 +31,7 @@ GROWTH_GOAL = 0.01
 FIRST, WINDOW = 100, 100
 SETTINGS = [
     *("--nproc", "2", "--checkpoint.interval", "50", "--validation.interval", "50", "--metrics.log-freq", "100"),
+    *("--data.held-out", "0.05", "--validation.max-samples", "64"),
     *("--fault-tolerance.snapshot-interval", "10", "--training.tuned", "off", "--checkpoint.no-last-save-in-hf"),
 ]
 
@@ -52,8 +53,8 @@ def main() -> int:
     if arguments.steps < FIRST + 3 * WINDOW:
         parser.error(f"--steps is {arguments.steps}, must be at least {FIRST + 3 * WINDOW}")
     with tempfile.TemporaryDirectory() as folder:
-        samples, ends = watch(Path(folder), arguments.steps)
-    rows = judge(samples, ends, arguments.steps)
+        samples, seconds = watch(Path(folder), arguments.steps)
+    rows = judge(samples, seconds, arguments.steps)
     for row in rows:
         print(
             f"{row['case']}: {row['peer_figure']} -> {row['figure']} {row['unit']} ({row['ratio']}), met: {row['met']}"
@@ -64,7 +65,7 @@ def main() -> int:
 
 
 def watch(folder: Path, steps: int) -> tuple[list[Sample], list[float]]:
-    """Samples of a whole run, and when each of its steps was seen."""
+    """Samples of a whole run, and the seconds of each of its steps."""
     run, output = folder / "run", folder / "output"
     command = [sys.executable, "-m", "crossdock", "train", str(ROOT / "configs/debug.toml"), *SETTINGS]
     command += ["--training.steps", str(steps), "--job.dump-folder", str(run)]
@@ -72,20 +73,17 @@ def watch(folder: Path, steps: int) -> tuple[list[Sample], list[float]]:
     with open(output, "w") as file:
         launcher = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     samples: list[Sample] = []
-    ends: list[float] = []
     try:
         while launcher.poll() is None:
             time.sleep(0.1)
-            done = _steps_done(run)
-            ends += [time.monotonic()] * (done - len(ends))
-            samples += _look(launcher.pid, done)
+            samples += _look(launcher.pid, _steps_done(run))
         if launcher.returncode:
             raise RuntimeError(f"the run ended with {launcher.returncode}:\n{output.read_text()}")
     finally:
         launcher.send_signal(signal.SIGTERM)
         launcher.wait()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    # What a rank computes in a second, of which two share a step's tokens.
+    # Two ranks share a step's tokens.
     return samples, [line["tokens"] / 2 / line["tokens_per_second_per_gpu"] for line in lines]
 
 

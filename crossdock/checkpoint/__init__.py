@@ -35,6 +35,7 @@ from crossdock.checkpoint.folders import (
     saved_world_size,
 )
 from crossdock.checkpoint.foreign import METADATA_FILE, open_foreign
+from crossdock.checkpoint.found_snapshot import FoundSnapshot
 from crossdock.checkpoint.hf import HFCheckpoint, HFKeys, Part, tensor_shapes, views_of
 from crossdock.checkpoint.hf_files import DTYPES
 from crossdock.checkpoint.hf_saving import save_hf
@@ -43,7 +44,7 @@ from crossdock.checkpoint.hf_writing import MAX_SHARD_BYTES
 from crossdock.checkpoint.memory_files import Manifest, MemoryFiles
 from crossdock.checkpoint.optimizer import materialise_optimizer_state
 from crossdock.checkpoint.pickles import pickle_refusal
-from crossdock.checkpoint.recovery import FoundSnapshot, Snapshots
+from crossdock.checkpoint.recovery import Snapshots
 from crossdock.checkpoint.state_dicts import expert_range, from_hf, to_hf, validate_experts
 from crossdock.checkpoint.stored import Reader, Stored
 from crossdock.checkpoint.verifying import newest_whole, verify_checkpoint

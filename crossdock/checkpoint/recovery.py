@@ -14,47 +14,25 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from crossdock.checkpoint.background import Background
 from crossdock.checkpoint.checksums import checksum
-from crossdock.checkpoint.dcp_writing import write_shard
 from crossdock.checkpoint.distributed import Checkpointer, set_random_states
-from crossdock.checkpoint.folders import CheckpointError, finish, make_room, step_folder
+from crossdock.checkpoint.folders import CheckpointError
+from crossdock.checkpoint.found_snapshot import RANDOM, FoundSnapshot, newest_of_parts, write_checkpoint
 from crossdock.checkpoint.held import Held, Place
 from crossdock.checkpoint.memory_files import NUM_SLOTS, Manifest, MemoryFiles, bytes_of_places, views_of_places
 from crossdock.comm import raise_together
-from crossdock.placement import EMPTY
 
-__all__ = ["FoundSnapshot", "Snapshots"]
+__all__ = ["Snapshots"]
 
 logger = logging.getLogger(__name__)
 
-_RANDOM = "random_state."
 _PIECE = 256 * 2**20  # Bytes of one message between partners.
-
-
-class FoundSnapshot(NamedTuple):
-    """A snapshot that is whole across the ranks.
-
-    Attributes:
-        step: after which it was taken.
-        counters: what is no tensor.
-        holders: the rank that can read each saved rank's part now.
-        slots: in which slot that is.
-        layout: of the run then.
-    """
-
-    step: int
-    counters: dict[str, Any]
-    holders: list[int]
-    slots: list[int]
-    layout: str
 
 
 class Snapshots:
@@ -153,7 +131,7 @@ class Snapshots:
         dist.all_gather_object(gathered, (own, damaged))
         for message in (message for _, messages in gathered for message in messages):
             logger.warning(f"{message}; passed over")
-        return _newest_whole([(holder, *part) for holder, (parts, _) in enumerate(gathered) for part in parts])
+        return newest_of_parts([(holder, *part) for holder, (parts, _) in enumerate(gathered) for part in parts])
 
     def load(self, found: FoundSnapshot) -> None:
         """Give model, optimizer and random state the values of a snapshot.
@@ -165,7 +143,7 @@ class Snapshots:
             CheckpointError: on all ranks, naming what cannot be read or written.
         """
         if len(found.holders) != self._world_size or found.layout != self._layout:
-            self._write_checkpoint(found)
+            write_checkpoint(self._files, found, self._checkpointer.folder)
             self._checkpointer.load(found.step)
             self.clear()
             return
@@ -189,8 +167,8 @@ class Snapshots:
             for part, view in zip(held, views_of_places(data, manifest.places), strict=True):
                 part.local.copy_(view)
         self._checkpointer.weights_changed()
-        random = {part.place.name: part.local for part in held if part.place.name.startswith(_RANDOM)}
-        set_random_states({name.removeprefix(_RANDOM).partition(".")[0]: state for name, state in random.items()})
+        random = {part.place.name: part.local for part in held if part.place.name.startswith(RANDOM)}
+        set_random_states({name.removeprefix(RANDOM).partition(".")[0]: state for name, state in random.items()})
         self._slot = (found.slots[self._rank] + 1) % NUM_SLOTS
 
     def clear(self) -> None:
@@ -202,7 +180,7 @@ class Snapshots:
         """This rank's part of everything; random states are copies."""
         held = self._checkpointer.held()
         for device, state in self._checkpointer.random_states().items():
-            place = Place(f"{_RANDOM}{device}.{self._rank}", "uint8", tuple(state.shape), (0,))
+            place = Place(f"{RANDOM}{device}.{self._rank}", "uint8", tuple(state.shape), (0,))
             held.append(Held(place, state))
         return held
 
@@ -273,49 +251,6 @@ class Snapshots:
         assert own is not None
         return own
 
-    def _write_checkpoint(self, found: FoundSnapshot) -> None:
-        """A snapshot as a checkpoint of the run: every holder writes the parts that it can read."""
-        final = step_folder(self._checkpointer.folder, found.step)
-        beside = final.with_name(f".{final.name}.partial")
-        error: Exception | None = None
-        parts: dict[int, tuple[Manifest, Any]] = {}
-        try:
-            if self._rank == 0:
-                make_room(beside)
-            for rank, (holder, slot) in enumerate(zip(found.holders, found.slots, strict=True)):
-                if holder == self._rank:
-                    parts[rank] = self._files.read(rank, slot)
-        except (OSError, CheckpointError) as caught:
-            error = (
-                caught if isinstance(caught, CheckpointError) else CheckpointError(f"cannot write {final}: {caught}")
-            )
-        raise_together(error)
-        held: list[dict[int, list[Place]]] = [{}] * self._world_size
-        dist.all_gather_object(held, {rank: list(manifest.places) for rank, (manifest, _) in parts.items()})
-        chosen = _first_holders({rank: places for each in held for rank, places in each.items()})
-        checksums: dict[str, str] = {}
-        try:
-            for rank, (manifest, data) in parts.items():
-                path = beside / f"shard-{rank:05d}-model-00001-of-00001.safetensors"
-                checksums[path.name] = _write_shard(
-                    path, rank, manifest, views_of_places(data, manifest.places), chosen
-                )
-        except OSError as caught:
-            error = CheckpointError(f"cannot write {final}: {caught}")
-        raise_together(error)
-        of_ranks: list[dict[str, str]] = [{}] * self._world_size
-        dist.all_gather_object(of_ranks, checksums)
-        try:
-            if self._rank == 0:
-                names = {place.name for each in held for places in each.values() for place in places}
-                devices = sorted({name.split(".")[1] for name in names if name.startswith(_RANDOM)})
-                state = {"step": found.step, "world_size": len(found.holders), "random_states": devices}
-                checksums = {name: digest for of_rank in of_ranks for name, digest in of_rank.items()}
-                finish(beside, final, state | {"counters": found.counters}, checksums)
-        except OSError as caught:
-            error = CheckpointError(f"cannot write {final}: {caught}")
-        raise_together(error)
-
     def _make_room(self) -> None:
         """Make the folder, and see whether all this machine's ranks find room."""
         error: Exception | None = None
@@ -355,52 +290,3 @@ def _partners(machines: Sequence[int]) -> list[int | None]:
         following = ranks_of[order[(order.index(machine) + 1) % len(order)]]
         partners.append(following[ranks_of[machine].index(rank) % len(following)])
     return partners
-
-
-def _newest_whole(parts: list[tuple[int, int, int, int, int, str, Any]]) -> FoundSnapshot | None:
-    """Of parts `(holder, step, rank, slot, world_size, layout, counters)`, the newest step with all ranks."""
-    for step in sorted({part[1] for part in parts}, reverse=True):
-        of_step = [part for part in parts if part[1] == step]
-        for world_size, layout in sorted({(part[4], part[5]) for part in of_step}):
-            by_rank: dict[int, tuple[int, int, Any]] = {}
-            for holder, _, rank, slot, size, laid_out, counters in of_step:
-                if (size, laid_out) == (world_size, layout):
-                    by_rank.setdefault(rank, (holder, slot, counters))
-            if len(by_rank) == world_size:
-                ordered = [by_rank[rank] for rank in range(world_size)]
-                return FoundSnapshot(
-                    step, ordered[0][2], [holder for holder, _, _ in ordered], [slot for _, slot, _ in ordered], layout
-                )
-    return None
-
-
-def _first_holders(places: dict[int, list[Place]]) -> dict[tuple[str, tuple[int, ...], tuple[int, ...] | None], int]:
-    """The rank that writes each part, among those that hold it alike."""
-    chosen: dict[tuple[str, tuple[int, ...], tuple[int, ...] | None], int] = {}
-    for rank in sorted(places):
-        for place in places[rank]:
-            chosen.setdefault((place.name, place.offsets, place.experts), rank)
-    return chosen
-
-
-def _write_shard(
-    path: Path,
-    rank: int,
-    manifest: Manifest,
-    views: list[Tensor],
-    chosen: dict[tuple[str, tuple[int, ...], tuple[int, ...] | None], int],
-) -> str:
-    """One rank's part in the form of torch's distributed checkpoint, without what another rank writes; its checksum."""
-    tensors: dict[str, Tensor] = {}
-    offsets: dict[str, list[int]] = {}
-    for place, view in zip(manifest.places, views, strict=True):
-        if chosen[place.name, place.offsets, place.experts] != rank or not view.numel():
-            continue
-        if place.experts is None:
-            tensors[place.name], offsets[place.name] = view, list(place.offsets)
-            continue
-        for expert, row in zip(place.experts, view, strict=True):
-            if expert != EMPTY:
-                name = f"{place.name}.{expert}"
-                tensors[name], offsets[name] = row, list(place.offsets[1:])
-    return write_shard(path, tensors, offsets)
