@@ -1,4 +1,4 @@
-"""Runs that faults befall: `python -m tests.chaos.run [--faults 32] [--seed 0] [--json FILE]` prints a table.
+"""Runs that faults befall: `python -m tests.chaos.run [--faults 32] [--seed 0] [--write]` prints a table.
 
 Every run must finish by itself with the losses of an undisturbed one, bit by bit, on the same samples, and with no more
 steps computed twice than two snapshots lie apart: the newest may have been in flight.
@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results_file import write_results
 from tests.chaos.faults import KINDS, POINTS, Fault
 from tests.tiny import write_assets
 
 ROOT = Path(__file__).parents[2]
 STEPS, SNAPSHOT_INTERVAL, CHECKPOINT_INTERVAL, REBALANCE_INTERVAL = 36, 4, 10, 6
+MOST_REPEATED = 2 * SNAPSHOT_INTERVAL  # The newest snapshot may have been in flight.
 # A run with five faults takes a minute or two; one that hangs is an error.
 _SECONDS = 600
 
@@ -134,14 +136,14 @@ def check(outcome: Outcome, reference: Outcome) -> None:
     """What must hold of a run that faults befell. Raises AssertionError."""
     assert outcome.losses == reference.losses, f"other losses than those of the undisturbed run\n{outcome.output}"
     assert outcome.seen == reference.seen, "other samples than those of the undisturbed run"
-    assert max(outcome.repeated, default=0) <= 2 * SNAPSHOT_INTERVAL, f"steps computed again: {outcome.repeated}"
+    assert max(outcome.repeated, default=0) <= MOST_REPEATED, f"steps computed again: {outcome.repeated}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--faults", type=int, default=32, help="how many, over both numbers of processes (32)")
     parser.add_argument("--seed", type=int, default=0, help="of the plan (0)")
-    parser.add_argument("--json", type=Path, help="write the table there as well")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/chaos_DATE.json as well")
     parsed = parser.parse_args()
     rng = random.Random(parsed.seed)
     rows: list[dict[str, Any]] = []
@@ -153,8 +155,21 @@ def main() -> None:
             for index, faults in enumerate(plan(share, world_size, rng, first=100 * world_size)):
                 outcome = run(top / f"run-{world_size}-{index}", top, world_size, faults)
                 check(outcome, reference)
+                rows.append(
+                    {
+                        "case": f"{world_size} processes, run {index}",
+                        "faults": [fault.to_json() for fault in faults],
+                        "figure": max(outcome.repeated, default=0),
+                        "unit": "steps computed again at most",
+                        "goal": MOST_REPEATED,
+                        "met": True,  # Else `check` had raised.
+                        "steps_computed_again": outcome.repeated,
+                        "seconds": round(outcome.seconds),
+                        "undisturbed_seconds": round(reference.seconds),
+                        "results_agree": True,  # Likewise.
+                    }
+                )
                 for fault in faults:
-                    rows.append({"processes": world_size, "run": index, **fault.to_json()})
                     print(
                         f"{world_size} processes  step {fault.step:2d}  rank {fault.rank}  {fault.point:10s} "
                         f"{fault.kind}",
@@ -165,9 +180,9 @@ def main() -> None:
                     f"undisturbed {reference.seconds:.0f} s",
                     flush=True,
                 )
-    print(f"{len(rows)} faults, all runs finished, all losses equal bit by bit")
-    if parsed.json:
-        parsed.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"{parsed.faults} faults, all runs finished, all losses equal bit by bit")
+    if parsed.write:
+        print(write_results("chaos", ["torch", "transformers", "crossdock"], rows))
 
 
 if __name__ == "__main__":
