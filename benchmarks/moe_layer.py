@@ -29,7 +29,7 @@ from benchmarks.results_file import result_row, spread, write_results
 from crossdock.experts import EXPERTS_BACKENDS, ExpertParams
 from crossdock.experts.cpu import product_dtype
 from crossdock.routing import draw_zipf
-from crossdock.train.launch import memory_settings
+from crossdock.train.host_memory import memory_settings
 
 SHAPES: dict[str, dict[str, int]] = {
     "E32": {"E": 32, "H": 512, "I": 256, "K": 4, "T": 4096},

@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 from transformers.distributed import DistributedConfig
 
 from benchmarks.results_file import spread, write_results
-from crossdock.train.launch import memory_settings
+from crossdock.train.host_memory import memory_settings
 
 WORLD_SIZE = 2
 BATCH, SEQ_LEN, VOCAB = 4, 512, 8192

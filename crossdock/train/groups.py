@@ -18,7 +18,8 @@ import torch
 
 from crossdock.config import Config, ConfigError, ranks_per_group
 from crossdock.parallel import GroupPlace
-from crossdock.train.launch import Machines, memory_settings, tell, thread_settings
+from crossdock.train.host_memory import memory_settings
+from crossdock.train.launch import Machines, tell, thread_settings
 
 __all__ = ["group_place", "is_in_group", "start_groups"]
 

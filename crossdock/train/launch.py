@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import socket
@@ -23,6 +22,7 @@ from crossdock.config import Config, ConfigError, fit, validate
 from crossdock.dispatch import free_deepep_buffers
 from crossdock.parallel import GroupPlace
 from crossdock.train.agent import PROGRESS_FILE, REGROUP_EXIT_CODE
+from crossdock.train.host_memory import memory_settings
 from crossdock.train.stopping import StopSignal
 from crossdock.train.trainer import Trainer
 from crossdock.train.watching import RunWatch, group_timeout
@@ -34,7 +34,6 @@ __all__ = [
     "ENDED_FOLDER",
     "Machines",
     "default_nproc",
-    "memory_settings",
     "run_rank",
     "start_ranks",
     "tell",
@@ -107,23 +106,6 @@ class Machines:
     def is_elastic(self) -> bool:
         """Whether the run may go on with fewer machines."""
         return self.min_nodes is not None and self.min_nodes < self.nnodes
-
-
-def memory_settings() -> dict[str, str]:
-    """Environment variables for ranks on CPUs: huge pages for large tensors, and freed memory that a process keeps.
-
-    Without them, a step spends a part of its time in page faults. Empty where there is a GPU; huge pages alone where
-    the C library has no such thresholds, or takes none this high.
-    """
-    if torch.cuda.is_available():
-        return {}
-    settings = {"THP_MEM_ALLOC_ENABLE": "1"}
-    mmap_threshold, mmap_parameter = 2**30, -3
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # An older glibc refuses more than 32 MiB, and keeps its smallest threshold once the other one is set.
-    if mallopt is not None and mallopt(mmap_parameter, mmap_threshold) == 1:
-        settings |= {"MALLOC_MMAP_THRESHOLD_": str(mmap_threshold), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-    return settings
 
 
 def thread_settings(nproc: int) -> dict[str, str]:

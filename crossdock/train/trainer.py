@@ -27,6 +27,7 @@ from crossdock.train.bad_steps import BadSteps
 from crossdock.train.drift import ReplicaCheck
 from crossdock.train.exporting import leave_export
 from crossdock.train.fingerprints import check_same_code_and_config, check_same_model
+from crossdock.train.host_memory import GIVE_BACK_INTERVAL, give_back_memory
 from crossdock.train.keeping import RunKeeper
 from crossdock.train.layer_marks import mark_layers
 from crossdock.train.live import LiveState, check_alike, fingerprint, join_groups, sum_everywhere
@@ -182,6 +183,8 @@ class Trainer:
                 if self._is_well(record) and self.writing.is_ours:
                     self.place.enter("checkpoint or snapshot")
                     self.keeper.after_step(self.step, self._counters)
+                if self.step % GIVE_BACK_INTERVAL == 0:
+                    give_back_memory()
                 # Groups that went on to the next step would take the one that is busy for lost.
                 if pauses:
                     self.place.enter("other groups")
