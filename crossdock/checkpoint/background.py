@@ -89,6 +89,11 @@ class Background:
         self._thread = threading.Thread(target=run, name="checkpoint")
         self._thread.start()
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a write of this rank's goes on. Not collective."""
+        return self._thread is not None and self._thread.is_alive()
+
     def is_busy(self) -> bool:
         """Whether a write goes on, on any rank: the same answer on all."""
         if self._thread is None:

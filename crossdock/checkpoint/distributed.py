@@ -178,6 +178,11 @@ class Checkpointer:
         if self._background is not None:
             self._background.wait()
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank is writing a checkpoint beside the training. Not collective."""
+        return self._background is not None and self._background.is_writing
+
     def _write(
         self,
         uncopied: Exception | None,

@@ -198,7 +198,7 @@ class Watchdog:
             if count.completed < count.started:
                 key = group, count.completed
                 waiting[key] = self._waiting.get(key, -seconds) + seconds
-                if waiting[key] > self.timeout and waiting[key] > self._limit(group):
+                if waiting[key] > self.timeout and waiting[key] > self._limit(group) and self._is_ours(group):
                     return "timeout", f"a collective did not complete within {self._limit(group):g} s"
         frame = self._main_frame()
         if not waiting and frame is not None and is_waiting(frame):
@@ -208,6 +208,14 @@ class Watchdog:
                 return "timeout", f"a send or receive did not complete within {self.timeout:g} s"
         self._waiting = waiting
         return None
+
+    def _is_ours(self, group: str) -> bool:
+        """Whether torch knows a group by name: those of torchft, which come and go, have none and watch themselves.
+
+        What they broke off is never said to be complete.
+        """
+        names = {str(name) for name in dist.distributed_c10d._world.pg_names.values()}
+        return any(each.group in names for each in recorder.unfinished() if each.recorder_id == group)
 
     def _limit(self, group: str) -> float:
         """Seconds that a collective of a group may take."""

@@ -14,6 +14,7 @@ from crossdock.parallel import ParallelDims
 __all__ = ["check_group_layout", "check_groups", "default_global_batch_size", "ranks_per_group"]
 
 _GROUPS = "fault_tolerance.replica_groups"
+_LEAST_HEARTBEAT_MS = 300  # Three of torchft's signs of life.
 
 
 def check_groups(config: Config) -> None:
@@ -33,8 +34,13 @@ def check_groups(config: Config) -> None:
     require(config, _GROUPS, found, "needs torchft: pip install 'crossdock[torchft]'")
     valid = f"must be 1 to {settings.replica_groups}, {_GROUPS}"
     require(config, least, 1 <= settings.min_replica_groups <= settings.replica_groups, valid)
-    valid = "must be empty or an address http://HOST:PORT"
-    require(config, address, re.fullmatch(r"(http://[^/\s]+:\d{1,5})?", settings.lighthouse) is not None, valid)
+    valid = "must be empty or an address http://HOST:PORT, with a port of 1 to 65535"
+    match = re.fullmatch(r"(?:http://[^/\s:]+:(\d{1,5}))?", settings.lighthouse)
+    require(config, address, match is not None and 0 < int(match[1] or 1) < 2**16, valid)
+    longest = config.job.comm_timeout_seconds * 500
+    for name, least in (("heartbeat_timeout_ms", _LEAST_HEARTBEAT_MS), ("join_timeout_ms", 1)):
+        valid = f"must be {least} to {longest}, half of job.comm_timeout_seconds"
+        require(config, f"fault_tolerance.{name}", least <= getattr(settings, name) <= longest, valid)
     degrees = config.parallelism
     valid = f"must be 1 with {_GROUPS}, whose groups are the replicas; each is divided by the other degrees"
     replicas = "parallelism.data_parallel_replicate_degree"

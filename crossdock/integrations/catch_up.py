@@ -28,6 +28,7 @@ from safetensors.torch import save as write_tensors
 from torch import Tensor
 
 from crossdock.checkpoint.checksums import checksum
+from crossdock.parallel import GroupsFailed
 
 __all__ = ["CatchUpError", "RankState", "StateServer", "fetch_state", "take_over"]
 
@@ -38,7 +39,7 @@ _DIGEST_DIGITS = 32
 _SECRET_BYTES = 32
 
 
-class CatchUpError(RuntimeError):
+class CatchUpError(GroupsFailed):
     """A state that could not be fetched, or is not what this rank can go on from; the message says what is wrong."""
 
 

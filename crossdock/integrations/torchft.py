@@ -23,13 +23,15 @@ from torchft import Manager, ProcessGroupGloo
 from torchft.checkpointing import CheckpointTransport
 
 from crossdock.integrations.catch_up import CatchUpError, RankState, StateServer, fetch_state
-from crossdock.parallel import GroupPlace
+from crossdock.parallel import STEP_FILE, GroupPlace, GroupsFailed
 
 __all__ = ["HasState", "TorchFTGroups", "Transport"]
 
 _BUCKET_BYTES = 32 * 2**20  # Of tensors that are summed in one message.
 _IN_FLIGHT = 4  # Messages.
 _CONNECT_SECONDS = 30
+_QUORUM_SECONDS = 20  # After which a group that waits for others looks whether it was asked to stop.
+_PROBE_SECONDS = 5
 _OURS = "crossdock"
 
 
@@ -94,7 +96,7 @@ class TorchFTGroups:
     Args:
         place: of this group.
         min_groups: fewer take no step.
-        timeout: seconds for a sum, a vote, a transfer, and for a quorum to come about.
+        timeout: seconds for a sum, a vote, a transfer.
         state: gives what is caught up, once the model is built.
     """
 
@@ -108,7 +110,6 @@ class TorchFTGroups:
         self._transport: Transport | None = None
         self._store: TCPStore | None = None
         self._fetched: list[RankState] = []
-        self._has_stepped = False
         self.index, self.count = place.number, 1
 
     @property
@@ -119,36 +120,52 @@ class TorchFTGroups:
     def is_broken(self) -> bool:
         return self._manager is not None and self._manager.errored() is not None
 
-    def begin_step(self) -> None:
+    def begin_step(self) -> bool:
         """See `ReplicaGroups`.
 
         Raises:
             CatchUpError: on all ranks of this group, where one could not catch up: it must be started again.
-            RuntimeError: where there is no quorum, or the lighthouse is gone.
+            GroupsFailed: on all ranks, where the lighthouse is not to be reached.
         """
-        manager, transport = self._join()
-        transport.failure = None
         self._fetched.clear()
+        problem, waits, step, failure = "", False, 0.0, None
         try:
+            manager, transport = self._join()
+            transport.failure = None
             manager.start_quorum()
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"replica group {self.number}: no quorum of {self._min_groups} groups or more ({error})"
-            ) from None
+            step, failure = float(manager.current_step()), transport.failure
+        except (RuntimeError, TimeoutError, OSError) as error:
+            # A rank of this group that is gone is told by the sum below, on all others.
+            waits = self._lighthouse_answers()
+            problem = "" if waits else f"cannot reach the lighthouse at {self._place.lighthouse} ({error})"
         # A rank that has caught up beside one that has not would train on with weights of two steps.
-        step, failed = float(manager.current_step()), transport.failure is not None
-        seen = torch.tensor([failed, step, step * step], dtype=torch.float64)
+        seen = torch.tensor([bool(problem), waits, failure is not None, step, step * step], dtype=torch.float64)
         dist.all_reduce(seen)
-        failures, steps, squares = seen.tolist()
+        problems, waiting, failures, steps, squares = seen.tolist()
+        if problems:
+            raise GroupsFailed(f"replica group {self.number} {problem or 'cannot go on: another of its ranks failed'}")
+        if waiting:
+            self._leave()
+            return False
         if failures or squares * dist.get_world_size() != steps * steps:
-            why = transport.failure or "another of its ranks could not"
+            why = failure or "another of its ranks could not"
             raise CatchUpError(f"replica group {self.number} could not catch up: {why}")
         for state in self._fetched:
             self._state().take(state)
         self._fetched.clear()
-        index = manager.participating_rank()
+        assert self._manager is not None
+        index = self._manager.participating_rank()
         assert index is not None, "every group of a quorum takes part"
-        self.index, self.count = index, manager.num_participants()
+        self.index, self.count = index, self._manager.num_participants()
+        return True
+
+    def _lighthouse_answers(self) -> bool:
+        host, _, port = self._place.lighthouse.removeprefix("http://").rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=_PROBE_SECONDS).close()
+        except OSError:
+            return False
+        return True
 
     def sum_(self, *tensors: Tensor) -> None:
         manager = self._manager
@@ -169,10 +186,8 @@ class TorchFTGroups:
         if not committed:
             # A group whose sums were right after all must not wait here for this one in the next.
             self._sums.abort(errored=False)
-        elif not self._has_stepped:
-            self._has_stepped = True
-            if dist.get_rank() == 0:
-                (self._place.folder / "stepped").touch()
+        elif dist.get_rank() == 0:
+            (self._place.folder / STEP_FILE).write_text(str(self._manager.current_step()))
         return committed
 
     def settle(self) -> bool:
@@ -186,6 +201,11 @@ class TorchFTGroups:
         return not broken
 
     def close(self) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        """Be no member any more, until the next `begin_step`."""
+        self.index, self.count = self._place.number, 1
         if self._manager is not None:
             self._manager.shutdown(wait=False)
             self._manager = None
@@ -204,7 +224,7 @@ class TorchFTGroups:
             min_replica_size=self._min_groups,
             use_async_quorum=False,
             timeout=self._timeout,
-            quorum_timeout=self._timeout,
+            quorum_timeout=timedelta(seconds=min(seconds, _QUORUM_SECONDS)),
             connect_timeout=timedelta(seconds=min(seconds, _CONNECT_SECONDS)),
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),

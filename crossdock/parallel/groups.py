@@ -8,7 +8,16 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["GroupPlace", "OneGroup", "ReplicaGroups"]
+__all__ = ["LOOPBACK", "STEP_FILE", "GroupPlace", "GroupsFailed", "OneGroup", "ReplicaGroups"]
+
+
+LOOPBACK = "127.0.0.1"
+STEP_FILE = "step"
+"""In a group's folder: the last step that counted."""
+
+
+class GroupsFailed(RuntimeError):
+    """Why a group cannot go on beside the others: one sentence for people. Another start may help."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +38,19 @@ class GroupPlace:
     host: str
     folder: Path
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether all groups are on this machine, so that nobody else need reach it."""
+        return self.host == LOOPBACK
+
 
 class ReplicaGroups(Protocol):
     """Groups of ranks, each a world with a whole copy of the model, of which rank `r` has the same part in all groups.
 
     They take steps together, each with its share of the samples:
 
-        groups.begin_step()     # who takes part; a group that was away catches up here
+        while not groups.begin_step():  # who takes part; a group that was away catches up here
+            ...                 # not enough of them yet
         groups.sum_(values)     # as often as need be, in the same order in all groups
         if groups.commit():     # else none of it counts: begin again with those who are left
             ...
@@ -62,8 +77,12 @@ class ReplicaGroups(Protocol):
     @property
     def is_broken(self) -> bool: ...
 
-    def begin_step(self) -> None:
-        """Find out who takes part in the next step."""
+    def begin_step(self) -> bool:
+        """Find out who takes part in the next step; false where too few were there for a while: ask again.
+
+        Raises:
+            GroupsFailed: on all ranks of this group.
+        """
         ...
 
     def sum_(self, *tensors: Tensor) -> None:
@@ -90,8 +109,8 @@ class OneGroup:
     count = 1
     is_broken = False
 
-    def begin_step(self) -> None:
-        pass
+    def begin_step(self) -> bool:
+        return True
 
     def sum_(self, *tensors: Tensor) -> None:
         pass

@@ -16,6 +16,7 @@ from crossdock.checkpoint import CheckpointError
 from crossdock.config import ConfigError
 from crossdock.data import DataError
 from crossdock.dispatch import RankFailure
+from crossdock.parallel import GroupsFailed
 from crossdock.train.together import TrainingStopped
 
 __all__ = ["Failure", "FailureKind", "Failures", "kind_of"]
@@ -115,6 +116,9 @@ def kind_of(error: BaseException) -> tuple[FailureKind, bool]:
         return "mistake", True
     if any(_is_out_of_memory(cause) for cause in causes):
         return "memory", False
+    # What replica groups have to say is a sentence of its own, whatever it quotes.
+    if isinstance(error, GroupsFailed):
+        return "error", False
     # A checkpoint that broke off because a rank was lost says so in its own words.
     if any(_is_lost(cause) for cause in causes):
         return "lost", False

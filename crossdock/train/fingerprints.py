@@ -22,7 +22,14 @@ from crossdock.config import Config
 from crossdock.parallel import plain_name
 from crossdock.train.together import TrainingStopped
 
-__all__ = ["RanksDiffer", "StepFingerprint", "check_same_code_and_config", "check_same_model", "source_hash"]
+__all__ = [
+    "RanksDiffer",
+    "StepFingerprint",
+    "check_same_code_and_config",
+    "check_same_model",
+    "hash_of_run",
+    "source_hash",
+]
 
 # As small that the squares of all ranks' words have an exact sum in float64, of 8,192 ranks.
 _WORD_BITS = 20
@@ -53,6 +60,15 @@ def check_same_code_and_config(config: Config, code: str | None = None) -> None:
     Raises:
         RanksDiffer: on all ranks.
     """
+    _check_same(_run_facts(config, code), "")
+
+
+def hash_of_run(config: Config) -> str:
+    """Of what `check_same_code_and_config` compares, for ranks that are in no process group together."""
+    return hashlib.sha256(repr(_run_facts(config, None)).encode()).hexdigest()
+
+
+def _run_facts(config: Config, code: str | None) -> dict[str, str]:
     facts = {
         "crossdock": crossdock.__version__,
         "crossdock's source files": code or source_hash(),
@@ -63,7 +79,7 @@ def check_same_code_and_config(config: Config, code: str | None = None) -> None:
         facts |= {f"config: {section}.{name}": repr(value) for name, value in values.items()}
     for name in ("job.dump_folder", "fault_tolerance.snapshot_folder"):
         del facts[f"config: {name}"]
-    _check_same(facts, "")
+    return facts
 
 
 def check_same_model(model: nn.Module, step: int, samples: int, stage: int) -> None:

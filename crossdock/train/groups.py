@@ -17,7 +17,7 @@ from types import FrameType
 import torch
 
 from crossdock.config import Config, ConfigError, ranks_per_group
-from crossdock.parallel import GroupPlace
+from crossdock.parallel import LOOPBACK, STEP_FILE, GroupPlace
 from crossdock.train.host_memory import memory_settings
 from crossdock.train.launch import Machines, tell, thread_settings
 
@@ -25,7 +25,6 @@ __all__ = ["group_place", "is_in_group", "start_groups"]
 
 _NUMBER, _GROUPS, _LIGHTHOUSE = "CROSSDOCK_REPLICA_GROUP", "CROSSDOCK_REPLICA_GROUPS", "CROSSDOCK_LIGHTHOUSE"
 _HOST, _FOLDER = "CROSSDOCK_GROUP_HOST", "CROSSDOCK_GROUP_FOLDER"
-_LOOPBACK = "127.0.0.1"
 _TICK_MS = 50  # How often the lighthouse looks whether groups can go on.
 _POLL_SECONDS = 0.1
 _USERS_MISTAKE = 2
@@ -60,8 +59,8 @@ def group_place(config: Config, environment: Mapping[str, str]) -> GroupPlace | 
 def start_groups(arguments: list[str], config: Config, machines: Machines) -> int:
     """Run `crossdock ARGUMENTS` once for each replica group of this machine, until all have ended.
 
-    A group whose process is killed is started again, `fault_tolerance.max_restarts` times in a row without a step in
-    between; within a group, its own agent starts ranks again. SIGTERM and Ctrl-C reach all groups.
+    A group whose process is killed is started again, `fault_tolerance.max_restarts` times in a row without getting
+    further; within a group, its own agent starts ranks again. SIGTERM and Ctrl-C reach all groups.
 
     Args:
         arguments: of the command, with the run folder, without those about machines.
@@ -138,7 +137,7 @@ class _Group:
         self.ended_at = 0.0
         self._command, self._environment = command, environment
         self._folders, self._folder = folder, folder
-        self._allowed, self._restarts, self._starts = max_restarts, 0, 0
+        self._allowed, self._restarts, self._starts, self._furthest = max_restarts, 0, 0, 0
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -176,14 +175,21 @@ class _Group:
     def start_again(self) -> bool:
         """Start it anew where that may help: its process was killed, which no agent of its own can mend."""
         assert self.code is not None
-        if (self._folder / "stepped").exists():
-            self._restarts = 0
+        reached = self._last_step()
+        if reached > self._furthest:
+            self._furthest, self._restarts = reached, 0
         if self.code > 0 or self._restarts >= self._allowed:
             return False
         self._restarts += 1
         tell(f"replica group {self.number} ended with {self.ending}; starting it again")
         self.start()
         return True
+
+    def _last_step(self) -> int:
+        try:
+            return int((self._folder / STEP_FILE).read_text())
+        except (OSError, ValueError):  # None was done, or it was killed while it wrote.
+            return 0
 
     def _kill_ranks(self) -> None:
         """Those of a group whose agent was killed would go on, and count as a group."""
@@ -214,7 +220,7 @@ def _lighthouse(config: Config, machines: Machines) -> Iterator[str]:
     if settings.lighthouse:
         yield settings.lighthouse
         return
-    host = _LOOPBACK if machines.nnodes == 1 else str(machines.master_addr)
+    host = LOOPBACK if machines.nnodes == 1 else str(machines.master_addr)
     if machines.node_rank:
         yield f"http://{host}:{machines.master_port}"
         return
@@ -241,9 +247,9 @@ def _lighthouse(config: Config, machines: Machines) -> Iterator[str]:
 
 def _common_settings(config: Config, machines: Machines, lighthouse: str) -> dict[str, str]:
     """Of all groups of this machine."""
-    host = _LOOPBACK if machines.nnodes == 1 and not config.fault_tolerance.lighthouse else _own_address(lighthouse)
+    host = LOOPBACK if machines.nnodes == 1 and not config.fault_tolerance.lighthouse else _own_address(lighthouse)
     settings = memory_settings() | {"RUST_LOG": "error"}
-    if host == _LOOPBACK:
+    if host == LOOPBACK:
         settings["GLOO_SOCKET_IFNAME"] = "lo"
     settings = {name: value for name, value in settings.items() if name not in os.environ}
     if "OMP_NUM_THREADS" not in os.environ:
@@ -256,7 +262,11 @@ def _own_address(lighthouse: str) -> str:
     """The address of this machine on the way to the lighthouse."""
     host, _, port = lighthouse.removeprefix("http://").rpartition(":")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, int(port)))  # Sends nothing: the system chooses a way.
+        try:
+            probe.connect((host, int(port)))  # Sends nothing: the system chooses a way.
+        except (OSError, OverflowError) as error:
+            field, valid = "fault_tolerance.lighthouse", f"must name a host that this machine can reach ({error})"
+            raise ConfigError(field, lighthouse, valid) from None
         return probe.getsockname()[0]
 
 

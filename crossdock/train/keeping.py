@@ -86,6 +86,11 @@ class RunKeeper:
         """Of the checkpoints."""
         return self._checkpointer.folder
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank is writing a checkpoint. Not collective."""
+        return self._checkpointer.is_writing
+
     def resume(
         self, newest: int | None, take: Callable[[_Counters], None], damaged: CheckpointError | None = None
     ) -> str | None:

@@ -269,7 +269,8 @@ def train_rank(config: Config, environment: Mapping[str, str], in_group: GroupPl
         return REGROUP_EXIT_CODE if trainer.regroups else 0
 
     with watch.leaving_failures():
-        exit_code = run_rank(train, environment, group_timeout(config), world_size)
+        alone = None if in_group is None else in_group.is_alone
+        exit_code = run_rank(train, environment, group_timeout(config), world_size, on_loopback=alone)
     if rank == 0 and world_size < int(environment["WORLD_SIZE"]):
         _store(environment).set(_OVER, str(exit_code))
     return exit_code
@@ -305,6 +306,8 @@ def run_rank(
     environment: Mapping[str, str],
     timeout_seconds: int = 600,
     world_size: int | None = None,
+    *,
+    on_loopback: bool | None = None,
 ) -> int:
     """Be one rank: `action(device)` within a process group; returns its exit code.
 
@@ -313,13 +316,14 @@ def run_rank(
         environment: torchrun's: `RANK`, `LOCAL_RANK`, `WORLD_SIZE` and those that `init_process_group` reads.
         timeout_seconds: of every collective.
         world_size: ranks that take part, where not all do.
+        on_loopback: whether they talk to ranks of this machine alone; by default where all are on it.
     """
     local_rank = int(environment["LOCAL_RANK"])
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    if environment.get("LOCAL_WORLD_SIZE") == environment["WORLD_SIZE"]:
+    if environment.get("LOCAL_WORLD_SIZE") == environment["WORLD_SIZE"] if on_loopback is None else on_loopback:
         _stay_on_loopback()
     dist.init_process_group(
         "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",

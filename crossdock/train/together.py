@@ -6,11 +6,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from crossdock.comm import raise_together
 
-__all__ = ["TrainingStopped", "first_named", "from_first_rank", "patient_group", "together"]
+__all__ = ["TrainingStopped", "any_rank", "first_named", "from_first_rank", "patient_group", "together"]
 
 
 class TrainingStopped(RuntimeError):
@@ -43,6 +44,13 @@ def patient_group() -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def any_rank(value: bool) -> bool:
+    """Whether `value` is true on any rank. Collective."""
+    found = torch.tensor(float(value))
+    dist.all_reduce(found)
+    return bool(found)
 
 
 def from_first_rank(action: Callable[[], Any]) -> Any:

@@ -26,7 +26,7 @@ from crossdock.routing import CollapseMonitor
 from crossdock.train.bad_steps import BadSteps
 from crossdock.train.drift import ReplicaCheck
 from crossdock.train.exporting import leave_export
-from crossdock.train.fingerprints import check_same_code_and_config, check_same_model
+from crossdock.train.fingerprints import check_same_code_and_config, check_same_model, hash_of_run
 from crossdock.train.host_memory import GIVE_BACK_INTERVAL, give_back_memory
 from crossdock.train.keeping import RunKeeper
 from crossdock.train.layer_marks import mark_layers
@@ -36,7 +36,7 @@ from crossdock.train.preparing import build_training_model, prepare_run_tokens
 from crossdock.train.record import RunRecord, one_at_a_time
 from crossdock.train.stepping import Stepper, Taken
 from crossdock.train.stopping import StopSignal
-from crossdock.train.together import TrainingStopped, first_named, from_first_rank, together
+from crossdock.train.together import TrainingStopped, any_rank, first_named, from_first_rank, together
 from crossdock.train.validation import validation_loss
 from crossdock.train.watching import RunWatch, group_timeout
 from crossdock.train.writing import Writing
@@ -44,6 +44,8 @@ from crossdock.train.writing import Writing
 __all__ = ["Trainer", "TrainingStopped"]
 
 logger = logging.getLogger(__name__)
+
+_MOST_TRIES = 10  # Of a step, each with the replica groups that are left.
 
 
 class Trainer:
@@ -93,8 +95,8 @@ class Trainer:
         torch.use_deterministic_algorithms(config.training.deterministic)
         self.groups = join_groups(in_group, config, self._live_state)
         self._grouped = in_group is not None
-        patience = float(config.job.comm_timeout_seconds)
-        self.writing = Writing(self.folder, self._open_record, among_groups=self._grouped, patience=patience)
+        self._run_hash = hash_of_run(config)
+        self.writing = Writing(self.folder, self._open_record, among_groups=self._grouped)
         tokens, self.validation_tokens = prepare_run_tokens(config, first_on_machine)
         self.batches = TokenBatches(
             tokens.train,
@@ -226,15 +228,27 @@ class Trainer:
             why = "stopping for another start" if self.regroups else "stopped as asked"
             self.writing.record.say(f"{why}, at step {self.step}; start again with --job.dump-folder {self.folder}")
 
-    def _begin_step(self) -> None:
-        """Find out which groups take part in the next step; the first of them writes metrics and checkpoints."""
-        before = self.groups.count
+    def _begin_step(self) -> bool:
+        """Find out which groups take part in the next step; the first of them writes metrics and checkpoints.
+
+        False where the run was asked to stop before there were enough: this group writes then.
+        """
+        before, waited = self.groups.count, False
         self.place.begin(self.step + 1)
         self.place.enter("other groups")
-        self.groups.begin_step()
+        self.writing.let_go(is_writing=self.keeper.is_writing)
+        while not self.groups.begin_step():
+            if any_rank(self.stop.requested):
+                self.writing.take_turn(True, self.keeper.wait)
+                return False
+            if not waited and self.rank == 0:
+                fewest = self.config.fault_tolerance.min_replica_groups
+                say(f"replica group {self.groups.number} waits before step {self.step + 1}: {fewest} must take part")
+            waited = True
         self.writing.take_turn(self.groups.index == 0, self.keeper.wait)
         if self.groups.count != before:
             self._tell(f"step {self.step + 1}: {self.groups.count} replica groups take part")
+        return True
 
     def _open_record(self) -> RunRecord:
         layers, experts = len(self.places.names), self.places.num_experts
@@ -255,11 +269,9 @@ class Trainer:
 
     def _take_step(self) -> Taken | None:
         """A step, begun anew with the groups that are left until it counts; `None` at the end of the run."""
-        started, waited = time.perf_counter(), 0.0
-        taken: Taken | None = None
-        while taken is None:
-            self._begin_step()
-            if self.step >= self.config.training.steps:
+        started = time.perf_counter()
+        for _ in range(_MOST_TRIES):
+            if not self._begin_step() or self.step >= self.config.training.steps:
                 return None
             self.place.enter("data")
             totals = self._batch_totals(*(read := self._read()))
@@ -270,6 +282,13 @@ class Trainer:
                 return None
             waited = time.perf_counter() - started
             taken = self._train_step(read[0], targets, tokens)
+            if taken is not None:
+                break
+        else:
+            raise TrainingStopped(
+                f"step {self.step + 1} was begun {_MOST_TRIES} times, and no sum over the replica groups came about: "
+                "they find one another, but not by the network that gloo talks over; GLOO_SOCKET_IFNAME names it"
+            )
         metrics = taken.metrics
         metrics |= self.watch.straggler_metrics()
         ranks = self.world_size * self.groups.count
@@ -375,7 +394,7 @@ class Trainer:
             write_run_settings(settings, self.folder)
 
     def _fingerprint(self) -> int:
-        return fingerprint(self.config, self.step, self.samples, self.layers)
+        return fingerprint(self._run_hash, self.step, self.samples, self.layers)
 
     def _tell(self, message: str) -> None:
         if message and self.rank == 0 and self.groups.index == 0:
