@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.integrations.live_records import StepRecord, read_records
+from tests.ranks import RankPool
 from tests.tiny import speeches, write_assets
 
 pytest.importorskip("torchft")
@@ -248,6 +251,8 @@ def test_a_stop_ends_all_groups_and_a_start_with_others_resumes(start: Callable[
         (["--nproc", "4", "--parallelism.data-parallel-replicate-degree", "2"], "whose groups are the replicas"),
         (["--nproc", "4", "--fault-tolerance.min-replica-groups", "3"], "must be 1 to 2"),
         (["--nproc", "4", "--fault-tolerance.lighthouse", "there"], "http://HOST:PORT"),
+        (["--nproc", "4", "--fault-tolerance.lighthouse", "http://there:99999"], "a port of 1 to 65535"),
+        (["--nproc", "4", "--fault-tolerance.heartbeat-timeout-ms", "50"], "must be 300 to 300000"),
         (["--nproc", "4", "--parallelism.pipeline-parallel-degree", "2"], "number of micro-batches"),
     ],
 )
@@ -336,3 +341,85 @@ def test_a_rank_that_is_killed_comes_back_with_its_group(start: Callable[..., Ru
     lines = run.finish()
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert "starting all ranks again" in run.output(), "by the group's own agent"
+
+
+def test_too_few_groups_wait_and_end_with_a_checkpoint_when_asked(start: Callable[..., Run]) -> None:
+    needs_both = ("--fault-tolerance.min-replica-groups", "2", "--fault-tolerance.max-restarts", "0")
+    run = start("waiting", *GROUPS, *needs_both, "--training.steps", "1000", "--checkpoint.interval", "0")
+    run.wait_for(taken_by(2, 0, 5))
+    run.kill(1)
+    # The launcher sees that the run cannot go on, and asks the group that is left to stop.
+    lines = run.finish()
+    assert "replica group 1 is given up" in run.output()
+    assert "stopping the run" in run.output()
+    assert "Traceback" not in run.output()
+    step = lines[-1]["step"]
+    assert [path.name for path in (run.folder / "checkpoint").iterdir()] == [f"step-{step:08d}"]
+
+
+def test_a_lighthouse_that_is_not_there_is_named(start: Callable[..., Run]) -> None:
+    address = "http://127.0.0.1:9"
+    run = start("dark", *GROUPS, "--fault-tolerance.lighthouse", address, "--fault-tolerance.max-restarts", "0")
+    assert run.process.wait(SECONDS) != 0
+    assert f"cannot reach the lighthouse at {address}" in run.output()
+
+
+@pytest.mark.slow
+def test_a_group_that_is_stopped_with_the_run_folder_keeps_nobody_from_training(start: Callable[..., Run]) -> None:
+    options = ("--job.comm-timeout-seconds", "20", "--training.steps", "100000", "--checkpoint.interval", "0")
+    run = start("stopped-writer", *GROUPS, *options)
+    run.wait_for(taken_by(2, 0, 10))
+    stopped = run.processes(0)
+    for process in stopped:
+        os.kill(process, signal.SIGSTOP)
+    before = run.metrics()[-1]["step"]
+    trained = run.records / "1-0.jsonl"
+    deadline = time.monotonic() + SECONDS
+    while json.loads(trained.read_text().splitlines()[-1])["step"] < before + 20:
+        assert time.monotonic() < deadline, run.output()
+        time.sleep(0.2)
+    for process in stopped:
+        os.kill(process, signal.SIGCONT)
+    run.wait_for(taken_by(2, before + 20, 10))
+    run.process.send_signal(signal.SIGTERM)
+    run.finish()
+
+
+def test_sums_that_broke_off_are_no_hang_for_the_watchdog(ranks: RankPool) -> None:
+    assert ranks.run(1, _watch_broken_sums) == [[None] * 3]
+
+
+def _watch_broken_sums() -> list[Any]:
+    from datetime import timedelta
+
+    import torch.distributed as dist
+    from torch.distributed import AllreduceOptions
+    from torchft import ProcessGroupGloo
+
+    from crossdock.comm import Place, Watchdog, recorder
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    alone = ProcessGroupGloo(timedelta(seconds=1))
+    absent = threading.Thread(target=lambda: ProcessGroupGloo(timedelta(seconds=9)).configure(*_place(store.port, 1)))
+    absent.start()
+    alone.configure(*_place(store.port, 0))
+    absent.join()
+    sums = [alone.allreduce([torch.ones(4)], AllreduceOptions()) for _ in range(4)]
+    with pytest.raises(RuntimeError):
+        sums[0].wait()
+    alone.abort(errored=False)
+    assert any(count.completed < count.started for count in recorder.counts().values()), "nothing was broken off"
+    watchdog = Watchdog(Place(), 0.5, report=lambda report: None)
+    return [watchdog._expired(2.0) for _ in range(3)]
+
+
+def _place(port: int, rank: int) -> tuple[str, str, int, int, int, int, int, list[int]]:
+    return f"127.0.0.1:{port}/broken", str(rank), rank, 2, 1, 0, 1, [0, 1]
+
+
+def test_groups_of_several_machines_are_not_pinned_to_loopback(tmp_path: Path) -> None:
+    from crossdock.parallel import GroupPlace
+
+    hosts = ("127.0.0.1", "10.1.2.3")
+    places = [GroupPlace(0, 2, "http://10.1.2.3:29500", host, tmp_path) for host in hosts]
+    assert [place.is_alone for place in places] == [True, False]
