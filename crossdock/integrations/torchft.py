@@ -128,22 +128,25 @@ class TorchFTGroups:
             GroupsFailed: on all ranks, where the lighthouse is not to be reached.
         """
         self._fetched.clear()
-        problem, waits, step, failure = "", False, 0.0, None
+        problem: GroupsFailed | None = None
+        waits, step, failure = False, 0.0, None
         try:
             manager, transport = self._join()
             transport.failure = None
             manager.start_quorum()
             step, failure = float(manager.current_step()), transport.failure
+        except GroupsFailed:
+            raise
         except (RuntimeError, TimeoutError, OSError) as error:
             # A rank of this group that is gone is told by the sum below, on all others.
             waits = self._lighthouse_answers()
-            problem = "" if waits else f"cannot reach the lighthouse at {self._place.lighthouse} ({error})"
+            problem = None if waits else self._dark(error)
         # A rank that has caught up beside one that has not would train on with weights of two steps.
-        seen = torch.tensor([bool(problem), waits, failure is not None, step, step * step], dtype=torch.float64)
+        seen = torch.tensor([problem is not None, waits, failure is not None, step, step * step], dtype=torch.float64)
         dist.all_reduce(seen)
         problems, waiting, failures, steps, squares = seen.tolist()
         if problems:
-            raise GroupsFailed(f"replica group {self.number} {problem or 'cannot go on: another of its ranks failed'}")
+            raise problem or self._dark("another rank of this group says so")
         if waiting:
             self._leave()
             return False
@@ -249,7 +252,8 @@ class TorchFTGroups:
         remembers what ranks before these have left there.
         """
         port = torch.zeros(1, dtype=torch.int64)
-        if dist.get_rank() == 0:
+        # Without a lighthouse the first rank's manager fails, for which the others' would wait.
+        if dist.get_rank() == 0 and self._lighthouse_answers():
             listening = socket.create_server((host, 0))
             port[0] = listening.getsockname()[1]
             self._store = TCPStore(
@@ -261,7 +265,14 @@ class TorchFTGroups:
                 master_listen_fd=listening.detach(),
             )
         dist.broadcast(port, src=0)
+        if not port:
+            raise self._dark("nothing answers there")
         return int(port)
+
+    def _dark(self, why: object) -> GroupsFailed:
+        return GroupsFailed(
+            f"replica group {self.number} cannot reach the lighthouse at {self._place.lighthouse} ({why})"
+        )
 
 
 def _finish(work: Any, flat: Tensor, bucket: Sequence[Tensor]) -> None:
