@@ -1,10 +1,11 @@
 """How long a replica group waits when another is killed, and when that comes back.
 
-    python -m benchmarks.live_recovery [--rounds 5] [--write]
+    python -m benchmarks.live_recovery [--rounds 6] [--write]
 
 In each round `crossdock train` runs two replica groups of two ranks on the CPU (the debug preset, short sequences).
-Once both have taken ten steps together, all processes of the second group are killed (SIGKILL); the launcher starts it
-again, and it catches up from the first, which goes on meanwhile. From the lines that the first group writes:
+Once both have taken ten steps together, all processes of one group, the second and the first by turns, are killed
+(SIGKILL); the launcher starts it again, and it catches up from the other, which goes on meanwhile. From the lines that the
+groups write:
 
 - stall: the larger of two, over the whole run but its first two steps: by how much a step is longer than the median
   step of as many groups, and `stall_seconds`, what a step waits before it begins for good. It may come when the group
@@ -43,13 +44,13 @@ SETTINGS = [
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/live_recovery_DATE.json")
     arguments = parser.parse_args()
     stalls, waited, medians = [], [], []
-    for _ in range(arguments.rounds):
+    for number in range(arguments.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            lines = one_round(Path(folder))
+            lines = one_round(Path(folder), victim=(number + 1) % 2)
         longer, median = longest_step(lines)
         medians.append(median)
         waited.append(max(line["stall_seconds"] for line in lines[2:]))
@@ -81,8 +82,8 @@ def longest_step(lines: list[dict[str, Any]]) -> tuple[float, float]:
     return max(taken - medians[groups] for groups, taken in seconds), medians[2]
 
 
-def one_round(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of a run in which the second group was killed and came back."""
+def one_round(folder: Path, victim: int) -> list[dict[str, Any]]:
+    """The metrics of a run in which the group number `victim` was killed and came back."""
     command = [sys.executable, "-m", "crossdock", "train", str(ROOT / "configs/debug.toml"), *SETTINGS]
     run, output = folder / "run", folder / "output"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -104,7 +105,7 @@ def one_round(folder: Path) -> list[dict[str, Any]]:
 
     try:
         wait_for(2, 0, STEPS_TOGETHER)
-        for process in processes_of(1, run):
+        for process in processes_of(victim, run):
             os.kill(process, signal.SIGKILL)
         alone = wait_for(1, wait_for(1, len(read(run)), 1), 1)
         wait_for(2, alone, STEPS_TOGETHER)
