@@ -4,8 +4,8 @@
 
 In each round `crossdock train` runs two replica groups of two ranks on the CPU (the debug preset, short sequences).
 Once both have taken ten steps together, all processes of one group, the second and the first by turns, are killed
-(SIGKILL); the launcher starts it again, and it catches up from the other, which goes on meanwhile. From the lines that the
-groups write:
+(SIGKILL); the launcher starts it again, and it catches up from the other, which goes on meanwhile. From the lines that
+the groups write:
 
 - stall: the larger of two, over the whole run but its first two steps: by how much a step is longer than the median
   step of as many groups, and `stall_seconds`, what a step waits before it begins for good. It may come when the group

@@ -124,6 +124,8 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
             config = with_settled_batch(config, dims)
             arguments += ["--training.global-batch-size", str(config.training.global_batch_size)]
             fit(config, machines.nproc * (machines.min_nodes or 1))
+        if begins and config.fault_tolerance.replica_groups and machines.nnodes > 1 and not config.job.dump_folder:
+            raise ConfigError("job.dump_folder", "", "must name a folder that all machines of replica groups share")
         config = _with_run_folder(config, path, first=machines.node_rank == 0)
         arguments += ["--job.dump-folder", config.job.dump_folder]
         if begins and config.fault_tolerance.replica_groups:

@@ -274,6 +274,22 @@ def test_settings_that_cannot_work_are_named(
     assert told in shown
 
 
+def test_groups_on_several_machines_need_one_run_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from crossdock.cli import main
+
+    write_assets(tmp_path / "assets")
+    settings = [
+        *("--model.hf-assets-path", str(tmp_path / "assets"), "--data.source", str(speeches(tmp_path / "assets"))),
+        *("--fault-tolerance.replica-groups", "2", "--nproc", "2", "--nnodes", "2", "--node-rank", "1"),
+    ]
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *settings, "--master-addr", "10.1.2.3"])
+    assert ended.value.code == 2
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "job.dump_folder" in shown
+    assert "all machines of replica groups share" in shown
+
+
 def test_ranks_of_torchrun_are_told_that_groups_need_our_launcher(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
