@@ -280,7 +280,8 @@ def test_groups_on_several_machines_need_one_run_folder(capsys: pytest.CaptureFi
     write_assets(tmp_path / "assets")
     settings = [
         *("--model.hf-assets-path", str(tmp_path / "assets"), "--data.source", str(speeches(tmp_path / "assets"))),
-        *("--fault-tolerance.replica-groups", "2", "--nproc", "2", "--nnodes", "2", "--node-rank", "1"),
+        *("--training.seq-len", "32", "--fault-tolerance.replica-groups", "2"),
+        *("--nproc", "2", "--nnodes", "2", "--node-rank", "1"),
     ]
     with pytest.raises(SystemExit) as ended:
         main(["train", *settings, "--master-addr", "10.1.2.3"])
