@@ -2,8 +2,9 @@
 
 Every rank copies what it holds into files of its machine's memory (`MemoryFiles`), in the time of a step; a thread adds
 a checksum and sends the copy to its partner, the same rank of the next machine, while training goes on. There are two
-slots: a snapshot is written over the older one, and only once the newer one is whole on all ranks. So a process that is
-killed at any moment leaves a whole snapshot behind, and so does a machine that is lost, on its partner.
+slots: a snapshot is written over the older one, and only once the newer one is whole on all ranks; one that has
+failed is written over itself. So a process that is killed at any moment leaves a whole snapshot behind, and so does a
+machine that is lost, on its partner.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class Snapshots:
         self._run_id, self._layout = run_id, layout
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._background = Background(timeout)
-        self._slot = 0
+        self._slot = 0  # The next snapshot's.
+        self._is_writing = False
         machines: list[int] = [0] * self._world_size
         dist.all_gather_object(machines, machine)
         self._partners = _partners(machines) if on_partner else [None] * self._world_size
@@ -77,7 +79,7 @@ class Snapshots:
         """Copy what this rank holds; the rest is done while training goes on. Waits for the snapshot before.
 
         Raises:
-            CheckpointError: on all ranks, if any of them failed, now or with the snapshot before.
+            CheckpointError: on all ranks, if any of them found no room for the copy.
         """
         self.wait()
         error: Exception | None = None
@@ -89,7 +91,7 @@ class Snapshots:
         raise_together(error)
         assert data is not None
         assert manifest is not None
-        slot, self._slot = self._slot, (self._slot + 1) % NUM_SLOTS
+        slot, self._is_writing = self._slot, True
 
         def finish_slot(group: dist.ProcessGroup | None) -> None:
             digest = checksum(memoryview(data)[: manifest.num_bytes])
@@ -100,12 +102,15 @@ class Snapshots:
         self._background.start(finish_slot, f"cannot keep the snapshot of step {step}")
 
     def wait(self) -> None:
-        """Wait until what `save` has begun is whole on all ranks.
-
-        Raises:
-            CheckpointError: on all ranks, once, if any of them failed.
-        """
-        self._background.wait()
+        """Wait until what `save` has begun is whole on all ranks; where any of them failed, the one before stays."""
+        was_writing, self._is_writing = self._is_writing, False
+        try:
+            self._background.wait()
+        except CheckpointError as error:
+            logger.warning(f"a snapshot is not whole: {error}")
+            return
+        if was_writing:
+            self._slot = (self._slot + 1) % NUM_SLOTS
 
     def newest(self) -> FoundSnapshot | None:
         """The newest that is whole across the ranks, on any machine; damaged ones are named and passed over."""
