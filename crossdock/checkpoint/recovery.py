@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import mmap
+import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -24,7 +25,7 @@ from crossdock.checkpoint.background import Background
 from crossdock.checkpoint.checksums import checksum
 from crossdock.checkpoint.distributed import Checkpointer, set_random_states
 from crossdock.checkpoint.folders import CheckpointError
-from crossdock.checkpoint.found_snapshot import RANDOM, FoundSnapshot, newest_of_parts, write_checkpoint
+from crossdock.checkpoint.found_snapshot import RANDOM, FoundSnapshot, SnapshotPart, newest_of_parts, write_checkpoint
 from crossdock.checkpoint.held import Held, Place
 from crossdock.checkpoint.memory_files import NUM_SLOTS, Manifest, MemoryFiles, bytes_of_places, views_of_places
 from crossdock.comm import raise_together
@@ -73,6 +74,9 @@ class Snapshots:
         dist.all_gather_object(machines, machine)
         self._partners = _partners(machines) if on_partner else [None] * self._world_size
         self._machines = machines
+        names = [uuid.uuid4().hex]
+        dist.broadcast_object_list(names, src=0)
+        self._start, self._num_saves = names[0], 0
         self._make_room()
 
     def save(self, step: int, counters: dict[str, Any]) -> None:
@@ -82,6 +86,7 @@ class Snapshots:
             CheckpointError: on all ranks, if any of them found no room for the copy.
         """
         self.wait()
+        self._num_saves += 1
         error: Exception | None = None
         data, manifest = None, None
         try:
@@ -115,7 +120,7 @@ class Snapshots:
     def newest(self) -> FoundSnapshot | None:
         """The newest that is whole across the ranks, on any machine; damaged ones are named and passed over."""
         self.wait()
-        readable: dict[tuple[int, int], tuple[int, Manifest]] = {}
+        own: list[SnapshotPart] = []
         here = [rank for rank in range(self._world_size) if self._machines[rank] == self._machines[self._rank]]
         damaged = []
         for index, (rank, slot, _) in enumerate(self._files.found()):
@@ -127,16 +132,23 @@ class Snapshots:
                 damaged.append(str(error))
                 continue
             if manifest.run_id == self._run_id:
-                readable[manifest.step, rank] = (slot, manifest)
-        own = [
-            (step, rank, slot, manifest.world_size, manifest.layout, manifest.counters if rank == 0 else None)
-            for (step, rank), (slot, manifest) in readable.items()
-        ]
-        gathered: list[tuple[list[Any], list[str]]] = [([], [])] * self._world_size
+                own.append(
+                    SnapshotPart(
+                        self._rank,
+                        slot,
+                        manifest.save_id,
+                        manifest.step,
+                        rank,
+                        manifest.world_size,
+                        manifest.layout,
+                        manifest.counters if rank == 0 else None,
+                    )
+                )
+        gathered: list[tuple[list[SnapshotPart], list[str]]] = [([], [])] * self._world_size
         dist.all_gather_object(gathered, (own, damaged))
         for message in (message for _, messages in gathered for message in messages):
             logger.warning(f"{message}; passed over")
-        return newest_of_parts([(holder, *part) for holder, (parts, _) in enumerate(gathered) for part in parts])
+        return newest_of_parts([part for parts, _ in gathered for part in parts])
 
     def load(self, found: FoundSnapshot) -> None:
         """Give model, optimizer and random state the values of a snapshot.
@@ -198,7 +210,17 @@ class Snapshots:
         for part, view in zip(held, views_of_places(data, places), strict=True):
             view.copy_(part.local)
         manifest = Manifest(
-            self._run_id, step, self._rank, self._world_size, self._layout, places, counters, num_bytes, ""
+            run_id=self._run_id,
+            # All ranks have saved as often.
+            save_id=f"{self._start}-{self._num_saves}",
+            step=step,
+            rank=self._rank,
+            world_size=self._world_size,
+            layout=self._layout,
+            places=places,
+            counters=counters,
+            num_bytes=num_bytes,
+            digest="",
         )
         return data, manifest
 

@@ -180,6 +180,19 @@ def test_a_snapshot_that_was_never_whole_is_passed_over(ranks: RankPool, tmp_pat
     assert found.step == 1
 
 
+def test_parts_of_two_snapshots_of_a_step_are_not_mixed(ranks: RankPool, tmp_path: Path) -> None:
+    # As where the first rank was killed before it took its part of step 2 for the second time.
+    ranks.run(2, take, str(tmp_path), 2, (1, 2))
+    (memory,) = tmp_path.glob("memory-0/*")
+    shutil.copytree(memory, tmp_path / "first start")
+    ranks.run(2, take, str(tmp_path), 2, (1, 2))
+    for name in ("rank-00000-1.json", "rank-00000-1.data"):
+        shutil.copy(tmp_path / "first start" / name, memory / name)
+    found, said = ranks.run(2, find, str(tmp_path))[0]
+    assert found is not None
+    assert (found.step, said) == (1, [])
+
+
 def test_snapshots_of_another_run_in_the_same_folder_are_none(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(2, take, str(tmp_path), 2)
     found, _ = ranks.run(2, find, str(tmp_path), "another run")[0]
