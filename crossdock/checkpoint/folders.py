@@ -58,7 +58,10 @@ def find_checkpoint(path: Path) -> tuple[Path, int] | None:
     if path == Path():  # No path: not the working directory.
         return None
     try:
-        if (match := re.fullmatch(r"step-(\d{8,})", path.name)) and (path / _STATE_FILE).is_file():
+        # A folder of such a name may hold a model of another format.
+        if (match := re.fullmatch(r"step-(\d{8,})", path.name)) and (
+            (path / _STATE_FILE).is_file() or any(path.glob("shard-*.safetensors"))
+        ):
             return path.parent, int(match[1])
         newest = latest_step(path / CHECKPOINT_FOLDER)
     except OSError:  # A name that is too long, a folder that may not be read.
@@ -67,7 +70,7 @@ def find_checkpoint(path: Path) -> tuple[Path, int] | None:
 
 
 def latest_step(folder: Path) -> int | None:
-    """The newest whole checkpoint's step below `folder`, or `None`."""
+    """The newest checkpoint's step below `folder`, or `None`; whether it is whole, reading it tells."""
     steps = saved_steps(folder)
     return steps[-1] if steps else None
 
@@ -103,10 +106,10 @@ def read_counters(folder: Path, step: int) -> dict[str, Any]:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps of all whole checkpoints below `folder`, ascending."""
+    """The steps of all checkpoints below `folder`, ascending; one that is being written has another name still."""
     if not folder.is_dir():
         return []
-    names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.iterdir() if (path / _STATE_FILE).is_file())
+    names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.iterdir() if path.is_dir())
     return sorted(int(match[1]) for match in names if match)
 
 

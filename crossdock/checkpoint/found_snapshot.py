@@ -15,7 +15,7 @@ from crossdock.checkpoint.memory_files import Manifest, MemoryFiles, views_of_pl
 from crossdock.comm import raise_together
 from crossdock.placement import EMPTY
 
-__all__ = ["RANDOM", "FoundSnapshot", "newest_of_parts", "write_checkpoint"]
+__all__ = ["RANDOM", "FoundSnapshot", "SnapshotPart", "newest_of_parts", "write_checkpoint"]
 
 RANDOM = "random_state."
 """What names of random states begin with; then come the device and the rank."""
@@ -39,20 +39,42 @@ class FoundSnapshot(NamedTuple):
     layout: str
 
 
-def newest_of_parts(parts: list[tuple[int, int, int, int, int, str, Any]]) -> FoundSnapshot | None:
-    """Of parts `(holder, step, rank, slot, world_size, layout, counters)`, the newest step with all ranks."""
-    for step in sorted({part[1] for part in parts}, reverse=True):
-        of_step = [part for part in parts if part[1] == step]
-        for world_size, layout in sorted({(part[4], part[5]) for part in of_step}):
-            by_rank: dict[int, tuple[int, int, Any]] = {}
-            for holder, _, rank, slot, size, laid_out, counters in of_step:
-                if (size, laid_out) == (world_size, layout):
-                    by_rank.setdefault(rank, (holder, slot, counters))
-            if len(by_rank) == world_size:
-                ordered = [by_rank[rank] for rank in range(world_size)]
-                return FoundSnapshot(
-                    step, ordered[0][2], [holder for holder, _, _ in ordered], [slot for _, slot, _ in ordered], layout
-                )
+class SnapshotPart(NamedTuple):
+    """One rank's part of a snapshot, as a rank that can read it tells of it.
+
+    Attributes:
+        holder: that rank.
+        slot: where it is.
+        save_id, step, rank, world_size, layout: see `Manifest`.
+        counters: what is no tensor; the first rank's part alone has them.
+    """
+
+    holder: int
+    slot: int
+    save_id: str
+    step: int
+    rank: int
+    world_size: int
+    layout: str
+    counters: dict[str, Any] | None
+
+
+def newest_of_parts(parts: list[SnapshotPart]) -> FoundSnapshot | None:
+    """The snapshot of the newest step that has the parts of all its ranks.
+
+    Parts of the same step are one snapshot only where they come from the same save: a run that went back, and did that
+    step again, may have come to other values.
+    """
+    for step, save_id in sorted({(part.step, part.save_id) for part in parts}, reverse=True):
+        by_rank: dict[int, SnapshotPart] = {}
+        for part in parts:
+            if part.save_id == save_id:
+                by_rank.setdefault(part.rank, part)
+        first = by_rank.get(0)
+        if first is not None and first.counters is not None and len(by_rank) == first.world_size:
+            ordered = [by_rank[rank] for rank in range(first.world_size)]
+            holders, slots = [part.holder for part in ordered], [part.slot for part in ordered]
+            return FoundSnapshot(step, first.counters, holders, slots, first.layout)
     return None
 
 

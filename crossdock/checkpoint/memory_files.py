@@ -27,7 +27,7 @@ __all__ = ["NUM_SLOTS", "Manifest", "MemoryFiles", "bytes_of_places", "views_of_
 NUM_SLOTS = 2
 """Snapshots of a rank that there is room for: the newest whole one, and the one that is being written."""
 _ALIGNMENT = 64
-_FORMAT = 1
+_FORMAT = 2
 _MANIFEST = re.compile(r"rank-(\d{5})-(\d)\.json")
 
 
@@ -37,6 +37,7 @@ class Manifest:
 
     Attributes:
         run_id: of the run that it is of.
+        save_id: the same for all ranks' parts of one snapshot, and for those of no other.
         step: after which it was taken.
         rank, world_size: of the rank that took it.
         layout: of the run, as a person reads it.
@@ -47,6 +48,7 @@ class Manifest:
     """
 
     run_id: str
+    save_id: str
     step: int
     rank: int
     world_size: int

@@ -2,8 +2,9 @@
 
 Every rank copies what it holds into files of its machine's memory (`MemoryFiles`), in the time of a step; a thread adds
 a checksum and sends the copy to its partner, the same rank of the next machine, while training goes on. There are two
-slots: a snapshot is written over the older one, and only once the newer one is whole on all ranks. So a process that is
-killed at any moment leaves a whole snapshot behind, and so does a machine that is lost, on its partner.
+slots: a snapshot is written over the older one, and only once the newer one is whole on all ranks; one that has
+failed is written over itself. So a process that is killed at any moment leaves a whole snapshot behind, and so does a
+machine that is lost, on its partner.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import mmap
+import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -23,7 +25,7 @@ from crossdock.checkpoint.background import Background
 from crossdock.checkpoint.checksums import checksum
 from crossdock.checkpoint.distributed import Checkpointer, set_random_states
 from crossdock.checkpoint.folders import CheckpointError
-from crossdock.checkpoint.found_snapshot import RANDOM, FoundSnapshot, newest_of_parts, write_checkpoint
+from crossdock.checkpoint.found_snapshot import RANDOM, FoundSnapshot, SnapshotPart, newest_of_parts, write_checkpoint
 from crossdock.checkpoint.held import Held, Place
 from crossdock.checkpoint.memory_files import NUM_SLOTS, Manifest, MemoryFiles, bytes_of_places, views_of_places
 from crossdock.comm import raise_together
@@ -66,20 +68,25 @@ class Snapshots:
         self._run_id, self._layout = run_id, layout
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._background = Background(timeout)
-        self._slot = 0
+        self._slot = 0  # The next snapshot's.
+        self._is_writing = False
         machines: list[int] = [0] * self._world_size
         dist.all_gather_object(machines, machine)
         self._partners = _partners(machines) if on_partner else [None] * self._world_size
         self._machines = machines
+        names = [uuid.uuid4().hex]
+        dist.broadcast_object_list(names, src=0)
+        self._start, self._num_saves = names[0], 0
         self._make_room()
 
     def save(self, step: int, counters: dict[str, Any]) -> None:
         """Copy what this rank holds; the rest is done while training goes on. Waits for the snapshot before.
 
         Raises:
-            CheckpointError: on all ranks, if any of them failed, now or with the snapshot before.
+            CheckpointError: on all ranks, if any of them found no room for the copy.
         """
         self.wait()
+        self._num_saves += 1
         error: Exception | None = None
         data, manifest = None, None
         try:
@@ -89,7 +96,7 @@ class Snapshots:
         raise_together(error)
         assert data is not None
         assert manifest is not None
-        slot, self._slot = self._slot, (self._slot + 1) % NUM_SLOTS
+        slot, self._is_writing = self._slot, True
 
         def finish_slot(group: dist.ProcessGroup | None) -> None:
             digest = checksum(memoryview(data)[: manifest.num_bytes])
@@ -100,17 +107,20 @@ class Snapshots:
         self._background.start(finish_slot, f"cannot keep the snapshot of step {step}")
 
     def wait(self) -> None:
-        """Wait until what `save` has begun is whole on all ranks.
-
-        Raises:
-            CheckpointError: on all ranks, once, if any of them failed.
-        """
-        self._background.wait()
+        """Wait until what `save` has begun is whole on all ranks; where any of them failed, the one before stays."""
+        was_writing, self._is_writing = self._is_writing, False
+        try:
+            self._background.wait()
+        except CheckpointError as error:
+            logger.warning(f"a snapshot is not whole: {error}")
+            return
+        if was_writing:
+            self._slot = (self._slot + 1) % NUM_SLOTS
 
     def newest(self) -> FoundSnapshot | None:
         """The newest that is whole across the ranks, on any machine; damaged ones are named and passed over."""
         self.wait()
-        readable: dict[tuple[int, int], tuple[int, Manifest]] = {}
+        own: list[SnapshotPart] = []
         here = [rank for rank in range(self._world_size) if self._machines[rank] == self._machines[self._rank]]
         damaged = []
         for index, (rank, slot, _) in enumerate(self._files.found()):
@@ -122,16 +132,23 @@ class Snapshots:
                 damaged.append(str(error))
                 continue
             if manifest.run_id == self._run_id:
-                readable[manifest.step, rank] = (slot, manifest)
-        own = [
-            (step, rank, slot, manifest.world_size, manifest.layout, manifest.counters if rank == 0 else None)
-            for (step, rank), (slot, manifest) in readable.items()
-        ]
-        gathered: list[tuple[list[Any], list[str]]] = [([], [])] * self._world_size
+                own.append(
+                    SnapshotPart(
+                        self._rank,
+                        slot,
+                        manifest.save_id,
+                        manifest.step,
+                        rank,
+                        manifest.world_size,
+                        manifest.layout,
+                        manifest.counters if rank == 0 else None,
+                    )
+                )
+        gathered: list[tuple[list[SnapshotPart], list[str]]] = [([], [])] * self._world_size
         dist.all_gather_object(gathered, (own, damaged))
         for message in (message for _, messages in gathered for message in messages):
             logger.warning(f"{message}; passed over")
-        return newest_of_parts([(holder, *part) for holder, (parts, _) in enumerate(gathered) for part in parts])
+        return newest_of_parts([part for parts, _ in gathered for part in parts])
 
     def load(self, found: FoundSnapshot) -> None:
         """Give model, optimizer and random state the values of a snapshot.
@@ -193,7 +210,17 @@ class Snapshots:
         for part, view in zip(held, views_of_places(data, places), strict=True):
             view.copy_(part.local)
         manifest = Manifest(
-            self._run_id, step, self._rank, self._world_size, self._layout, places, counters, num_bytes, ""
+            run_id=self._run_id,
+            # All ranks have saved as often.
+            save_id=f"{self._start}-{self._num_saves}",
+            step=step,
+            rank=self._rank,
+            world_size=self._world_size,
+            layout=self._layout,
+            places=places,
+            counters=counters,
+            num_bytes=num_bytes,
+            digest="",
         )
         return data, manifest
 

@@ -160,8 +160,8 @@ class FaultToleranceConfig:
     """`[fault_tolerance]`: how a run goes on after what befalls it."""
 
     max_restarts: int = 3
-    """How often in a row workers are started again without having completed a step since; 0 ends the run with the
-    first failure."""
+    """How often in a row workers are started again while the furthest step that the run has done does not grow: steps
+    that are computed again do not count. 0 ends the run with the first failure."""
     may_shrink: tuple[Degree, ...] = ("dp_replicate", "dp_shard", "ep")
     """Degrees of [parallelism] that a run on fewer machines (--nnodes MIN:MAX) may lower. The global batch stays."""
     snapshot_interval: int = 0

@@ -22,14 +22,13 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rendezvous_registry
 
 from crossdock.train.failures import Failures
+from crossdock.train.progress import furthest_step
 from crossdock.train.stopping import REGROUP_SIGNAL
 
-__all__ = ["PROGRESS_FILE", "REGROUP_EXIT_CODE", "Rendezvous", "run_agent"]
+__all__ = ["REGROUP_EXIT_CODE", "Rendezvous", "run_agent"]
 
 REGROUP_EXIT_CODE = 75
 """Of a rank that ended for another start (`REGROUP_SIGNAL`)."""
-PROGRESS_FILE = "progress"
-"""In the launcher's folder, once a step is done."""
 # Exit code of a command for a mistake of the user's, which another start would make again.
 _MISTAKE = 2
 _ADDRESS = "crossdock/address"
@@ -94,8 +93,8 @@ def run_agent(
         arguments: of each rank.
         rendezvous: with the other machines.
         nproc: ranks here.
-        max_restarts: how often in a row ranks are started again without a step in between.
-        folder: where ranks leave failures and `PROGRESS_FILE`.
+        max_restarts: how often in a row ranks are started again without having come further than ever before.
+        folder: where ranks leave failures and the furthest step that they have done (`Progress`).
         shutdown_seconds: how long ranks may take to end when they are asked to.
         tell: takes lines about restarts.
 
@@ -133,7 +132,10 @@ def run_agent(
 
 
 class _Agent(LocalElasticAgent):
-    """Restarts count only where no step was done since the last one; what a restart cannot mend ends the run.
+    """Restarts are counted anew where the run has come further than ever before; what none can mend ends the run.
+
+    Steps that are done again, from a checkpoint or a snapshot, are no progress: a fault that comes at the same step of
+    every start must end the run.
 
     Ranks that are left after a failure are killed at once: they wait for the one that is gone. Every start has a store
     of its own: what ranks of an earlier one have written there would mislead. (A decorator of torch's hides the
@@ -145,7 +147,7 @@ class _Agent(LocalElasticAgent):
             spec, DefaultLogsSpecs(), exit_barrier_timeout=shutdown_seconds, shutdown_timeout=shutdown_seconds
         )
         self._failures = Failures(folder)
-        self._progress = folder / PROGRESS_FILE
+        self._folder, self._furthest = folder, 0
         self._tell = tell
         self._workers_store: dist.TCPStore | None = None
 
@@ -164,7 +166,6 @@ class _Agent(LocalElasticAgent):
             store.set(_ADDRESS, json.dumps([address, self._workers_store.port]))
         worker_group.master_addr, worker_group.master_port = json.loads(store.get(_ADDRESS))
         self._failures.clear()
-        self._progress.unlink(missing_ok=True)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # type: ignore[override]
         result: RunResult = super()._monitor_workers(worker_group)  # type: ignore[call-arg]
@@ -178,13 +179,14 @@ class _Agent(LocalElasticAgent):
         elif (cause is not None and cause.final) or _MISTAKE in codes or not allowed:
             self._remaining_restarts = 0
         else:
-            if self._progress.exists():
-                self._remaining_restarts = allowed
+            if (furthest := furthest_step(self._folder)) > self._furthest:
+                self._remaining_restarts, self._furthest = allowed, furthest
             if self._remaining_restarts:
                 self._tell(f"{_sentence(result, cause)}; starting all ranks again")
             else:
+                done = f"that came no further than step {self._furthest}" if self._furthest else "without a step done"
                 self._tell(
-                    f"{_sentence(result, cause)}; that was start {allowed + 1} in a row without a step done "
+                    f"{_sentence(result, cause)}; that was start {allowed + 1} in a row {done} "
                     "(fault_tolerance.max_restarts)"
                 )
         return result

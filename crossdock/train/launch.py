@@ -21,8 +21,9 @@ import torch.distributed as dist
 from crossdock.config import Config, ConfigError, fit, validate
 from crossdock.dispatch import free_deepep_buffers
 from crossdock.parallel import GroupPlace
-from crossdock.train.agent import PROGRESS_FILE, REGROUP_EXIT_CODE
+from crossdock.train.agent import REGROUP_EXIT_CODE
 from crossdock.train.host_memory import memory_settings
+from crossdock.train.progress import Progress
 from crossdock.train.stopping import StopSignal
 from crossdock.train.trainer import Trainer
 from crossdock.train.watching import RunWatch, group_timeout
@@ -123,7 +124,7 @@ def start_ranks(arguments: list[str], machines: Machines, max_restarts: int = 0)
     """Run `python -m crossdock ARGUMENTS` once per rank under torchrun's elastic agent, in this process.
 
     SIGTERM and Ctrl-C reach the ranks, which end at their next step boundary. After a failure that another start may
-    mend, all ranks are started again, `max_restarts` times in a row without a step done.
+    mend, all ranks are started again, `max_restarts` times in a row that come no further than the run was before.
 
     Returns:
         The exit code for this command: 0 if all ranks ended well, else that of the rank that failed first, or 128 and
@@ -241,7 +242,7 @@ def train_rank(config: Config, environment: Mapping[str, str], in_group: GroupPl
     if in_group is not None and in_group.number:
         notes.setLevel(logging.WARNING)  # The first group's notes are theirs too.
     first_on_machine = environment["LOCAL_RANK"] == "0"
-    progress = Path(environment[ENDED_FOLDER], PROGRESS_FILE) if ENDED_FOLDER in environment else None
+    progress = Progress(failures, int(environment["LOCAL_RANK"])) if failures is not None else None
 
     def train(device: torch.device) -> int:
         watch.start(config)

@@ -33,6 +33,7 @@ from crossdock.train.layer_marks import mark_layers
 from crossdock.train.live import LiveState, check_alike, fingerprint, join_groups, sum_everywhere
 from crossdock.train.metrics import say
 from crossdock.train.preparing import build_training_model, prepare_run_tokens
+from crossdock.train.progress import Progress
 from crossdock.train.record import RunRecord, one_at_a_time
 from crossdock.train.stepping import Stepper, Taken
 from crossdock.train.stopping import StopSignal
@@ -59,7 +60,7 @@ class Trainer:
         stop: asks for an early end.
         threads: whether a tuned number of threads may take the place of this process's.
         settings: what the run was asked for, and its folder remembers, where `config` is what fits fewer ranks.
-        progress: a file that is made once a step is done.
+        progress: told of every step that is done.
         machine: number of this rank's machine.
         watch: watches over this rank; by default nobody does.
         in_group: place of these ranks among replica groups, where the run has some.
@@ -75,7 +76,7 @@ class Trainer:
         *,
         threads: bool = False,
         settings: Config | None = None,
-        progress: Path | None = None,
+        progress: Progress | None = None,
         machine: int = 0,
         watch: RunWatch | None = None,
         in_group: GroupPlace | None = None,
@@ -177,7 +178,7 @@ class Trainer:
                 if record is not None:
                     self._heed(record, record.write(metrics, routes, self._computed()))
                 if self._progress is not None:
-                    self._progress.touch()
+                    self._progress.done(self.step)
                 pauses = self._is_due(config.validation.interval) or self._is_due(config.checkpoint.interval)
                 if pauses:
                     check_alike(self.groups, self._live_state)

@@ -64,10 +64,24 @@ def test_a_run_that_was_stopped_ends_cleanly_and_goes_on_with_equal_losses(top: 
     assert [json.loads(line)["loss"] for line in metrics.read_text().splitlines()] == reference.losses
 
 
-def test_a_fault_that_comes_again_at_once_ends_the_run(top: Path) -> None:
-    # The same step is never done: the first start and the further one end in it.
-    faults = [Fault(number, 1, 0, "forward", "exit") for number in range(2)]
+@pytest.mark.parametrize(
+    ("step", "settings", "ended_with"),
+    [
+        (1, (), "without a step done"),
+        # Each start but the first does steps again, and none that was not done before.
+        (6, ("--fault-tolerance.snapshot-interval", "0"), "that came no further than step 5"),
+        (6, ("--fault-tolerance.snapshot-interval", "2"), "that came no further than step 5"),
+    ],
+    ids=["in the first step", "from the beginning", "from a snapshot"],
+)
+def test_a_fault_that_comes_again_at_each_start_ends_the_run(
+    top: Path, step: int, settings: tuple[str, ...], ended_with: str, request: pytest.FixtureRequest
+) -> None:
+    faults = [Fault(number, step, 0, "forward", "exit") for number in range(4)]
+    settings += ("--checkpoint.interval", "0", "--fault-tolerance.max-restarts", "1")
     with pytest.raises(AssertionError, match=r"exit code 1\n") as ended:
-        run(top / "again", top, 2, faults, "--fault-tolerance.max-restarts", "1")
-    assert str(ended.value).count("starting all ranks again") == 1
-    assert "that was start 2 in a row without a step done" in str(ended.value)
+        run(top / request.node.callspec.id.replace(" ", "-"), top, 2, faults, *settings)
+    output = str(ended.value)
+    assert output.count("starting all ranks again") == 1
+    assert f"that was start 2 in a row {ended_with}" in output
+    assert output.count("from a snapshot in memory") == ("snapshot" in request.node.callspec.id)

@@ -145,7 +145,7 @@ def _checkpoint(rng: random.Random, subjects: Subjects) -> Case:
     def find(copy: Path) -> str:
         named = told(lambda: verify_checkpoint(copy / steps[1]))
         both = any(steps[0] in each for each in names)  # A file of each checkpoint was swapped: none is whole.
-        if both or (name.endswith("state.json") and not (copy / name).is_file()):
+        if both:
             return named
         step, messages = newest_whole(copy / "checkpoint")
         assert step == OLDER

@@ -1,6 +1,6 @@
 """Corruptions by a seeded script: every one is found and named, none ends in a traceback, none loads silently.
 
-pytest --slow tests/checkpoint/test_corruptions.py      all 500; some of each kind otherwise
+pytest -m "" tests/checkpoint/test_corruptions.py      all 500; some of each kind otherwise
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crossdock.checkpoint import CheckpointError, latest_step, newest_whole
+from crossdock.checkpoint import CheckpointError, find_checkpoint, latest_step, newest_whole
 from crossdock.checkpoint.checksums import file_checksum, parse_checked_json, to_checked_json
 from crossdock.checkpoint.dcp_writing import DCPWriter
 from tests.checkpoint.small import Contents, Run
@@ -155,8 +155,22 @@ def test_the_newest_checkpoints_are_kept(
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert latest_step(tmp_path / "absent") is None
-    (tmp_path / "step-00000003").mkdir()
-    assert latest_step(tmp_path) is None, "a folder without state.json is no whole checkpoint"
+    (tmp_path / ".step-00000003.partial").mkdir()
+    assert latest_step(tmp_path) is None, "a write that broke off"
+
+
+def test_a_checkpoint_without_its_state_is_damaged(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(1, save_steps, str(tmp_path / "checkpoint"), 0, [1, 2])
+    state = tmp_path / "checkpoint/step-00000002/state.json"
+    state.unlink()
+    assert find_checkpoint(tmp_path) == (tmp_path / "checkpoint", 2), "not the older one in silence"
+    assert find_checkpoint(state.parent) == (tmp_path / "checkpoint", 2)
+    newest, messages = newest_whole(tmp_path / "checkpoint")
+    assert newest == 1
+    assert [str(state.parent) in message and "cannot read state.json" in message for message in messages] == [True]
+    (tmp_path / "checkpoint/step-00000001/state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"is whole: .*step-00000001: cannot read state\.json"):
+        newest_whole(tmp_path / "checkpoint")
 
 
 # Damaged checkpoints. Each entry damages a folder; the expression is searched in the message.

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -118,15 +119,23 @@ def test_machines_that_change_places_find_their_parts(ranks: RankPool, tmp_path:
         assert equal(contents, found_contents)
 
 
-def find(folder: str, run_id: str = "run") -> tuple[FoundSnapshot | None, list[str]]:
-    """What a new run finds, and what it says."""
-    run = Run(f"{folder}/run/checkpoint", 2, 9)
+@contextmanager
+def what_is_said() -> Iterator[list[str]]:
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("crossdock").addHandler(handler)
-    found = snapshots_of(run, folder, 2, run_id=run_id).newest()
-    logging.getLogger("crossdock").removeHandler(handler)
+    try:
+        yield said
+    finally:
+        logging.getLogger("crossdock").removeHandler(handler)
+
+
+def find(folder: str, run_id: str = "run") -> tuple[FoundSnapshot | None, list[str]]:
+    """What a new run finds, and what it says."""
+    run = Run(f"{folder}/run/checkpoint", 2, 9)
+    with what_is_said() as said:
+        found = snapshots_of(run, folder, 2, run_id=run_id).newest()
     return found, said
 
 
@@ -171,32 +180,63 @@ def test_a_snapshot_that_was_never_whole_is_passed_over(ranks: RankPool, tmp_pat
     assert found.step == 1
 
 
+def test_parts_of_two_snapshots_of_a_step_are_not_mixed(ranks: RankPool, tmp_path: Path) -> None:
+    # As where the first rank was killed before it took its part of step 2 for the second time.
+    ranks.run(2, take, str(tmp_path), 2, (1, 2))
+    (memory,) = tmp_path.glob("memory-0/*")
+    shutil.copytree(memory, tmp_path / "first start")
+    ranks.run(2, take, str(tmp_path), 2, (1, 2))
+    for name in ("rank-00000-1.json", "rank-00000-1.data"):
+        shutil.copy(tmp_path / "first start" / name, memory / name)
+    found, said = ranks.run(2, find, str(tmp_path))[0]
+    assert found is not None
+    assert (found.step, said) == (1, [])
+
+
 def test_snapshots_of_another_run_in_the_same_folder_are_none(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(2, take, str(tmp_path), 2)
     found, _ = ranks.run(2, find, str(tmp_path), "another run")[0]
     assert found is None
 
 
-def overwrite_while_newest_is_unfinished(folder: str) -> list[int | None]:
-    """The step that would be found after each save, whose own snapshot is not whole yet."""
+@contextmanager
+def second_rank_fails() -> Iterator[None]:
+    """Its snapshots are never whole; the first rank's are."""
+    whole = MemoryFiles.finish
+
+    def finish(files: MemoryFiles, *arguments: Any) -> None:
+        if dist.get_rank() == 1:
+            raise CheckpointError("the memory is full")
+        whole(files, *arguments)
+
+    with mock.patch.object(MemoryFiles, "finish", finish):
+        yield
+
+
+def fail_between_whole_ones(folder: str) -> tuple[list[int | None], list[str], int]:
+    """The step that is found after each failure, two before each snapshot that is whole; what is said; files left."""
     run = Run(f"{folder}/run/checkpoint", 2, 9)
     snapshots = snapshots_of(run, folder, 2)
     steps: list[int | None] = []
-    for step in (1, 2, 3, 4):
-        snapshots.wait()
-        with mock.patch.object(MemoryFiles, "finish"):
+    with what_is_said() as said:
+        for step in (3, 6, 9):
+            for failing in (step - 2, step - 1):
+                with second_rank_fails():
+                    snapshots.save(failing, {"step": failing})
+                    found = snapshots.newest()
+                steps.append(found and found.step)
             snapshots.save(step, {"step": step})
-            snapshots.wait()
-        found = snapshots.newest()
-        steps.append(found and found.step)
-        snapshots._slot = 1 - snapshots._slot  # once more, and this time to its end
-        snapshots.save(step, {"step": step})
-    snapshots.clear()
-    return [*steps, len(list(Path(folder, "memory-0").iterdir()))]
+        with second_rank_fails():
+            snapshots.save(10, {"step": 10})
+            snapshots.clear()  # as a run does that ends well
+    return steps, said, len(list(Path(folder, "memory-0").iterdir()))
 
 
-def test_at_every_moment_the_snapshot_before_is_whole(ranks: RankPool, tmp_path: Path) -> None:
-    assert ranks.run(2, overwrite_while_newest_is_unfinished, str(tmp_path))[0] == [None, 1, 2, 3, 0]
+def test_after_a_snapshot_that_failed_the_one_before_is_whole(ranks: RankPool, tmp_path: Path) -> None:
+    steps, said, files = ranks.run(2, fail_between_whole_ones, str(tmp_path))[0]
+    assert steps == [None, None, 3, 3, 6, 6]
+    assert said == ["a snapshot is not whole: the memory is full"] * 7
+    assert files == 0
 
 
 def too_small(folder: str) -> str:
