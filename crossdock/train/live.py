@@ -151,7 +151,7 @@ def sum_everywhere(
         return None, words
     if differing:
         raise TrainingStopped(
-            "the replica groups differ in their settings, their step or in where experts are, so that their gradients "
-            "cannot be summed; start the run again, with the same settings on all machines"
+            "the replica groups differ in their code, their settings, their step or in where experts are: their "
+            "gradients cannot be summed; start the run again, with the same code and settings on all machines"
         )
     return sums, words
