@@ -19,13 +19,14 @@ from crossdock.checkpoint import (
     MemoryFiles,
     Snapshots,
     checksum,
+    newest_whole,
     read_counters,
 )
 from crossdock.config import Config
 from crossdock.train.together import from_first_rank
 from crossdock.train.watching import group_timeout
 
-__all__ = ["RunKeeper", "run_identity"]
+__all__ = ["RunKeeper", "newest_checkpoint", "run_identity"]
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +181,30 @@ class RunKeeper:
         if self._tolerance.on_write_error == "stop":
             raise error
         logger.warning(f"{error}; the run goes on, and tries again with the next checkpoint")
+
+
+def newest_checkpoint(
+    folder: Path, has_snapshots: bool, tell: Callable[[str], object]
+) -> tuple[int | None, CheckpointError | None]:
+    """The step of the newest that is whole, if there is one; or why none can be read. Collective.
+
+    Args:
+        folder: of checkpoints.
+        has_snapshots: whether the run may go on from one instead.
+        tell: hears of those that are damaged.
+
+    Raises:
+        CheckpointError: on all ranks, where checkpoints are there, none is whole, and there are no snapshots.
+    """
+    try:
+        newest, passed_over = newest_whole(folder)
+    except CheckpointError as error:
+        if not has_snapshots:
+            raise
+        return None, error
+    for message in passed_over:
+        tell(message)
+    return newest, None
 
 
 def run_identity(folder: Path) -> str:

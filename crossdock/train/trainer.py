@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from crossdock.checkpoint import (
     CHECKPOINT_FOLDER,
-    CheckpointError,
     newest_whole,
 )
 from crossdock.comm import raise_together
@@ -28,7 +27,7 @@ from crossdock.train.drift import ReplicaCheck
 from crossdock.train.exporting import leave_export
 from crossdock.train.fingerprints import check_same_code_and_config, check_same_model, hash_of_run
 from crossdock.train.host_memory import GIVE_BACK_INTERVAL, give_back_memory
-from crossdock.train.keeping import RunKeeper
+from crossdock.train.keeping import RunKeeper, newest_checkpoint
 from crossdock.train.layer_marks import mark_layers
 from crossdock.train.live import LiveState, check_alike, fingerprint, join_groups, sum_everywhere
 from crossdock.train.metrics import say
@@ -113,7 +112,8 @@ class Trainer:
         )
         if (too_long := TooLong.of(tokens.train, config.training.seq_len)).conversations:
             self._tell(str(too_long))
-        newest, damaged = self._newest_checkpoint()
+        has_snapshots = config.fault_tolerance.snapshot_interval > 0
+        newest, damaged = newest_checkpoint(self.folder / CHECKPOINT_FOLDER, has_snapshots, self._tell)
         self.meshes = meshes = dims.build_mesh(device.type, timedelta(seconds=group_timeout(config)))
         self.whole = whole = build_training_model(
             config, meshes, device, self.folder, tokens, is_new=newest is None, threads=threads
@@ -200,18 +200,6 @@ class Trainer:
         finally:
             self.groups.close()
             self.writing.close()
-
-    def _newest_checkpoint(self) -> tuple[int | None, CheckpointError | None]:
-        """The step of the newest that is whole, if there is one; or why those that there are cannot be read."""
-        try:
-            newest, passed_over = newest_whole(self.folder / CHECKPOINT_FOLDER)
-        except CheckpointError as error:
-            if not self.config.fault_tolerance.snapshot_interval:
-                raise
-            return None, error
-        for message in passed_over:
-            self._tell(message)
-        return newest, None
 
     def _finish(self) -> None:
         """Leave what a run leaves behind, where this group is the one that writes."""
