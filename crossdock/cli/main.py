@@ -132,7 +132,7 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
             if machines.is_elastic:
                 raise ConfigError("--nnodes", options.nnodes, "must be one number with fault_tolerance.replica_groups")
             return start_groups(arguments, config, machines)
-        return start_ranks(arguments, machines, config.fault_tolerance.max_restarts)
+        return start_ranks(arguments, machines, config.fault_tolerance.max_restarts, Path(config.job.dump_folder))
     except DataError as error:
         fail(str(error))
     except (CheckpointError, TrainingStopped) as error:

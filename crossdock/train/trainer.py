@@ -36,6 +36,7 @@ from crossdock.train.progress import Progress
 from crossdock.train.record import RunRecord, one_at_a_time
 from crossdock.train.stepping import Stepper, Taken
 from crossdock.train.stopping import StopSignal
+from crossdock.train.times import step_times
 from crossdock.train.together import TrainingStopped, any_rank, first_named, from_first_rank, together
 from crossdock.train.validation import validation_loss
 from crossdock.train.watching import RunWatch, group_timeout
@@ -145,11 +146,13 @@ class Trainer:
         self.keeper = RunKeeper(config, self.folder, self.model, self.optimizer, str(dims), machine)
         self.step = 0
         self._resumed_step: int | None = None
+        self._start = "a new run"
         self._problem: str | None = None
         self.samples = 0
         self.replicas = ReplicaCheck(self.model, self.optimizer, meshes)
         if came_from := self.keeper.resume(newest, self._take_counters, damaged):
             self._resumed_step = self.step
+            self._start = f"goes on at {came_from}"
             self._tell(f"resumed {self.folder} at {came_from}")
         mark_layers(self.model, self.place)
         check_same_model(self.model, self.step, self.samples, self.rank // (self.world_size // dims.pp))
@@ -215,6 +218,7 @@ class Trainer:
             self._tell(leave_export(self.config, self.folder, self.model, again=again))
         if self.writing.record is not None and self.step < self.config.training.steps:
             why = "stopping for another start" if self.regroups else "stopped as asked"
+            self.writing.record.note("stop", why)
             self.writing.record.say(f"{why}, at step {self.step}; start again with --job.dump-folder {self.folder}")
 
     def _begin_step(self) -> bool:
@@ -236,14 +240,19 @@ class Trainer:
             waited = True
         self.writing.take_turn(self.groups.index == 0, self.keeper.wait)
         if self.groups.count != before:
-            self._tell(f"step {self.step + 1}: {self.groups.count} replica groups take part")
+            message = f"{self.groups.count} replica groups take part"
+            self._tell(f"step {self.step + 1}: {message}")
+            if self.writing.record is not None and before:
+                self.writing.record.note("groups", message)
         return True
 
     def _open_record(self) -> RunRecord:
         layers, experts = len(self.places.names), self.places.num_experts
         on_gpu = self.device.type == "cuda"
         ranks = self.balancer.num_ranks
-        return RunRecord(self.config, self.folder, self.step, layers, experts, num_ranks=ranks, on_gpu=on_gpu)
+        record = RunRecord(self.config, self.folder, self.step, layers, experts, num_ranks=ranks, on_gpu=on_gpu)
+        record.note("start", f"{self._start}, on {self.world_size * self.groups.count} ranks ({self.dims})")
+        return record
 
     def _computed(self) -> torch.Tensor | None:
         """Routes that each of the ranks that hold the experts computed in the last step, `[L, R]`."""
@@ -282,6 +291,7 @@ class Trainer:
         metrics |= self.watch.straggler_metrics()
         ranks = self.world_size * self.groups.count
         metrics |= self.whole.speed.metrics(metrics["tokens"] / (time.perf_counter() - started) / ranks)
+        metrics |= step_times(self.place.take_seconds())
         if self._grouped:
             metrics |= {"replica_groups": self.groups.count, "stall_seconds": waited}
         return taken

@@ -16,10 +16,12 @@ import numpy as np
 
 from crossdock.tools.report.numbers import log_ticks, short, steps_text, ticks
 
-__all__ = ["COLUMNS", "Chart", "Marks", "Series", "Thinned", "draw", "thin"]
+__all__ = ["COLUMNS", "MOST_SERIES", "Chart", "Marks", "Series", "Thinned", "draw", "thin"]
 
 # Across a chart; more would be narrower than the pixels of most screens, and the file grows with them.
 COLUMNS = 500
+# Colours, with dashes beside them, that can be told apart.
+MOST_SERIES = 8
 _MARKS = 150
 # Of the stretched SVG.
 _WIDTH = 1000
@@ -80,13 +82,13 @@ class Series:
     sparse: bool = False
 
     @classmethod
-    def of(cls, name: str, steps: np.ndarray, values: np.ndarray) -> Series:
-        """Of `values` `[S]` at `steps` `[S]`, of which one or more are finite."""
+    def of(cls, name: str, steps: np.ndarray, values: np.ndarray, columns: int = COLUMNS) -> Series:
+        """Of `values` `[S]` at `steps` `[S]`, of which one or more are finite, in so many `columns` at most."""
         measured = np.isfinite(values)
         last = np.flatnonzero(measured)[-1]
         latest = int(steps[last]), float(values[last])
         # What is measured now and then has gaps that are none.
-        return cls(name, thin(steps, values), latest, sparse=bool(measured.mean() < 0.5))
+        return cls(name, thin(steps, values, columns), latest, sparse=bool(measured.mean() < 0.5))
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Chart:
     Attributes:
         key: of the metric, for the page's script and tests.
         title, unit: for people; the unit may be empty.
-        series: one or two, each with a point or more.
+        series: one to `MOST_SERIES`, each with a point or more.
         span: first and last step of the run.
         base: a value that the axis starts at; `None` fits it to the curve.
         logarithmic: draw on a logarithmic axis where the values ask for it.
@@ -175,7 +177,8 @@ def draw(chart: Chart) -> str:
         f'<figure class="chart" data-chart="{escape(chart.key)}" data-points="{escape(_data(shown))}">'
         f"<figcaption><h3>{escape(chart.title)}{unit}{scale}</h3>{legend}</figcaption>"
         f'<div class="readout">{_readout(shown)}</div>'
-        f'<div class="plot line" tabindex="0" role="img" aria-label="{escape(_description(chart, shown))}">'
+        f'<div class="plot line" id="chart-{escape(chart.key)}" tabindex="0" role="img" '
+        f'aria-label="{escape(_description(chart, shown))}">'
         f'<svg width="100%" height="{chart.height}" aria-hidden="true" focusable="false">{_grid(chart, axis)}'
         f'<svg width="100%" height="100%" viewBox="0 0 {_WIDTH} {chart.height}" preserveAspectRatio="none">'
         f"{lines}</svg>{dots}{_marks(chart)}"
