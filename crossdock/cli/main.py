@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from crossdock import __version__
-from crossdock.cli.common import Parser, check_gpus, fail, is_rank, machine_options, machines_of, split_path
+from crossdock.cli.common import check_gpus, fail, is_rank, machine_options, machines_of, split_path
 from crossdock.cli.convert import convert_command
 from crossdock.cli.model import evaluate_command, export_command, generate_command
+from crossdock.cli.report import report_command
 from crossdock.cli.tune import tune_command
 
 if TYPE_CHECKING:
@@ -31,12 +32,12 @@ crossdock: expert parallelism for PyTorch
   crossdock eval MODEL --data FILE                           loss and perplexity on a text
   crossdock export RUN DESTINATION                           write a folder that transformers loads
   crossdock convert SRC DST                                  Hugging Face's format to a run folder, and back
-  crossdock report RUN [--output FILE]                       write the report of a run folder, RUN/report.html
+  crossdock report RUN [RUN...] [--output FILE] [--watch]    the report of a run, RUN/report.html, of several, or live
   crossdock tune   [CONFIG.toml] [--section.key value ...]   measure settings that are left open, for `train` to take
   crossdock --version
 
 MODEL is a run folder (its newest checkpoint), one of its checkpoints, or a folder in Hugging Face's format. generate,
-eval, export, convert and tune have a --help of their own.
+eval, export, convert, report and tune have a --help of their own.
 
 Ranks are started here, one per GPU or two on a machine without. Several machines run the same command:
   --nproc N          ranks on this machine
@@ -139,21 +140,6 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
         fail(str(error), exit_code=1)
 
 
-def _report(arguments: list[str], options: argparse.Namespace) -> int:
-    parser = Parser(prog="crossdock report", description="Write the report of a run.", allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="where to (RUN/report.html)")
-    parsed = parser.parse_args(arguments)
-
-    from crossdock.tools.report import ReportError, write_report
-
-    try:
-        print(write_report(parsed.run, parsed.output))
-    except ReportError as error:
-        fail(str(error))
-    return 0
-
-
 def _with_run_folder(config: Config, config_path: Path | None, *, first: bool) -> Config:
     """The settings with a run folder that exists: `job.dump_folder`, or a new `runs/<config>/<date-time>`.
 
@@ -185,6 +171,6 @@ _COMMANDS = {
     "eval": evaluate_command,
     "export": export_command,
     "convert": convert_command,
-    "report": _report,
+    "report": report_command,
     "tune": tune_command,
 }

@@ -66,7 +66,8 @@ def communication_section(records: RunRecords) -> str:
         return ""
     caption = (
         "Bytes per step, the mean, that all ranks sent to others for MoE layers, forward and backward. The least "
-        "is what any dispatcher must send for these routes: a token once to each other node, and once to each further rank."
+        "is what any dispatcher must send for these routes: a token once to each other node, and once to each further "
+        "rank."
     )
     shown = bars(caption, ["link", "per step", "the least", "times the least", "the whole run"], rows)
     return f'{shown}<div class="charts even">{"".join(drawn)}</div>'

@@ -65,6 +65,8 @@ const bind = () => {
       else {
         const points = view.series.map((series) => nearest(series.points, to));
         show(view, view.series.length === 1 ? `${steps(points[0].first, points[0].last)}: ${value(points[0])}`
+          : view.readout.matches(".lines")
+            ? points.map((p, i) => `${value(p)} ${view.series[i].name}, ${steps(p.first, p.last)}`).join("\n")
           : points.map((p, i) => `${view.series[i].name} ${value(p)} at ${steps(p.first, p.last)}`).join(" · "));
       }
     }
@@ -166,11 +168,16 @@ const bind = () => {
       canvas.style.cssText = image.style.cssText;
       const context = canvas.getContext("2d");
       const pixels = context.createImageData(rows, layers.length);
+      let highest = [0, 0, -1];
       found.forEach((cells, y) => {
         for (let x = 0; x < rows; x++) {
-          pixels.data.set([...palette[cells[x * columns.length + Number(slider.value)]], 255], 4 * (y * rows + x));
+          const value = cells[x * columns.length + Number(slider.value)];
+          pixels.data.set([...palette[value], 255], 4 * (y * rows + x));
+          if (value > highest[2]) highest = [y, x, value];
         }
       });
+      show(view, `${time()}: highest: layer ${highest[0]}, ${figure.dataset.thing} ${highest[1]}, *${meanings[highest[2]]}*`);
+      view.rest = [...readout.childNodes];
       context.putImageData(pixels, 0, 0);
       image.replaceWith(canvas);
       image = canvas;
@@ -185,7 +192,7 @@ const bind = () => {
     };
     const leave = () => { row = -1; show(view, null); };
     slider.disabled = false;
-    slider.addEventListener("input", () => { show(view, null); draw(); });
+    slider.addEventListener("input", draw);
     slider.addEventListener("blur", rest);
     plot.addEventListener("pointermove", (event) => {
       const [x, y] = place(image, event);
