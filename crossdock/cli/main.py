@@ -46,8 +46,9 @@ Ranks are started here, one per GPU or two on a machine without. Several machine
   --master-addr A    name or address of machine 0
   --master-port P    a free port there (29500)
 
-crossdock train --help lists all settings. Without CONFIG.toml, a --job.dump-folder that holds a run goes on with that
-run's settings. config checks the layout as well where --nproc tells the number of ranks.
+crossdock train --help lists all settings; --profile is short for --profiling.enable-profiling. Without CONFIG.toml, a
+--job.dump-folder that holds a run goes on with that run's settings. config checks the layout as well where --nproc
+tells the number of ranks.
 
 examples
   crossdock train configs/debug.toml --training.steps 20
@@ -97,6 +98,7 @@ def _config(arguments: list[str], options: argparse.Namespace) -> int:
 
 
 def _train(arguments: list[str], options: argparse.Namespace) -> int:
+    arguments = ["--profiling.enable-profiling" if word == "--profile" else word for word in arguments]
     path, overrides = split_path(arguments)
 
     from crossdock.checkpoint import CheckpointError

@@ -158,6 +158,7 @@ def start_ranks(arguments: list[str], machines: Machines, max_restarts: int = 0,
         max_nodes=machines.nnodes,
         local_addr="127.0.0.1" if alone else None,
     )
+    say = partial(_tell_of_failure, run_folder if machines.node_rank == 0 else None)
     with tempfile.TemporaryDirectory(prefix="crossdock-") as ended_folder:
         os.environ[ENDED_FOLDER] = ended_folder
         try:
@@ -168,7 +169,7 @@ def start_ranks(arguments: list[str], machines: Machines, max_restarts: int = 0,
                 max_restarts=max_restarts,
                 folder=Path(ended_folder),
                 shutdown_seconds=_SHUTDOWN_SECONDS,
-                tell=partial(_tell_of_failure, run_folder if machines.node_rank == 0 else None),
+                tell=say,
             )
         except SignalException as error:
             if len(list(Path(ended_folder).glob("rank-*"))) == machines.nproc:
@@ -177,19 +178,19 @@ def start_ranks(arguments: list[str], machines: Machines, max_restarts: int = 0,
             tell(f"stopped{without}")
             return 128 + error.sigval
         except (RendezvousError, dist.DistError) as error:
-            tell(_rendezvous_sentence(error, machines, arguments[0]))
+            say(_rendezvous_sentence(error, machines, arguments[0]))
             return 1
-    return _exit_code(failures)
+    return _exit_code(failures, say)
 
 
-def _exit_code(failures: Mapping[int, ProcessFailure]) -> int:
+def _exit_code(failures: Mapping[int, ProcessFailure], say: Callable[[str], None]) -> int:
     """Of the rank that failed first; of none: 0."""
     if not failures:
         return 0
     rank, failure = min(failures.items(), key=lambda item: (item[1].timestamp, item[0]))
     if failure.exitcode > 2 or failure.exitcode < 0:
         ended = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-        tell(f"rank {rank} ended with {ended}; its output is above")
+        say(f"rank {rank} ended with {ended}; its output is above")
     return failure.exitcode if failure.exitcode > 0 else 1
 
 

@@ -32,6 +32,7 @@ from crossdock.train.layer_marks import mark_layers
 from crossdock.train.live import LiveState, check_alike, fingerprint, join_groups, sum_everywhere
 from crossdock.train.metrics import say
 from crossdock.train.preparing import build_training_model, prepare_run_tokens
+from crossdock.train.profiling import StepProfiler
 from crossdock.train.progress import Progress
 from crossdock.train.record import RunRecord, one_at_a_time
 from crossdock.train.stepping import Stepper, Taken
@@ -155,6 +156,7 @@ class Trainer:
             self._start = f"goes on at {came_from}"
             self._tell(f"resumed {self.folder} at {came_from}")
         mark_layers(self.model, self.place)
+        self.profiler = StepProfiler(config.profiling, self.folder, self.place, self.rank, device)
         check_same_model(self.model, self.step, self.samples, self.rank // (self.world_size // dims.pp))
         # Not before the run has its weights: a start that fails leaves no settings behind.
         together(lambda: self._write_settings(settings) if self.rank == 0 else None)
@@ -201,6 +203,7 @@ class Trainer:
                 self._begin_step()
                 self._finish()
         finally:
+            self.profiler.close()
             self.groups.close()
             self.writing.close()
 
@@ -268,6 +271,7 @@ class Trainer:
     def _take_step(self) -> Taken | None:
         """A step, begun anew with the groups that are left until it counts; `None` at the end of the run."""
         started = time.perf_counter()
+        self.profiler.begin(self.step + 1)
         for _ in range(_MOST_TRIES):
             if not self._begin_step() or self.step >= self.config.training.steps:
                 return None
@@ -287,6 +291,7 @@ class Trainer:
                 f"step {self.step + 1} was begun {_MOST_TRIES} times, and no sum over the replica groups came about: "
                 "they find one another, but not by the network that gloo talks over; GLOO_SOCKET_IFNAME names it"
             )
+        self.profiler.end()
         metrics = taken.metrics
         metrics |= self.watch.straggler_metrics()
         ranks = self.world_size * self.groups.count
