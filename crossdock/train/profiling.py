@@ -27,8 +27,8 @@ _FIRST = 3
 class StepProfiler:
     """Traces of some steps of this rank. Off, it costs two calls per step; marks of layers then look at one attribute.
 
-    Ranges are of `record_function`, entered where no dispatch mode sees it: selective recompute would take it for an
-    operator of the forward pass, and miss it in the backward pass.
+    Ranges are of `record_function`, which is an operator: it is called where no dispatch mode sees it, so that selective
+    recompute has nothing to do with it.
 
     Args:
         config: which steps.
