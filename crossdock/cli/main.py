@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from crossdock import __version__
+from crossdock.cli.bench import bench_command
 from crossdock.cli.common import check_gpus, fail, is_rank, machine_options, machines_of, split_path
 from crossdock.cli.convert import convert_command
 from crossdock.cli.model import evaluate_command, export_command, generate_command
@@ -34,10 +35,11 @@ crossdock: expert parallelism for PyTorch
   crossdock convert SRC DST                                  Hugging Face's format to a run folder, and back
   crossdock report RUN [RUN...] [--output FILE] [--watch]    the report of a run, RUN/report.html, of several, or live
   crossdock tune   [CONFIG.toml] [--section.key value ...]   measure settings that are left open, for `train` to take
+  crossdock bench  [--simulate --ranks N] [--experts E]      ways of moving tokens, beside a plain all-to-all
   crossdock --version
 
 MODEL is a run folder (its newest checkpoint), one of its checkpoints, or a folder in Hugging Face's format. generate,
-eval, export, convert, report and tune have a --help of their own.
+eval, export, convert, report, tune and bench have a --help of their own.
 
 Ranks are started here, one per GPU or two on a machine without. Several machines run the same command:
   --nproc N          ranks on this machine
@@ -175,4 +177,5 @@ _COMMANDS = {
     "convert": convert_command,
     "report": report_command,
     "tune": tune_command,
+    "bench": bench_command,
 }

@@ -25,7 +25,7 @@ _FIRST = 3
 
 
 class StepProfiler:
-    """Traces of some steps of this rank. Off, it costs two calls per step; marks of layers then look at one attribute.
+    """Traces of some steps of this rank. Off, it costs two calls per step, and marks of layers look at one attribute.
 
     Ranges are of `record_function`, which is an operator: it is called where no dispatch mode sees it, so that selective
     recompute has nothing to do with it.

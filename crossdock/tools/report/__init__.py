@@ -3,7 +3,7 @@
 from crossdock.tools.report.events import EVENTS_FILE, EventKind, note_event
 from crossdock.tools.report.load import LOAD_FILE, RANK_LOAD_FILE, LoadFileError, LoadLog, read_load
 from crossdock.tools.report.records import FAULTS_FOLDER, METRICS_FILE, ReportError, read_metrics
-from crossdock.tools.report.report import REPORT_FILE, write_report
+from crossdock.tools.report.report import REPORT_FILE, write_page, write_report
 
 __all__ = [
     "EVENTS_FILE",
@@ -19,5 +19,6 @@ __all__ = [
     "note_event",
     "read_load",
     "read_metrics",
+    "write_page",
     "write_report",
 ]
