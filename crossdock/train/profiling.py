@@ -27,8 +27,8 @@ _FIRST = 3
 class StepProfiler:
     """Traces of some steps of this rank. Off, it costs two calls per step, and marks of layers look at one attribute.
 
-    Ranges are of `record_function`, which is an operator: it is called where no dispatch mode sees it, so that selective
-    recompute has nothing to do with it.
+    Ranges are of `record_function`, which is an operator: it is called where no dispatch mode sees it, so that
+    selective recompute has nothing to do with it.
 
     Args:
         config: which steps.

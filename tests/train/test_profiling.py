@@ -17,6 +17,7 @@ from tests.tiny import run_trainer, speeches, write_assets
 
 PARTS = ("router", "dispatch", "experts", "combine")
 EP2 = ("--parallelism.expert-parallel-degree", "2", "--checkpoint.no-last-save-in-hf")
+ROOT = Path(__file__).parents[2]
 SECONDS = 180
 
 
@@ -75,7 +76,12 @@ def test_the_command_writes_traces(tmp_path: Path) -> None:
     ]
     command = [sys.executable, "-m", "crossdock", "train", *settings, "--nproc", "2", "--profile"]
     done = subprocess.run(
-        command, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, timeout=SECONDS, check=False
+        command,
+        env=os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert f"step 3: trace of each rank: {tmp_path / 'run' / 'profile_traces' / 'step-00000003'}" in done.stdout
