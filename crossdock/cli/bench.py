@@ -55,8 +55,8 @@ def _parser() -> Parser:
         prog="crossdock bench",
         description="Ways of moving the tokens of one MoE layer, beside a plain all-to-all: a token once per rank, "
         "once per node, in fp8, in chunks, to experts that are placed by their loads. On real ranks of this machine "
-        "(--nproc), forward and backward; or with --simulate, for a cluster whose bytes are counted and whose times are "
-        "computed from assumed speeds. Writes a page, prints a table.",
+        "(--nproc), forward and backward; or with --simulate, for a cluster whose bytes are counted and whose times "
+        "are computed from assumed speeds. Writes a page, prints a table.",
         allow_abbrev=False,
     )
     add = parser.add_argument
