@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,10 +30,11 @@ from crossdock.tools.bench import (
     parse_skew,
     simulate,
 )
-from crossdock.tools.bench.measuring import BenchLayer
+from crossdock.tools.bench.measuring import bench_layers
 from crossdock.tools.bench.placing import place
 from tests.browser import Browser
 from tests.ranks import RankPool
+from tests.tiny import speeches, write_assets
 from tests.tools.pages import bars_of
 from tests.tools.test_report_in_browser import OVERLAPS, STICKS_OUT
 
@@ -43,8 +47,8 @@ SMALL = Workload(8, 4, 19, 3, 160, 8, 37, torch.float32, Skew(0.8))
 def _sent(workload: Workload) -> list[tuple[int, int, int]]:
     """What this rank's dispatchers count of a forward and a backward pass of each case."""
     routes, sent = workload.draw(), []
-    for case in bench_cases(workload):
-        layer = BenchLayer(case, workload, place(workload, routes, balanced=case.balanced), torch.device("cpu"))
+    placed = {balanced: place(workload, routes, balanced=balanced) for balanced in (False, True)}
+    for layer in bench_layers(workload, placed, torch.device("cpu")):
         torch.manual_seed(dist.get_rank())
         x = torch.randn(workload.tokens, workload.hidden_size, dtype=workload.dtype, requires_grad=True)
         weights = torch.rand(workload.tokens, workload.top_k, requires_grad=True)
@@ -280,6 +284,47 @@ def test_the_page_opens_cleanly_at_any_width(browser: Browser, tmp_path: Path, d
     assert page.complaints() == []
     assert [url for url in page.requests()[1:] if not url.startswith("data:")] == []
     page.close()
+
+
+PAGE = (ROOT / "docs" / "bench.md").read_text()
+COMMANDS = re.findall(r"^    crossdock (.+)$", PAGE, re.MULTILINE)
+
+
+def test_there_are_commands() -> None:
+    assert {command.split()[0] for command in COMMANDS} == {"bench", "train"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_page_work(
+    command: str, only_rank: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one rank, and on fewer tokens."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    program, *arguments = shlex.split(command)
+    if program == "bench":
+        assert only_rank(program, *arguments, "--tokens", "16", "--rounds", "1") == 0
+        assert (tmp_path / "bench.html").exists()
+    else:
+        arguments[arguments.index("--training.steps") + 1] = "3"
+        assets = write_assets(tmp_path / "assets")
+        sources = ("--model.hf-assets-path", assets, "--data.source", speeches(assets), "--data.cache-folder", "cache")
+        assert only_rank(program, *arguments, *sources, "--training.seq-len", "32", "--job.dump-folder", "run") == 0
+        assert (tmp_path / "run" / "profile_traces" / "step-00000003" / "rank-0.json.gz").exists()
+
+
+@pytest.mark.parametrize(("column", "ranks", "skew"), [(0, 8, "uniform"), (2, 64, "uniform"), (4, 64, "zipf:0.5")])
+def test_the_simulated_figures_of_the_page_are_those_of_the_command(column: int, ranks: int, skew: str) -> None:
+    workload = Workload(ranks, 8, 128, 8, 2048, 768, 4096, torch.bfloat16, parse_skew(skew))
+    table = PAGE[PAGE.index("| | rows | time | rows | time |") :].partition("\n\n")[0]
+    cells = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:]] for row in table.splitlines()}
+    bench = simulate(workload, Speeds())
+    for outcome in bench.outcomes:
+        rows, share = cells[outcome.case.name][column : column + 2]
+        sent, plain = (one.traffic.within + one.traffic.between for one in (outcome, bench.plain))
+        assert rows == f"{sent / plain:.3f}".replace("1.000", "1"), outcome.case.name
+        seconds = outcome.seconds / bench.plain.seconds
+        assert share.startswith(f"{seconds:.3f}" if seconds != 1 else "1 ("), outcome.case.name
 
 
 def test_nothing_of_a_bench_is_taken_for_markup() -> None:

@@ -88,8 +88,8 @@ def _everything(folder: Path) -> None:
     """Times, bytes, faults, with names that would be markup were they not text."""
     long_run(folder, 60)
     write_loads(folder, np.random.default_rng(0).integers(10, 1000, size=(6, 3, 8)))
-    for kind, step in (("start", 0), ("failure", None), ("start", 20)):
-        note_event(folder, kind, f"{HOSTILE} " * 5, step)
+    for step in (0, None, 20):
+        note_event(folder, "failure" if step is None else "start", f"{HOSTILE} " * 5, step)
     (folder / FAULTS_FOLDER).mkdir()
     (folder / FAULTS_FOLDER / f"{HOSTILE}.txt").write_text(f"{HOSTILE} {'word ' * 60}\n")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crossdock.tools.report import METRICS_FILE
+from crossdock.cli import main
+from crossdock.tools.report import METRICS_FILE, ReportError, watch
 from tests.browser import Browser
 from tests.tools.runs import everything_of, write_loads, write_metrics
 
@@ -94,6 +96,30 @@ def test_it_answers_to_this_machine_alone(served: tuple[str, subprocess.Popen[st
     assert _get(address, method="POST")[0] == 405
 
 
+def test_the_commands_of_the_page_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of docs/report.md."""
+    page = (ROOT / "docs" / "report.md").read_text()
+    commands = re.findall(r"^    crossdock report (.+)$", page, re.MULTILINE)
+    assert sum("--watch" in command for command in commands) == 1
+    assert len(commands) == 4
+    for name in ("20261121-101622", "20261121-113344"):
+        write_metrics(tmp_path / "runs" / "debug" / name, [everything_of(step, 9) for step in range(1, 10)])
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        arguments = [word.replace("/tmp/", f"{tmp_path}/") for word in command.split()]
+        if "--watch" in arguments:
+            arguments.remove("--watch")
+            process = _start(*arguments, "--port", "0", folder=tmp_path)
+            assert process.stdout is not None
+            assert _get(process.stdout.readline().split()[0])[0] == 200
+            process.kill()
+            process.communicate()
+        else:
+            with pytest.raises(SystemExit, match=r"^0$"):
+                main(["report", *arguments])
+    assert (tmp_path / "comparison.html").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -118,6 +144,12 @@ def test_a_port_that_is_taken_is_named(served: tuple[str, subprocess.Popen[str]]
     _, message = process.communicate(timeout=SECONDS)
     assert process.returncode == 2
     assert f"--port {port} cannot be listened on" in message
+
+
+def test_without_the_web_server_it_says_what_to_install(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "find_spec", lambda name: None)
+    with pytest.raises(ReportError, match="pip install 'crossdock\\[watch\\]'"):
+        watch.serve([run], 0, print)
 
 
 @pytest.mark.browser

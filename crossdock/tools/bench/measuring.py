@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,7 @@ from crossdock.tools.bench.placing import Placed, place
 from crossdock.tools.bench.plain import PlainDispatcher
 from crossdock.tools.bench.workload import Workload
 
-__all__ = ["BenchLayer", "measure"]
+__all__ = ["BenchLayer", "bench_layers", "measure"]
 
 # Of results that need not be equal bit by bit: sums of another order. A narrower wire has an error of its own.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -34,13 +33,16 @@ class BenchLayer:
         case: which.
         workload: of all ranks.
         placed: its routes.
+        experts: of this rank's slots.
         device: of this rank.
     """
 
-    def __init__(self, case: Case, workload: Workload, placed: Placed, device: torch.device) -> None:
-        self.case, self.workload, self.device = case, workload, device
-        self.rank = dist.get_rank()
-        self.computed = int((placed.ranks == self.rank).sum())
+    def __init__(
+        self, case: Case, workload: Workload, placed: Placed, experts: GroupedExperts, device: torch.device
+    ) -> None:
+        self.case, self.experts, self.device = case, experts, device
+        rank = dist.get_rank()
+        self.computed = int((placed.ranks == rank).sum())
         group = dist.group.WORLD
         assert group is not None
         self.dispatcher: Dispatcher
@@ -50,16 +52,7 @@ class BenchLayer:
         else:
             options = DispatchOptions(workload.ranks_per_node, case.wire, overlap_chunks=case.chunks)
             self.dispatcher = build_dispatcher(case.dispatcher, group, placed.slots_per_rank, options)
-        self.experts = GroupedExperts(placed.slots_per_rank, workload.hidden_size, workload.intermediate_size)
-        self.experts.is_whole = False
-        self.experts.to(device, workload.dtype)
-        self.slots = torch.from_numpy(placed.slots[self.rank]).to(device)
-
-    def take_weights(self, first: Mapping[str, Tensor], placed_experts: list[int]) -> None:
-        """Give each slot its expert's weights, of all experts' `first`."""
-        with torch.no_grad():
-            for name, parameter in self.experts.named_parameters():
-                parameter.copy_(first[name][placed_experts])
+        self.slots = torch.from_numpy(placed.slots[rank]).to(device)
 
     def run(self, x: Tensor, weights: Tensor, note: Callable[[int], None] = lambda _: None) -> Tensor:
         """A forward pass of tokens `x` `[T, H]` with `weights` `[T, K]`; `note` is told as each part ends."""
@@ -84,12 +77,11 @@ def measure(workload: Workload, device: torch.device, rounds: int, facts: list[s
     """
     routes = workload.draw()
     placed = {balanced: place(workload, routes, balanced=balanced) for balanced in (False, True)}
-    layers = [BenchLayer(case, workload, placed[case.balanced], device) for case in bench_cases(workload)]
+    layers = bench_layers(workload, placed, device)
     generator = torch.Generator().manual_seed(workload.seed + 1 + dist.get_rank())
     shape = (workload.tokens, workload.hidden_size)
     x, grad = (torch.randn(shape, generator=generator).to(device, workload.dtype) for _ in range(2))
     weights = torch.full((workload.tokens, workload.top_k), 1 / workload.top_k, device=device)
-    _share_weights(layers, placed, routes, workload)
     wrong = _check(layers, x, weights)
     if wrong:
         raise BenchError(f"results differ from those of the plain all-to-all: {wrong}")
@@ -122,18 +114,33 @@ def measure(workload: Workload, device: torch.device, rounds: int, facts: list[s
     return Bench(workload, outcomes, facts, measured=True)
 
 
-def _share_weights(layers: list[BenchLayer], placed: dict[bool, Placed], routes: Any, workload: Workload) -> None:
-    """The same expert has the same weights wherever it is: what a slot holds is what routes to it ask for."""
-    torch.manual_seed(workload.seed)
-    whole = GroupedExperts(workload.num_experts, workload.hidden_size, workload.intermediate_size)
-    first = dict(whole.named_parameters())
-    for layer in layers:
-        own = placed[layer.case.balanced]
-        held = [0] * own.slots_per_rank
-        here = own.ranks == layer.rank
-        for slot, expert in zip(own.slots[here].tolist(), routes[here].tolist(), strict=True):
-            held[slot % own.slots_per_rank] = expert
-        layer.take_weights(first, held)
+def bench_layers(workload: Workload, placed: Mapping[bool, Placed], device: torch.device) -> list[BenchLayer]:
+    """All cases on this rank; those with the same places share their experts. Collective.
+
+    Args:
+        workload: of all ranks.
+        placed: by whether experts are balanced.
+        device: of this rank.
+    """
+    experts = {balanced: _experts(workload, own, device) for balanced, own in placed.items()}
+    return [
+        BenchLayer(case, workload, placed[case.balanced], experts[case.balanced], device)
+        for case in bench_cases(workload)
+    ]
+
+
+@torch.no_grad()
+def _experts(workload: Workload, placed: Placed, device: torch.device) -> GroupedExperts:
+    """This rank's. An expert has the same weights wherever it is."""
+    with torch.device("meta"):
+        experts = GroupedExperts(placed.slots_per_rank, workload.hidden_size, workload.intermediate_size)
+    experts = experts.to(workload.dtype).to_empty(device=device)
+    experts.is_whole = False
+    for row, expert in enumerate(placed.experts[dist.get_rank()].tolist()):
+        generator = torch.Generator(device).manual_seed(workload.seed + 1 + expert)
+        for parameter in experts.parameters():
+            parameter[row].normal_(std=0.02, generator=generator)
+    return experts
 
 
 def _check(layers: list[BenchLayer], x: Tensor, weights: Tensor) -> str:

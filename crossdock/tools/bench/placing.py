@@ -21,13 +21,17 @@ class Placed:
 
     Attributes:
         slots: `[R, T, K]` int64, global.
-        slots_per_rank: `P / R`.
+        experts: `[R, P / R]`, the expert of each slot; `-1` where it is empty.
         moves: what it took; `None` for experts in their first places.
     """
 
     slots: np.ndarray
-    slots_per_rank: int
+    experts: np.ndarray
     moves: Moves | None = None
+
+    @property
+    def slots_per_rank(self) -> int:
+        return self.experts.shape[1]
 
     @property
     def ranks(self) -> np.ndarray:
@@ -41,14 +45,15 @@ def place(workload: Workload, routes: np.ndarray, *, balanced: bool) -> Placed:
     first = Placement.contiguous(workload.num_experts, workload.num_ranks)
     if not balanced:
         slot_of = np.array(first.expert_to_slot)
-        return Placed(slot_of[routes], first.slots_per_rank)
+        experts = np.array([first.slots_of(rank) for rank in range(workload.num_ranks)])
+        return Placed(slot_of[routes], experts)
     loads = torch.from_numpy(np.bincount(routes.reshape(-1), minlength=workload.num_experts))[None]
     slots_per_rank = first.slots_per_rank + 1
     nodes = workload.num_nodes if workload.num_ranks % workload.num_nodes == 0 else 1
     (plan,) = PLANNERS["exchange"](loads, PlanningSituation(workload.num_ranks, slots_per_rank, nodes))
     table = copy_table(plan, slots_per_rank, 0)
     slots = [choose(torch.from_numpy(own), table, rank).numpy() for rank, own in enumerate(routes)]
-    return Placed(np.stack(slots), slots_per_rank, _moves(workload, first, plan))
+    return Placed(np.stack(slots), plan.numpy(), _moves(workload, first, plan))
 
 
 def _moves(workload: Workload, first: Placement, plan: torch.Tensor) -> Moves:
