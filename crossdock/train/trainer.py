@@ -12,10 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from crossdock.checkpoint import (
-    CHECKPOINT_FOLDER,
-    newest_whole,
-)
+from crossdock.checkpoint import CHECKPOINT_FOLDER, newest_whole
 from crossdock.comm import raise_together
 from crossdock.config import Config, with_settled_batch, write_run_settings
 from crossdock.data import IGNORED_LABEL, Batch, DataError, TokenBatches, TooLong
@@ -124,8 +121,7 @@ class Trainer:
         of_adapters = f", {whole.in_adapters / 1e6:,.2f} M of them in adapters" if whole.in_adapters else ""
         self._tell(
             f"{config.model.name}: {whole.num_parameters / 1e6:,.1f} M parameters{of_adapters} on "
-            f"{self.world_size} ranks ({dims}), {config.training.dtype}; "
-            f"run folder {self.folder}"
+            f"{self.world_size} ranks ({dims}), {config.training.dtype}; run folder {self.folder}"
         )
         self.layers = list(moe_layers(self.model).values())
         self.places = moe_layer_places(self.model)
@@ -145,11 +141,10 @@ class Trainer:
         self._seed = config.training.seed + self.rank + self.world_size * self.groups.number
         torch.manual_seed(self._seed)
         self.keeper = RunKeeper(config, self.folder, self.model, self.optimizer, str(dims), machine)
-        self.step = 0
+        self.step = self.samples = 0
         self._resumed_step: int | None = None
-        self._start = "a new run"
+        self._start = "a new run"  # told once, when the record is opened
         self._problem: str | None = None
-        self.samples = 0
         self.replicas = ReplicaCheck(self.model, self.optimizer, meshes)
         if came_from := self.keeper.resume(newest, self._take_counters, damaged):
             self._resumed_step = self.step
@@ -250,11 +245,12 @@ class Trainer:
         return True
 
     def _open_record(self) -> RunRecord:
-        layers, experts = len(self.places.names), self.places.num_experts
+        layers, experts, ranks = len(self.places.names), self.places.num_experts, self.balancer.num_ranks
         on_gpu = self.device.type == "cuda"
-        ranks = self.balancer.num_ranks
         record = RunRecord(self.config, self.folder, self.step, layers, experts, num_ranks=ranks, on_gpu=on_gpu)
-        record.note("start", f"{self._start}, on {self.world_size * self.groups.count} ranks ({self.dims})")
+        if self._start:
+            record.note("start", f"{self._start}, on {self.world_size * self.groups.count} ranks ({self.dims})")
+            self._start = ""
         return record
 
     def _computed(self) -> torch.Tensor | None:
