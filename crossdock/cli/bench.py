@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["bench_command"]
 
 _DTYPES = ("float32", "bfloat16")
+_TOKENS, _TOKENS_ON_CPU = 1024, 256
 # What a simulated cluster can have: counting takes memory for every pair of ranks.
 _MOST_RANKS, _MOST_EXPERTS, _MOST_ROUTES = 1024, 4096, 2**26
 
@@ -67,7 +68,7 @@ def _parser() -> Parser:
     add("--top-k", type=int, default=8, help="experts per token (8)")
     add("--hidden-size", type=int, default=1024, help="values of a token (1024)")
     add("--intermediate-size", type=int, default=384, help="inner size of an expert (384)")
-    add("--tokens", type=int, default=1024, help="of each rank (1024)")
+    add("--tokens", type=int, help="of each rank (1024; measured on a CPU 256)")
     add("--dtype", choices=_DTYPES, help="of activations (float32; simulated, or on a GPU, bfloat16)")
     add("--skew", default="zipf:0.5", help="how popular experts are: uniform, or zipf:S (zipf:0.5)")
     add("--seed", type=int, default=0, help="of the routes (0)")
@@ -87,6 +88,8 @@ def _check(parser: Parser, parsed: argparse.Namespace, options: argparse.Namespa
         parser.error("argument --ranks goes with --simulate; --nproc is the number of ranks that are measured")
     if parsed.simulate and options.nproc is not None:
         parser.error("argument --nproc does not go with --simulate; --ranks is the number of simulated ranks")
+    if parsed.simulate and parsed.tokens is None:
+        parsed.tokens = _TOKENS
     parsed.ranks = 64 if parsed.ranks is None else parsed.ranks
     if parsed.simulate and not parsed.ranks_per_node:
         parsed.ranks_per_node = min(8, parsed.ranks)
@@ -102,7 +105,7 @@ def _check(parser: Parser, parsed: argparse.Namespace, options: argparse.Namespa
         "seed": (0, 2**31 - 1),
     }
     for name, (least, most) in ranges.items():
-        if not least <= getattr(parsed, name) <= most:
+        if getattr(parsed, name) is not None and not least <= getattr(parsed, name) <= most:
             parser.error(f"argument --{name.replace('_', '-')} must be {least} to {most}, not {getattr(parsed, name)}")
     if parsed.simulate and parsed.ranks % parsed.ranks_per_node:
         parser.error(f"argument --ranks-per-node must divide --ranks, {parsed.ranks}")
@@ -131,7 +134,7 @@ def _workload(parsed: argparse.Namespace, ranks: int, device: torch.device | Non
         parsed.top_k,
         parsed.hidden_size,
         parsed.intermediate_size,
-        parsed.tokens,
+        parsed.tokens or (_TOKENS if narrow else _TOKENS_ON_CPU),
         getattr(torch, parsed.dtype or _DTYPES[narrow]),
         parsed.skew,
         parsed.seed,
