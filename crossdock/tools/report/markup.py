@@ -73,9 +73,10 @@ def bars(caption: str, head: Sequence[str], rows: Sequence[Bar], parts: Sequence
         + f"</span></td>{''.join(f'<td>{escape(value)}</td>' for value in row.values)}</tr>"
         for row in rows
     )
+    # Beside the table and not in it: on a phone the table is wider than the page, and the text need not be.
+    said = f'<p class="said">{escape(caption)}{f"<span class=legend>{legend}</span>" if legend else ""}</p>'
     return (
-        f'<div class="scroll flat" tabindex="0"><table class="bars"><caption>{escape(caption)}'
-        f"{f'<span class=legend>{legend}</span>' if legend else ''}</caption>"
+        f'<div class="scroll flat" tabindex="0">{said}<table class="bars" aria-label="{escape(caption)}">'
         f"<thead><tr>{name}<td></td>{''.join(others)}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
