@@ -82,8 +82,7 @@ class Trainer:
         self.device = device
         self.watch = watch or RunWatch()
         self.place = self.watch.place
-        self.stop = stop
-        self.regroups = False
+        self.stop, self.regroups = stop, False
         self._progress = progress
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.dims, self.reader = dims, dims.reader(self.rank)
@@ -143,13 +142,12 @@ class Trainer:
         self.keeper = RunKeeper(config, self.folder, self.model, self.optimizer, str(dims), machine)
         self.step = self.samples = 0
         self._resumed_step: int | None = None
-        self._start = "a new run"  # told once, when the record is opened
         self._problem: str | None = None
         self.replicas = ReplicaCheck(self.model, self.optimizer, meshes)
         if came_from := self.keeper.resume(newest, self._take_counters, damaged):
             self._resumed_step = self.step
-            self._start = f"goes on at {came_from}"
             self._tell(f"resumed {self.folder} at {came_from}")
+        self._start = f"goes on at {came_from}" if came_from else "a new run"  # told once, when the record is opened
         mark_layers(self.model, self.place)
         self.profiler = StepProfiler(config.profiling, self.folder, self.place, self.rank, device)
         check_same_model(self.model, self.step, self.samples, self.rank // (self.world_size // dims.pp))
