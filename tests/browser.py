@@ -55,8 +55,8 @@ class Browser:
         self._last_id = 0
         self.events: list[dict[str, Any]] = []
 
-    def open(self, path: Path, width: int = 1400, height: int = 1000, *, dark: bool = False) -> Page:
-        """A file in a new tab, loaded, with everything recorded that it says and asks for."""
+    def open(self, place: Path | str, width: int = 1400, height: int = 1000, *, dark: bool = False) -> Page:
+        """A file or an address in a new tab, loaded, with everything recorded that it says and asks for."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         page = Page(self, session, target)
@@ -65,7 +65,7 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         page.call("Emulation.setEmulatedMedia", features=[scheme])
         page.resize(width, height)
-        page.call("Page.navigate", url=path.absolute().as_uri())
+        page.call("Page.navigate", url=place if isinstance(place, str) else place.absolute().as_uri())
         while not page.loaded():
             self._receive(None)
         return page

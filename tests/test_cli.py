@@ -25,7 +25,7 @@ def launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list
     """Run in an empty folder, on a machine without GPUs; the launches that would have started ranks."""
     started: list[tuple[list[str], launch.Machines]] = []
 
-    def start_ranks(arguments: list[str], machines: launch.Machines, max_restarts: int = 0) -> int:
+    def start_ranks(arguments: list[str], machines: launch.Machines, *_: object) -> int:
         started.append((arguments, machines))
         return 0
 

@@ -40,7 +40,7 @@ def accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """`accepted(words)`: what `crossdock WORDS` would have launched on a machine with 8 GPUs."""
     started: list[tuple[list[str], launch.Machines]] = []
 
-    def start_ranks(arguments: list[str], machines: launch.Machines, max_restarts: int = 0) -> int:
+    def start_ranks(arguments: list[str], machines: launch.Machines, *_: object) -> int:
         started.append((arguments, machines))
         return 0
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from crossdock.tools.report.events import read_events
 from tests.tiny import write_assets
 
 SECONDS = 120
@@ -86,6 +87,11 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_it_goes_on_from_until_a_ra
     assert len(steps) >= done + 3
     assert steps == list(range(1, len(steps) + 1)), "steps were lost or done twice"
     assert list((run_folder / "checkpoint").iterdir()) == [checkpoint]
+    events, _ = read_events(run_folder)
+    assert [(event.kind, event.step) for event in events] == [
+        *(("start", 0), ("stop", done), ("start", done), ("failure", None)),
+    ]
+    assert "signal 9" in events[-1].message
 
 
 def _steps(run_folder: Path) -> list[int]:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from crossdock import __version__
-from crossdock.cli.common import Parser, check_gpus, fail, is_rank, machine_options, machines_of, split_path
+from crossdock.cli.bench import bench_command
+from crossdock.cli.common import check_gpus, fail, is_rank, machine_options, machines_of, split_path
 from crossdock.cli.convert import convert_command
 from crossdock.cli.model import evaluate_command, export_command, generate_command
+from crossdock.cli.report import report_command
 from crossdock.cli.tune import tune_command
 
 if TYPE_CHECKING:
@@ -31,12 +33,13 @@ crossdock: expert parallelism for PyTorch
   crossdock eval MODEL --data FILE                           loss and perplexity on a text
   crossdock export RUN DESTINATION                           write a folder that transformers loads
   crossdock convert SRC DST                                  Hugging Face's format to a run folder, and back
-  crossdock report RUN [--output FILE]                       write the report of a run folder, RUN/report.html
+  crossdock report RUN [RUN...] [--output FILE] [--watch]    the report of a run, RUN/report.html, of several, or live
   crossdock tune   [CONFIG.toml] [--section.key value ...]   measure settings that are left open, for `train` to take
+  crossdock bench  [--simulate --ranks N] [--experts E]      ways of moving tokens, beside a plain all-to-all
   crossdock --version
 
 MODEL is a run folder (its newest checkpoint), one of its checkpoints, or a folder in Hugging Face's format. generate,
-eval, export, convert and tune have a --help of their own.
+eval, export, convert, report, tune and bench have a --help of their own.
 
 Ranks are started here, one per GPU or two on a machine without. Several machines run the same command:
   --nproc N          ranks on this machine
@@ -45,8 +48,9 @@ Ranks are started here, one per GPU or two on a machine without. Several machine
   --master-addr A    name or address of machine 0
   --master-port P    a free port there (29500)
 
-crossdock train --help lists all settings. Without CONFIG.toml, a --job.dump-folder that holds a run goes on with that
-run's settings. config checks the layout as well where --nproc tells the number of ranks.
+crossdock train --help lists all settings; --profile is short for --profiling.enable-profiling. Without CONFIG.toml, a
+--job.dump-folder that holds a run goes on with that run's settings. config checks the layout as well where --nproc
+tells the number of ranks.
 
 examples
   crossdock train configs/debug.toml --training.steps 20
@@ -96,6 +100,7 @@ def _config(arguments: list[str], options: argparse.Namespace) -> int:
 
 
 def _train(arguments: list[str], options: argparse.Namespace) -> int:
+    arguments = ["--profiling.enable-profiling" if word == "--profile" else word for word in arguments]
     path, overrides = split_path(arguments)
 
     from crossdock.checkpoint import CheckpointError
@@ -132,26 +137,11 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
             if machines.is_elastic:
                 raise ConfigError("--nnodes", options.nnodes, "must be one number with fault_tolerance.replica_groups")
             return start_groups(arguments, config, machines)
-        return start_ranks(arguments, machines, config.fault_tolerance.max_restarts)
+        return start_ranks(arguments, machines, config.fault_tolerance.max_restarts, Path(config.job.dump_folder))
     except DataError as error:
         fail(str(error))
     except (CheckpointError, TrainingStopped) as error:
         fail(str(error), exit_code=1)
-
-
-def _report(arguments: list[str], options: argparse.Namespace) -> int:
-    parser = Parser(prog="crossdock report", description="Write the report of a run.", allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="where to (RUN/report.html)")
-    parsed = parser.parse_args(arguments)
-
-    from crossdock.tools.report import ReportError, write_report
-
-    try:
-        print(write_report(parsed.run, parsed.output))
-    except ReportError as error:
-        fail(str(error))
-    return 0
 
 
 def _with_run_folder(config: Config, config_path: Path | None, *, first: bool) -> Config:
@@ -185,6 +175,7 @@ _COMMANDS = {
     "eval": evaluate_command,
     "export": export_command,
     "convert": convert_command,
-    "report": _report,
+    "report": report_command,
     "tune": tune_command,
+    "bench": bench_command,
 }

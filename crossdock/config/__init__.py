@@ -21,6 +21,7 @@ from crossdock.config.settings import (
     LRSchedulerConfig,
     MetricsConfig,
     OptimizerConfig,
+    ProfilingConfig,
     TrainingConfig,
     ValidationConfig,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "LRSchedulerConfig",
     "MetricsConfig",
     "OptimizerConfig",
+    "ProfilingConfig",
     "TrainingConfig",
     "TunedFileError",
     "ValidationConfig",

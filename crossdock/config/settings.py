@@ -24,6 +24,7 @@ __all__ = [
     "LRSchedulerConfig",
     "MetricsConfig",
     "OptimizerConfig",
+    "ProfilingConfig",
     "TrainingConfig",
     "ValidationConfig",
     "setting_types",
@@ -208,6 +209,16 @@ class FaultToleranceConfig:
 
 
 @dataclass(frozen=True)
+class ProfilingConfig:
+    """`[profiling]`: Chrome traces of single steps, in profile_traces of the run folder."""
+
+    enable_profiling: bool = False
+    """Write them; `crossdock train --profile` is short for it."""
+    profile_freq: int = 100
+    """Steps between traces, each of one step and of every rank; the first is of the third step after a start."""
+
+
+@dataclass(frozen=True)
 class Config:
     """All settings of a run."""
 
@@ -227,6 +238,7 @@ class Config:
     fault_tolerance: FaultToleranceConfig = field(default_factory=FaultToleranceConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
     @property
     def initial_weights(self) -> str:

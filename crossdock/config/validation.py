@@ -105,7 +105,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a positive number": (
         lambda value: value > 0,
         "training.local_batch_size training.seq_len training.steps training.max_norm optimizer.eps metrics.log_freq "
-        "lora.alpha fault_tolerance.max_skipped_steps fault_tolerance.spike_window",
+        "profiling.profile_freq lora.alpha fault_tolerance.max_skipped_steps fault_tolerance.spike_window",
     ),
     "0 or more": (
         lambda value: value >= 0,

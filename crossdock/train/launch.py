@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from crossdock.config import Config, ConfigError, fit, validate
 from crossdock.dispatch import free_deepep_buffers
 from crossdock.parallel import GroupPlace
+from crossdock.tools.report import note_event
 from crossdock.train.agent import REGROUP_EXIT_CODE
 from crossdock.train.host_memory import memory_settings
 from crossdock.train.progress import Progress
@@ -120,11 +122,17 @@ def default_nproc() -> int:
     return torch.cuda.device_count() or 2
 
 
-def start_ranks(arguments: list[str], machines: Machines, max_restarts: int = 0) -> int:
+def start_ranks(arguments: list[str], machines: Machines, max_restarts: int = 0, run_folder: Path | None = None) -> int:
     """Run `python -m crossdock ARGUMENTS` once per rank under torchrun's elastic agent, in this process.
 
     SIGTERM and Ctrl-C reach the ranks, which end at their next step boundary. After a failure that another start may
     mend, all ranks are started again, `max_restarts` times in a row that come no further than the run was before.
+
+    Args:
+        arguments: of each rank.
+        machines: where, and how many.
+        max_restarts: see above.
+        run_folder: whose events tell of failures; machine 0 writes them.
 
     Returns:
         The exit code for this command: 0 if all ranks ended well, else that of the rank that failed first, or 128 and
@@ -150,6 +158,7 @@ def start_ranks(arguments: list[str], machines: Machines, max_restarts: int = 0)
         max_nodes=machines.nnodes,
         local_addr="127.0.0.1" if alone else None,
     )
+    say = partial(_tell_of_failure, run_folder if machines.node_rank == 0 else None)
     with tempfile.TemporaryDirectory(prefix="crossdock-") as ended_folder:
         os.environ[ENDED_FOLDER] = ended_folder
         try:
@@ -160,7 +169,7 @@ def start_ranks(arguments: list[str], machines: Machines, max_restarts: int = 0)
                 max_restarts=max_restarts,
                 folder=Path(ended_folder),
                 shutdown_seconds=_SHUTDOWN_SECONDS,
-                tell=tell,
+                tell=say,
             )
         except SignalException as error:
             if len(list(Path(ended_folder).glob("rank-*"))) == machines.nproc:
@@ -169,19 +178,19 @@ def start_ranks(arguments: list[str], machines: Machines, max_restarts: int = 0)
             tell(f"stopped{without}")
             return 128 + error.sigval
         except (RendezvousError, dist.DistError) as error:
-            tell(_rendezvous_sentence(error, machines, arguments[0]))
+            say(_rendezvous_sentence(error, machines, arguments[0]))
             return 1
-    return _exit_code(failures)
+    return _exit_code(failures, say)
 
 
-def _exit_code(failures: Mapping[int, ProcessFailure]) -> int:
+def _exit_code(failures: Mapping[int, ProcessFailure], say: Callable[[str], None]) -> int:
     """Of the rank that failed first; of none: 0."""
     if not failures:
         return 0
     rank, failure = min(failures.items(), key=lambda item: (item[1].timestamp, item[0]))
     if failure.exitcode > 2 or failure.exitcode < 0:
         ended = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-        tell(f"rank {rank} ended with {ended}; its output is above")
+        say(f"rank {rank} ended with {ended}; its output is above")
     return failure.exitcode if failure.exitcode > 0 else 1
 
 
@@ -203,6 +212,12 @@ def _rendezvous_sentence(error: Exception, machines: Machines, command: str) -> 
 def tell(message: str) -> None:
     """A line of the launcher's, on stderr."""
     print(f"crossdock: {message}", file=sys.stderr, flush=True)
+
+
+def _tell_of_failure(run_folder: Path | None, message: str) -> None:
+    tell(message)
+    if run_folder is not None:
+        note_event(run_folder, "failure", message)
 
 
 def threads_are_open(environment: Mapping[str, str]) -> bool:

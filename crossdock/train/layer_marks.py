@@ -32,24 +32,34 @@ def mark_layers(model: nn.Module, place: Place) -> None:
             _mark(block, place, names[block], "", after=("", ""), first=True)
     for layer in moe_layers(model).values():
         name = names[layer]
+        begins = "dispatch" if layer.router is None else ""
+        # The backward pass meets the parts in the opposite order, and begins with what `combine` does backward.
+        _mark(layer, place, name, begins, after=(name, ""), backward=("combine", ""))
         if layer.router is not None:
-            _mark(layer.router, place, name, "router", after=(name, "dispatch"))
-        else:
-            _mark(layer, place, name, "dispatch", after=(name, ""))
-        _mark(layer.experts, place, name, "experts", after=(name, "combine"))
+            _mark(layer.router, place, name, "router", after=(name, "dispatch"), backward=("router", ""))
+        _mark(layer.experts, place, name, "experts", after=(name, "combine"), backward=("experts", "dispatch"))
 
 
 def _mark(
-    module: nn.Module, place: Place, layer: str, part: str, *, after: tuple[str, str], first: bool = False
+    module: nn.Module,
+    place: Place,
+    layer: str,
+    part: str,
+    *,
+    after: tuple[str, str],
+    backward: tuple[str, str] = ("", ""),
+    first: bool = False,
 ) -> None:
-    """Write `layer` and `part` while `module` computes, forward and backward; `after` once its forward pass is over.
+    """Write `layer` and `part` when `module` begins to compute, and `after` when its forward pass is over.
 
-    With `first`, before the module's other hooks.
+    Args:
+        backward: the parts that begin when gradients come to the module's output, and to its input.
+        first: before the module's other hooks.
     """
 
     def write(layer: str, part: str, *_: Any) -> None:
         started = time.perf_counter()
-        place.layer, place.part = layer, part
+        place.mark(layer, part)
         place.seconds += time.perf_counter() - started
 
     def when_gradient_comes(values: Any, part: str) -> None:
@@ -62,12 +72,12 @@ def _mark(
 
     def begin(_: nn.Module, args: tuple[Any, ...]) -> None:
         write(layer, part)
-        if part:
-            when_gradient_comes(args, "")
+        if any(backward):
+            when_gradient_comes(args, backward[1])
 
     def end(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         write(*after)
-        when_gradient_comes(output, part)
+        when_gradient_comes(output, backward[0])
 
     outside_of_graphs: Any = torch.compiler.disable
     module.register_forward_pre_hook(outside_of_graphs(begin), prepend=first)

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from crossdock.config import Config
-from crossdock.tools.report import LOAD_FILE, RANK_LOAD_FILE, LoadLog, write_report
+from crossdock.tools.report import LOAD_FILE, RANK_LOAD_FILE, EventKind, LoadLog, note_event, write_report
 from crossdock.train.metrics import MetricsLog, ProgressDisplay, say
 from crossdock.train.together import TrainingStopped
 from crossdock.train.trackers import Trackers
@@ -76,6 +76,7 @@ class RunRecord:
         Returns what is wrong where files cannot be written.
         """
         self.say(f"step {self._last_step}: {why}")
+        self.note("bad step", why)
         return self._attempt(lambda: self._drop_after(step)) if step < self._last_step else None
 
     def _write(self, metrics: dict[str, Any], routes: Tensor, of_ranks: Tensor | None) -> None:
@@ -114,6 +115,10 @@ class RunRecord:
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
         self._display.say(message)
+
+    def note(self, kind: EventKind, message: str) -> None:
+        """Add to the run's events."""
+        note_event(self.folder, kind, message, self._last_step)
 
     def close(self, *, report: bool = True) -> None:
         """Write what is left, and the `report`."""

@@ -12,10 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from crossdock.checkpoint import (
-    CHECKPOINT_FOLDER,
-    newest_whole,
-)
+from crossdock.checkpoint import CHECKPOINT_FOLDER, newest_whole
 from crossdock.comm import raise_together
 from crossdock.config import Config, with_settled_batch, write_run_settings
 from crossdock.data import IGNORED_LABEL, Batch, DataError, TokenBatches, TooLong
@@ -32,10 +29,12 @@ from crossdock.train.layer_marks import mark_layers
 from crossdock.train.live import LiveState, check_alike, fingerprint, join_groups, sum_everywhere
 from crossdock.train.metrics import say
 from crossdock.train.preparing import build_training_model, prepare_run_tokens
+from crossdock.train.profiling import StepProfiler
 from crossdock.train.progress import Progress
 from crossdock.train.record import RunRecord, one_at_a_time
 from crossdock.train.stepping import Stepper, Taken
 from crossdock.train.stopping import StopSignal
+from crossdock.train.times import step_times
 from crossdock.train.together import TrainingStopped, any_rank, first_named, from_first_rank, together
 from crossdock.train.validation import validation_loss
 from crossdock.train.watching import RunWatch, group_timeout
@@ -83,8 +82,7 @@ class Trainer:
         self.device = device
         self.watch = watch or RunWatch()
         self.place = self.watch.place
-        self.stop = stop
-        self.regroups = False
+        self.stop, self.regroups = stop, False
         self._progress = progress
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.dims, self.reader = dims, dims.reader(self.rank)
@@ -122,8 +120,7 @@ class Trainer:
         of_adapters = f", {whole.in_adapters / 1e6:,.2f} M of them in adapters" if whole.in_adapters else ""
         self._tell(
             f"{config.model.name}: {whole.num_parameters / 1e6:,.1f} M parameters{of_adapters} on "
-            f"{self.world_size} ranks ({dims}), {config.training.dtype}; "
-            f"run folder {self.folder}"
+            f"{self.world_size} ranks ({dims}), {config.training.dtype}; run folder {self.folder}"
         )
         self.layers = list(moe_layers(self.model).values())
         self.places = moe_layer_places(self.model)
@@ -143,15 +140,16 @@ class Trainer:
         self._seed = config.training.seed + self.rank + self.world_size * self.groups.number
         torch.manual_seed(self._seed)
         self.keeper = RunKeeper(config, self.folder, self.model, self.optimizer, str(dims), machine)
-        self.step = 0
+        self.step = self.samples = 0
         self._resumed_step: int | None = None
         self._problem: str | None = None
-        self.samples = 0
         self.replicas = ReplicaCheck(self.model, self.optimizer, meshes)
         if came_from := self.keeper.resume(newest, self._take_counters, damaged):
             self._resumed_step = self.step
             self._tell(f"resumed {self.folder} at {came_from}")
+        self._start = f"goes on at {came_from}" if came_from else "a new run"  # told once, when the record is opened
         mark_layers(self.model, self.place)
+        self.profiler = StepProfiler(config.profiling, self.folder, self.place, self.rank, device)
         check_same_model(self.model, self.step, self.samples, self.rank // (self.world_size // dims.pp))
         # Not before the run has its weights: a start that fails leaves no settings behind.
         together(lambda: self._write_settings(settings) if self.rank == 0 else None)
@@ -198,6 +196,7 @@ class Trainer:
                 self._begin_step()
                 self._finish()
         finally:
+            self.profiler.close()
             self.groups.close()
             self.writing.close()
 
@@ -215,6 +214,7 @@ class Trainer:
             self._tell(leave_export(self.config, self.folder, self.model, again=again))
         if self.writing.record is not None and self.step < self.config.training.steps:
             why = "stopping for another start" if self.regroups else "stopped as asked"
+            self.writing.record.note("stop", why)
             self.writing.record.say(f"{why}, at step {self.step}; start again with --job.dump-folder {self.folder}")
 
     def _begin_step(self) -> bool:
@@ -236,14 +236,20 @@ class Trainer:
             waited = True
         self.writing.take_turn(self.groups.index == 0, self.keeper.wait)
         if self.groups.count != before:
-            self._tell(f"step {self.step + 1}: {self.groups.count} replica groups take part")
+            message = f"{self.groups.count} replica groups take part"
+            self._tell(f"step {self.step + 1}: {message}")
+            if self.writing.record is not None and before:
+                self.writing.record.note("groups", message)
         return True
 
     def _open_record(self) -> RunRecord:
-        layers, experts = len(self.places.names), self.places.num_experts
+        layers, experts, ranks = len(self.places.names), self.places.num_experts, self.balancer.num_ranks
         on_gpu = self.device.type == "cuda"
-        ranks = self.balancer.num_ranks
-        return RunRecord(self.config, self.folder, self.step, layers, experts, num_ranks=ranks, on_gpu=on_gpu)
+        record = RunRecord(self.config, self.folder, self.step, layers, experts, num_ranks=ranks, on_gpu=on_gpu)
+        if self._start:
+            record.note("start", f"{self._start}, on {self.world_size * self.groups.count} ranks ({self.dims})")
+            self._start = ""
+        return record
 
     def _computed(self) -> torch.Tensor | None:
         """Routes that each of the ranks that hold the experts computed in the last step, `[L, R]`."""
@@ -259,6 +265,7 @@ class Trainer:
     def _take_step(self) -> Taken | None:
         """A step, begun anew with the groups that are left until it counts; `None` at the end of the run."""
         started = time.perf_counter()
+        self.profiler.begin(self.step + 1)
         for _ in range(_MOST_TRIES):
             if not self._begin_step() or self.step >= self.config.training.steps:
                 return None
@@ -278,10 +285,12 @@ class Trainer:
                 f"step {self.step + 1} was begun {_MOST_TRIES} times, and no sum over the replica groups came about: "
                 "they find one another, but not by the network that gloo talks over; GLOO_SOCKET_IFNAME names it"
             )
+        self.profiler.end()
         metrics = taken.metrics
         metrics |= self.watch.straggler_metrics()
         ranks = self.world_size * self.groups.count
         metrics |= self.whole.speed.metrics(metrics["tokens"] / (time.perf_counter() - started) / ranks)
+        metrics |= step_times(self.place.take_seconds())
         if self._grouped:
             metrics |= {"replica_groups": self.groups.count, "stall_seconds": waited}
         return taken

@@ -17,16 +17,14 @@ import torch
 from crossdock.comm import GRACE_SECONDS, Place, Report, Watchdog, is_from_other_rank
 from crossdock.comm.recorder import is_recording
 from crossdock.config import Config
+from crossdock.tools.report import FAULTS_FOLDER
 from crossdock.train.failures import Failure, FailureKind, Failures, kind_of
 from crossdock.train.fingerprints import StepFingerprint
 from crossdock.train.out_of_memory import memory_message
 
-__all__ = ["FAULTS_FOLDER", "RunWatch", "group_timeout"]
+__all__ = ["RunWatch", "group_timeout"]
 
 logger = logging.getLogger(__name__)
-
-FAULTS_FOLDER = "faults"
-"""Of a run folder: reports of ranks that waited in vain."""
 
 # A rank that is so much slower than the others, so many looks in a row, is worth a word.
 _SLOW = 1.2

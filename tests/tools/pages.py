@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["charts_of", "figures_of", "maps_of", "points", "rows_of"]
+__all__ = ["bars_of", "charts_of", "figures_of", "maps_of", "points", "rows_of"]
 
 
 def points(html: str, chart: str) -> list[dict[str, Any]]:
@@ -51,6 +51,17 @@ def _pixels(png: bytes) -> np.ndarray:
     rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, 1 + width)
     assert not rows[:, 0].any()
     return rows[:, 1:]
+
+
+def bars_of(html: str, section: str) -> dict[str, list[str]]:
+    """The rows of the bars below a section's title, by name: the widths of their pieces, then the texts."""
+    content = html[html.index(f"<h2>{section}</h2>") :].partition("</section>")[0]
+    found = {}
+    for row in re.findall(r'<tr><th scope="row">(.*?)</tr>', content):
+        name, *cells = re.findall(r"(?:^|<td[^>]*>)(.*?)</t[hd]>", row)
+        widths = re.findall(r"width:([\d.]+)%", cells[0])
+        found[unescape(name)] = [*widths, *map(unescape, cells[1:])]
+    return found
 
 
 def rows_of(html: str, title: str) -> list[list[str]]:

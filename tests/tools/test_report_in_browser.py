@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crossdock.tools.report import RANK_LOAD_FILE, write_report
+from crossdock.tools.report import FAULTS_FOLDER, RANK_LOAD_FILE, note_event, write_report
+from crossdock.tools.report.heat import PALETTE, to_indices
 from tests.browser import Browser, Page
 from tests.tiny import by_hand
-from tests.tools.runs import metrics_of, write_loads, write_metrics
+from tests.tools.runs import everything_of, long_run, metrics_of, write_loads, write_metrics
 
 pytestmark = pytest.mark.browser
 
@@ -31,7 +32,8 @@ OVERLAPS = """[...document.querySelectorAll("figure")].flatMap((figure) => {
     a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 4 && b.top < a.bottom - 4
   ).map(([two]) => `${figure.querySelector("h3").textContent}: ${one} over ${two}`));
 })"""
-KINDS = ["small", "large", "without loads", "with nulls", "one step", "ranks"]
+KINDS = ["small", "large", "without loads", "with nulls", "one step", "ranks", "everything", "several"]
+HOSTILE = "<img src=x onerror=document.title='run'>"
 
 
 def _small(folder: Path) -> None:
@@ -82,13 +84,27 @@ def _ranks(folder: Path) -> None:
     write_loads(folder, counts, interval=5, name=RANK_LOAD_FILE)
 
 
+def _everything(folder: Path) -> None:
+    """Times, bytes, faults, with names that would be markup were they not text."""
+    long_run(folder, 60)
+    write_loads(folder, np.random.default_rng(0).integers(10, 1000, size=(6, 3, 8)))
+    for step in (0, None, 20):
+        note_event(folder, "failure" if step is None else "start", f"{HOSTILE} " * 5, step)
+    (folder / FAULTS_FOLDER).mkdir()
+    (folder / FAULTS_FOLDER / f"{HOSTILE}.txt").write_text(f"{HOSTILE} {'word ' * 60}\n")
+
+
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     paths = {}
-    for kind, make in zip(KINDS, (_small, _large, _without_loads, _with_nulls, _one_step, _ranks), strict=True):
+    makes = (_small, _large, _without_loads, _with_nulls, _one_step, _ranks, _everything)
+    for kind, make in zip(KINDS, makes, strict=False):
         folder = tmp_path_factory.mktemp("reports") / kind.replace(" ", "-")
         make(folder)
         paths[kind] = write_report(folder)
+    named = write_metrics(tmp_path_factory.mktemp("several") / f"{HOSTILE} {'long' * 20}", [everything_of(1, 1)])
+    folders = [paths[kind].parent for kind in ("small", "everything", "ranks", "one step", "with nulls")]
+    paths["several"] = write_report([*folders, named], named.parent / "comparison.html")
     return paths
 
 
@@ -111,6 +127,7 @@ def test_a_report_opens_cleanly_at_any_width(browser: Browser, reports: dict[str
     page.evaluate('document.querySelectorAll("details").forEach((details) => { details.open = true; })')
     assert page.evaluate("document.documentElement.scrollWidth") <= 400, "with its tables open"
     assert page.complaints() == []
+    assert page.evaluate("document.title") != "run"
     own, *others = page.requests()
     assert own == reports[kind].as_uri()
     assert [url for url in others if not url.startswith("data:")] == []
@@ -147,7 +164,8 @@ def test_text_has_contrast(browser: Browser, reports: dict[str, Path], dark: boo
               .map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
             return 0.2126 * r + 0.7152 * g + 0.0722 * b;
           };
-          const names = ["page", "card", "alert", "text", "quiet", "first", "second", "bad"];
+          const names = ["page", "card", "alert", "text", "quiet", "bad", "first", "second", "third", "fourth",
+            "fifth", "sixth", "seventh", "eighth"];
           return Object.fromEntries(names.map((name) => [name, luminance(`--${name}`)]));
         })()"""
     )
@@ -160,7 +178,8 @@ def test_text_has_contrast(browser: Browser, reports: dict[str, Path], dark: boo
     assert (colours["text"] > colours["page"]) == dark
     assert min(contrast("text", place) for place in ("page", "card", "alert")) > 7
     assert min(contrast("quiet", place) for place in ("page", "card")) > 4.5
-    assert min(contrast(curve, "card") for curve in ("first", "second", "bad")) > 3
+    curves = ("bad", "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+    assert min(contrast(curve, "card") for curve in curves) > 3
 
 
 def _readout(page: Page, figure: str) -> str:
@@ -171,7 +190,7 @@ def _point_at(page: Page, figure: str, x: float, y: float) -> None:
     """Move the pointer over a plot, to shares of its width and height."""
     left, top, width, height = page.evaluate(
         f"""(() => {{
-          const svg = document.querySelector('{figure} svg');
+          const svg = document.querySelector('{figure} :is(svg, .cells)');
           svg.scrollIntoView({{ block: "center" }});
           const box = svg.getBoundingClientRect();
           return [box.left, box.top, box.width, box.height];
@@ -230,6 +249,73 @@ def test_the_arrow_keys_do_the_same(small: Page) -> None:
             small.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key)
         small.evaluate("new Promise((done) => setTimeout(done, 300))")
         assert _readout(small, plot).startswith(expected)
+
+
+def _slide(page: Page, value: int) -> None:
+    """As dragging the slider does."""
+    page.evaluate(
+        f"""(() => {{
+          const slider = document.querySelector("#time-expert");
+          slider.value = {value};
+          slider.dispatchEvent(new Event("input", {{ bubbles: true }}));
+        }})()"""
+    )
+    page.evaluate("new Promise((done) => setTimeout(done, 300))")
+
+
+def test_the_slider_shows_all_layers_at_its_time(small: Page) -> None:
+    assert small.evaluate("document.querySelector('.whole output').textContent") == "step 60"
+    _slide(small, 2)
+    assert small.evaluate("document.querySelector('.whole output').textContent") == "step 30"
+    assert small.evaluate("document.querySelector('#time-expert').getAttribute('aria-valuetext')") == "step 30"
+    # Each pixel is that of the layer's own map.
+    drawn = small.evaluate(
+        """(() => {
+          const canvas = document.querySelector(".whole canvas");
+          return [canvas.width, canvas.height, [...canvas.getContext("2d").getImageData(0, 0, 8, 3).data]];
+        })()"""
+    )
+    counts = np.random.default_rng(0).integers(10, 1000, size=(6, 3, 8))
+    counts[:, 0, 1] = counts[:, 0].mean(axis=1) * 2
+    counts[2, 1, 5] = 0
+    ratios = counts[2] / counts[2].mean(axis=1, keepdims=True)
+    expected = [(*PALETTE[index], 255) for index in to_indices(ratios).flatten()]
+    assert drawn[:2] == [8, 3]
+    assert np.array(drawn[2]).reshape(-1, 4).tolist() == [list(colour) for colour in expected]
+    layer, expert = np.unravel_index(ratios.argmax(), ratios.shape)
+    assert _readout(small, ".whole").startswith(f"step 30: highest: layer {layer}, expert {expert}, ")
+    _point_at(small, ".whole", 5.5 / 8, 1.5 / 3)
+    assert _readout(small, ".whole") == "layer 1, expert 5, step 30: no tokens"
+
+
+def test_the_slider_and_its_map_have_keys(small: Page) -> None:
+    def press(*keys: tuple[str, int]) -> None:
+        for key, code in keys:
+            small.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code)
+            small.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code)
+        small.evaluate("new Promise((done) => setTimeout(done, 300))")
+
+    small.evaluate("document.querySelector('#time-expert').focus()")
+    press(("ArrowLeft", 37), ("ArrowLeft", 37), ("ArrowLeft", 37))
+    assert small.evaluate("document.querySelector('.whole output').textContent") == "step 30"
+    small.evaluate("document.querySelector('#whole-expert').focus()")
+    press(("ArrowDown", 40), *[("ArrowRight", 39)] * 5)
+    assert _readout(small, ".whole") == "layer 1, expert 5, step 30: no tokens"
+
+
+def test_everything_can_be_reached_by_the_tab_key(browser: Browser, reports: dict[str, Path]) -> None:
+    page = browser.open(reports["everything"])
+    seen = []
+    for _ in range(80):
+        page.call("Input.dispatchKeyEvent", type="keyDown", key="Tab", code="Tab", windowsVirtualKeyCode=9)
+        seen.append(page.evaluate("document.activeElement.id || document.activeElement.textContent.slice(0, 40)"))
+    links = page.evaluate("[...document.querySelectorAll('nav a')].map((link) => link.textContent)")
+    assert "Faults and recoveries" in links
+    summaries = page.evaluate("[...document.querySelectorAll('summary')].map((one) => one.textContent.slice(0, 40))")
+    plots = page.evaluate("[...document.querySelectorAll('.plot[tabindex]')].map((plot) => plot.id)")
+    assert {*links, *summaries, *plots, "time-expert"} <= set(seen)
+    assert all(plots)
+    page.close()
 
 
 def test_without_its_script_the_page_has_its_figures(

@@ -16,11 +16,15 @@ import numpy as np
 
 from crossdock.tools.report.numbers import log_ticks, short, steps_text, ticks
 
-__all__ = ["COLUMNS", "Chart", "Marks", "Series", "Thinned", "draw", "thin"]
+__all__ = ["COLUMNS", "MOST_SERIES", "Chart", "Marks", "Series", "Thinned", "draw", "thin"]
 
 # Across a chart; more would be narrower than the pixels of most screens, and the file grows with them.
 COLUMNS = 500
+# Colours, with dashes beside them, that can be told apart.
+MOST_SERIES = 8
 _MARKS = 150
+# All names of a chart, in letters, that find room on one line with their values.
+_SHORT_NAMES = 30
 # Of the stretched SVG.
 _WIDTH = 1000
 # From where on a linear axis would hide all but the largest values.
@@ -72,21 +76,25 @@ class Series:
         points: the curve.
         latest: step and value of the last measurement.
         sparse: measured now and then, so that its points are joined and shown.
+        colour: its number; that of its place among the chart's series if `None`.
     """
 
     name: str
     points: Thinned
     latest: tuple[int, float]
     sparse: bool = False
+    colour: int | None = None
 
     @classmethod
-    def of(cls, name: str, steps: np.ndarray, values: np.ndarray) -> Series:
-        """Of `values` `[S]` at `steps` `[S]`, of which one or more are finite."""
+    def of(
+        cls, name: str, steps: np.ndarray, values: np.ndarray, columns: int = COLUMNS, colour: int | None = None
+    ) -> Series:
+        """Of `values` `[S]` at `steps` `[S]`, of which one or more are finite, in so many `columns` at most."""
         measured = np.isfinite(values)
         last = np.flatnonzero(measured)[-1]
         latest = int(steps[last]), float(values[last])
         # What is measured now and then has gaps that are none.
-        return cls(name, thin(steps, values), latest, sparse=bool(measured.mean() < 0.5))
+        return cls(name, thin(steps, values, columns), latest, bool(measured.mean() < 0.5), colour)
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ class Chart:
     Attributes:
         key: of the metric, for the page's script and tests.
         title, unit: for people; the unit may be empty.
-        series: one or two, each with a point or more.
+        series: one to `MOST_SERIES`, each with a point or more.
         span: first and last step of the run.
         base: a value that the axis starts at; `None` fits it to the curve.
         logarithmic: draw on a logarithmic axis where the values ask for it.
@@ -165,17 +173,20 @@ def draw(chart: Chart) -> str:
     """The chart as a `<figure>`."""
     axis = _axis(chart)
     shown = chart.series
-    lines = "".join(_curve(series, index, chart.span, axis) for index, series in enumerate(shown))
-    dots = "".join(_dots(series, index, chart.span, axis) for index, series in enumerate(shown))
+    colours = [index if series.colour is None else series.colour for index, series in enumerate(shown)]
+    lines = "".join(_curve(series, colour, chart.span, axis) for series, colour in zip(shown, colours, strict=True))
+    dots = "".join(_dots(series, colour, chart.span, axis) for series, colour in zip(shown, colours, strict=True))
     unit = f" <small>{escape(chart.unit)}</small>" if chart.unit else ""
     scale = " <small>log scale</small>" if axis.logarithmic else ""
-    names = "".join(f'<span class="key s{index}">{escape(series.name)}</span>' for index, series in enumerate(shown))
+    keys = zip(shown, colours, strict=True)
+    names = "".join(f'<span class="key s{colour}">{escape(series.name)}</span>' for series, colour in keys)
     legend = f'<span class="legend">{names}</span>' if len(shown) > 1 else ""
     return (
         f'<figure class="chart" data-chart="{escape(chart.key)}" data-points="{escape(_data(shown))}">'
         f"<figcaption><h3>{escape(chart.title)}{unit}{scale}</h3>{legend}</figcaption>"
-        f'<div class="readout">{_readout(shown)}</div>'
-        f'<div class="plot line" tabindex="0" role="img" aria-label="{escape(_description(chart, shown))}">'
+        f"{_readout(shown)}"
+        f'<div class="plot line" id="chart-{escape(chart.key)}" tabindex="0" role="img" '
+        f'aria-label="{escape(_description(chart, shown))}">'
         f'<svg width="100%" height="{chart.height}" aria-hidden="true" focusable="false">{_grid(chart, axis)}'
         f'<svg width="100%" height="100%" viewBox="0 0 {_WIDTH} {chart.height}" preserveAspectRatio="none">'
         f"{lines}</svg>{dots}{_marks(chart)}"
@@ -278,11 +289,15 @@ def _rows(points: Thinned) -> list[list[float]]:
 
 
 def _readout(shown: Sequence[Series]) -> str:
-    """The last values, as long as nobody points at a step."""
+    """The last values, as long as nobody points at a step; of long names, each on a line of its own."""
     if len(shown) == 1:
         step, value = shown[0].latest
-        return f"step {step:,}: <b>{short(value)}</b>"
-    return " · ".join(f"{escape(s.name)} <b>{short(s.latest[1])}</b> at step {s.latest[0]:,}" for s in shown)
+        return f'<div class="readout">step {step:,}: <b>{short(value)}</b></div>'
+    if sum(len(s.name) for s in shown) > _SHORT_NAMES:
+        lines = "\n".join(f"<b>{short(s.latest[1])}</b> {escape(s.name)}, step {s.latest[0]:,}" for s in shown)
+        return f'<div class="readout lines" style="height:{20 * len(shown)}px">{lines}</div>'
+    said = " · ".join(f"{escape(s.name)} <b>{short(s.latest[1])}</b> at step {s.latest[0]:,}" for s in shown)
+    return f'<div class="readout">{said}</div>'
 
 
 def _description(chart: Chart, shown: Sequence[Series]) -> str:

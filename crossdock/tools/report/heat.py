@@ -18,7 +18,7 @@ import numpy as np
 from crossdock.tools.report.balance import Balance
 from crossdock.tools.report.numbers import steps_text, ticks
 
-__all__ = ["LONGEST_BAR", "PALETTE", "legend", "panels", "to_indices"]
+__all__ = ["LONGEST_BAR", "PALETTE", "image_url", "legend", "panels", "row_pixels", "row_ticks", "to_indices"]
 
 # log2 of the load over the mean is in steps of a tenth, from an eighth of the mean to eight times the mean.
 _RANGE = 3.0
@@ -59,8 +59,8 @@ def to_indices(ratios: np.ndarray) -> np.ndarray:
     return np.where(ratios == 0, _NONE, indices).astype(np.uint8)
 
 
-def _png(pixels: np.ndarray) -> bytes:
-    """A palette PNG of `pixels` `[height, width]`, indices into `PALETTE`."""
+def image_url(pixels: np.ndarray) -> str:
+    """A palette PNG of `pixels` `[height, width]`, indices into `PALETTE`, as a `data:` address."""
     height, width = pixels.shape
     rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels], axis=1)  # each row has filter type 0
     chunks = {
@@ -73,7 +73,8 @@ def _png(pixels: np.ndarray) -> bytes:
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in chunks.items()
     )
-    return b"\x89PNG\r\n\x1a\n" + body
+    encoded = base64.b64encode(b"\x89PNG\r\n\x1a\n" + body)
+    return f"data:image/png;base64,{encoded.decode()}"
 
 
 def panels(balance: Balance, thing: str) -> str:
@@ -121,8 +122,8 @@ def _panel(
 ) -> str:
     """One map: `ratios` `[C, rows]` over time, with bars of the `final` `[rows]` at its right."""
     columns, rows = ratios.shape
-    height = max(48, round(rows * _row_pixels(rows)))
-    image = base64.b64encode(_png(to_indices(ratios.T))).decode()
+    height = max(48, round(rows * row_pixels(rows)))
+    image = image_url(to_indices(ratios.T))
     known = np.nan_to_num(final)
     top = int(known.argmax())
     readout = f"last quarter: {row} {top} highest, <b>{known[top]:.2f}</b> &times; mean"
@@ -134,22 +135,24 @@ def _panel(
     return (
         f'<figure class="{kind}" data-panel="{key}" data-row="{row}" data-rows="{rows}">'
         f'<figcaption><h3>{title}</h3></figcaption><div class="readout">{readout}</div>'
-        f'<div class="heat"><div class="plot map" tabindex="0" role="img" aria-label="{escape(label)}">'
+        f'<div class="heat"><div class="plot map" id="map-{key}" tabindex="0" role="img" aria-label="{escape(label)}">'
         f'<svg class="cells" width="100%" height="{height}" viewBox="0 0 {columns} {rows}" preserveAspectRatio="none" '
         f'aria-hidden="true" focusable="false"><image width="{columns}" height="{rows}" preserveAspectRatio="none" '
-        f'href="data:image/png;base64,{image}"/></svg>'
+        f'href="{image}"/></svg>'
         f'<svg class="axes" width="100%" height="{height}" aria-hidden="true" focusable="false">'
-        f"{_row_ticks(rows, height)}{_time_ticks(balance, height)}"
+        f"{row_ticks(rows, height)}{_time_ticks(balance, height)}"
         f'<line class="cursor" y1="0" y2="{height}" visibility="hidden"/></svg></div>'
         f"{_profile(known, longest, height)}</div></figure>"
     )
 
 
-def _row_pixels(rows: int) -> float:
+def row_pixels(rows: int) -> float:
+    """The height of a row of a map."""
     return next((pixels for most, pixels in ((8, 16), (16, 12), (32, 7), (64, 4), (128, 2)) if rows <= most), 1.25)
 
 
-def _row_ticks(rows: int, height: int) -> str:
+def row_ticks(rows: int, height: int) -> str:
+    """The numbers of a map's rows, as many as find room."""
     if rows <= 8:
         every = 1
     else:

@@ -6,6 +6,7 @@ from crossdock.tools.report import heat
 from crossdock.tools.report.balance import Balance, FinalLoad
 from crossdock.tools.report.markup import cell, details, many, table
 from crossdock.tools.report.numbers import steps_text
+from crossdock.tools.report.whole import whole_map
 
 __all__ = ["load_maps"]
 
@@ -27,7 +28,7 @@ def load_maps(balance: Balance, thing: str, what: str) -> str:
         f"{heat.LONGEST_BAR:g} times the mean; the dashed line is the mean."
     )
     tables = _layer_table(final, thing) + _table_of_each(final, thing)
-    return f"<p>{text}</p>{heat.legend(thing)}{heat.panels(balance, thing)}{tables}"
+    return f"<p>{text}</p>{heat.legend(thing)}{whole_map(balance, thing)}{heat.panels(balance, thing)}{tables}"
 
 
 def _layer_table(final: FinalLoad, thing: str) -> str:

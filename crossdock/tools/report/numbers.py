@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["count", "log_ticks", "short", "steps_text", "ticks"]
+__all__ = ["count", "log_ticks", "short", "size", "steps_text", "ticks"]
 
 
 def short(value: float) -> str:
@@ -28,6 +28,15 @@ def count(value: float) -> str:
             scaled = value / size
             return f"{scaled:.0f} {letter}" if scaled >= 99.95 else f"{scaled:.1f} {letter}"
     return f"{value:,.0f}"
+
+
+def size(value: float) -> str:
+    """Bytes: `830 B`, `12.3 KiB`, `4.6 MiB`, `120 GiB`."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if value >= 1024**power:
+            scaled = value / 1024**power
+            return f"{scaled:,.0f} {unit}" if scaled >= 99.95 else f"{scaled:.3g} {unit}"
+    return f"{value:.0f} B"
 
 
 def steps_text(first: int, last: int) -> str:

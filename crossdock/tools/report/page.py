@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import hashlib
 import importlib.metadata
+from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +15,17 @@ from crossdock.parallel import LayoutError, ParallelDims
 from crossdock.tools.report.balance import Balance, warnings
 from crossdock.tools.report.charts import COLUMNS as CHART_COLUMNS
 from crossdock.tools.report.charts import Chart, Marks, Series, draw
+from crossdock.tools.report.communication import communication_section
+from crossdock.tools.report.document import document
+from crossdock.tools.report.faults import faults_section, starts_figure
 from crossdock.tools.report.maps import load_maps
-from crossdock.tools.report.markup import cell, details, many, table
+from crossdock.tools.report.markup import cell, details, many, section, table
 from crossdock.tools.report.numbers import count, short
 from crossdock.tools.report.ranks import rank_figure, rank_section
 from crossdock.tools.report.records import RunRecords
+from crossdock.tools.report.times import times_section
 
-__all__ = ["page"]
+__all__ = ["footer", "page", "run_name"]
 
 # Key, title, unit, where the axis starts, whether a logarithmic axis may help. Loss has its validation beside it.
 _CHARTS: tuple[tuple[str, str, str, float | None, bool], ...] = (
@@ -36,34 +38,36 @@ _CHARTS: tuple[tuple[str, str, str, float | None, bool], ...] = (
     ("tflops", "Model TFLOP/s", "per rank", 0.0, False),
     ("mfu", "Model FLOPs utilisation", "% of the device's peak", 0.0, False),
 )
+# The same, beside the maps of loads.
+_LOAD_CHARTS: tuple[tuple[str, str, str, float | None, bool], ...] = (
+    ("load_entropy", "Entropy of loads", "1 is even, the worst layer", None, False),
+    ("load_variation", "Variation of loads", "standard deviation over mean, the worst layer", 0.0, False),
+    ("dead_experts", "Dead experts", "without a token in the step, all layers", 0.0, False),
+    ("dropped_routes", "Dropped routes", "beyond the capacity, per step, all layers", 0.0, False),
+)
 _TABLE_ROWS = 40
 
 
-def page(records: RunRecords) -> str:
-    """The whole report as one HTML document."""
-    style = files("crossdock.tools.report").joinpath("page.css").read_text()
-    script = files("crossdock.tools.report").joinpath("page.js").read_text()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
-    name = escape(_name(records))
+def page(records: RunRecords, live: tuple[str, float] | None = None) -> str:
+    """The whole report as one HTML document; for `live` see `document`."""
+    name = run_name(records)
     balance = Balance.of(*records.expert_loads) if records.expert_loads is not None else None
-    first, last = int(records.steps[0]), int(records.steps[-1])
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{name} · crossdock</title><style>\n{style}</style></head>\n'
-        f'<body><main data-first="{first}" data-last="{last}"><header><h1>{name}</h1>{_facts(records)}</header>\n'
+    content = (
+        f"<header><h1>{escape(name)}</h1>{_facts(records)}</header>\n"
         f"{_key_figures(records)}\n{_alert(balance)}"
-        f"<section><h2>Training</h2>{_charts(records)}{_figures_table(records)}</section>\n"
-        f"<section><h2>Expert load</h2>{_loads(balance)}</section>\n"
-        f"{rank_section(records)}"
-        f"{_settings(records)}{_footer(records)}</main><script>{script}</script></body></html>\n"
+        f"{section('Training', _charts(records) + _figures_table(records))}"
+        f"{section('Where the time goes', times_section(records))}"
+        f"{section('Communication', communication_section(records))}"
+        f"{section('Expert load', _load_charts(records) + _loads(balance))}"
+        f"{section('Rank load', rank_section(records))}"
+        f"{section('Faults and recoveries', faults_section(records))}"
+        f"{_settings(records)}{footer(records.notes)}"
     )
+    return document(name, content, (int(records.steps[0]), int(records.steps[-1])), live=live)
 
 
-def _name(records: RunRecords) -> str:
-    """Of the run folder; with that of the settings file where the folder is one of runs/NAME/DATE-TIME."""
+def run_name(records: RunRecords) -> str:
+    """The name of the run folder; with that of the settings file where the folder is one of runs/NAME/DATE-TIME."""
     folder = records.folder.absolute()
     return f"{folder.parent.name} / {folder.name}" if folder.parent.parent.name == "runs" else folder.name
 
@@ -125,6 +129,7 @@ def _key_figures(records: RunRecords) -> str:
         more = f"worst {values[worst]:.2f} at step {int(records.steps[worst]):,}"
         figures.append(("Busiest expert", f"{load[1]:.2f} <small>&times; mean</small>", more))
     figures += rank_figure(records)
+    figures += starts_figure(records)
     figures.append(("Skipped steps", f"{_skipped(records):,}", "loss or gradient not finite, or a spike"))
     cells = "".join(
         f'<div><dt>{title}</dt><dd class="value">{value}</dd><dd class="more">{more}</dd></div>'
@@ -182,6 +187,17 @@ def _charts(records: RunRecords) -> str:
     return f'<div class="charts">{"".join(drawn)}</div>{note}'
 
 
+def _load_charts(records: RunRecords) -> str:
+    span = (int(records.steps[0]), int(records.steps[-1]))
+    drawn = [
+        draw(Chart(key, title, unit, [Series.of(title, records.steps, records.column(key))], span, base, logarithmic))
+        for key, title, unit, base, logarithmic in _LOAD_CHARTS
+        # A run without capacity drops nothing, and there is nothing to see.
+        if records.has(key) and (key != "dropped_routes" or np.nanmax(records.column(key)) > 0)
+    ]
+    return f'<div class="charts even">{"".join(drawn)}</div>' if drawn else ""
+
+
 def _words(key: str) -> str:
     return key.replace("_", " ").replace("aux", "auxiliary").capitalize()
 
@@ -220,7 +236,8 @@ def _settings(records: RunRecords) -> str:
     return details("Settings", f"<pre>{escape(to_toml(config))}</pre>")
 
 
-def _footer(records: RunRecords) -> str:
+def footer(notes: Sequence[str]) -> str:
+    """What could not be read, a sentence each, and what wrote the page."""
     own, *others = (f"{name} {importlib.metadata.version(name)}" for name in ("crossdock", "torch", "transformers"))
-    notes = "".join(f"<p>{escape(note)}</p>" for note in records.notes)
-    return f"<footer>{notes}Written by {escape(own)} with {escape(', '.join(others))}.</footer>"
+    said = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    return f"<footer>{said}Written by {escape(own)} with {escape(', '.join(others))}.</footer>"

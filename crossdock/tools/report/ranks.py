@@ -74,8 +74,7 @@ def rank_figure(records: RunRecords) -> list[tuple[str, str, str]]:
 
 def rank_section(records: RunRecords) -> str:
     """Charts, looks at the placement, and maps; nothing where one rank has all experts."""
-    content = _charts(records) + _looks_table(records) + _maps(records)
-    return f"<section><h2>Rank load</h2>{content}</section>\n" if content else ""
+    return _charts(records) + _looks_table(records) + _maps(records)
 
 
 def _is_relieved(records: RunRecords) -> bool:

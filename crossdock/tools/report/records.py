@@ -12,11 +12,25 @@ import numpy as np
 
 from crossdock.checkpoint import latest_step, parse_checked_json, saved_world_size
 from crossdock.config import RUN_CONFIG_FILE, Config, ConfigError, read_run_settings
+from crossdock.tools.report.events import EVENTS_FILE, Event, read_events
 from crossdock.tools.report.load import LOAD_FILE, RANK_LOAD_FILE, LoadFileError, read_load
 
-__all__ = ["METRICS_FILE", "Loads", "ReportError", "RunRecords", "read_metrics", "read_run"]
+__all__ = [
+    "FAULTS_FOLDER",
+    "METRICS_FILE",
+    "FaultReport",
+    "Loads",
+    "ReportError",
+    "RunRecords",
+    "read_metrics",
+    "read_run",
+]
 
 METRICS_FILE = "metrics.jsonl"
+FAULTS_FOLDER = "faults"
+"""Of a run folder: reports of ranks that waited in vain."""
+_MOST_REPORTS = 10
+_LONGEST_REPORT = 40_000
 _SHOWN = 8
 
 
@@ -29,6 +43,13 @@ class Loads(NamedTuple):
 
     steps: np.ndarray
     counts: np.ndarray
+
+
+class FaultReport(NamedTuple):
+    """A file of `FAULTS_FOLDER`: its name, and its text, cut where it is very long."""
+
+    name: str
+    text: str
 
 
 @dataclass
@@ -44,6 +65,8 @@ class RunRecords:
         rank_loads: likewise; one rank that has all experts records none.
         config: the resolved settings; `None` where they cannot be read.
         world_size: ranks of the newest checkpoint; `None` without one.
+        events: what happened, in order.
+        reports: of ranks that waited in vain, the newest ones.
         ended: when the last line of metrics was written, UTC.
         notes: what could not be read, a sentence each.
     """
@@ -55,6 +78,8 @@ class RunRecords:
     ended: datetime
     expert_loads: Loads | None = None
     rank_loads: Loads | None = None
+    events: list[Event] = field(default_factory=list)
+    reports: list[FaultReport] = field(default_factory=list)
     config: Config | None = None
     world_size: int | None = None
     notes: list[str] = field(default_factory=list)
@@ -103,6 +128,7 @@ def read_run(folder: Path) -> RunRecords:
         records.notes.append(f"{METRICS_FILE}: {_damaged(broken)}.")
     records.expert_loads = _loads(folder / LOAD_FILE, records.notes)
     records.rank_loads = _loads(folder / RANK_LOAD_FILE, records.notes)
+    _add_faults(records)
     _add_settings(records)
     return records
 
@@ -173,6 +199,21 @@ def _loads(path: Path, notes: list[str]) -> Loads | None:
             return loads if len(loads.steps) else None
         notes.append(f"The steps in {path.name} do not ascend.")
     return None
+
+
+def _add_faults(records: RunRecords) -> None:
+    try:
+        records.events, damaged = read_events(records.folder)
+        if damaged:
+            records.notes.append(f"{EVENTS_FILE}: {damaged} line{'s' * (damaged > 1)} left out: damaged.")
+    except OSError as error:
+        records.notes.append(f"{EVENTS_FILE} could not be read: {error.strerror}.")
+    for path in sorted(records.folder.glob(f"{FAULTS_FOLDER}/*.txt"))[-_MOST_REPORTS:]:
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                records.reports.append(FaultReport(path.name, file.read(_LONGEST_REPORT)))
+        except OSError as error:
+            records.notes.append(f"{FAULTS_FOLDER}/{path.name} could not be read: {error.strerror}.")
 
 
 def _add_settings(records: RunRecords) -> None:
