@@ -91,8 +91,7 @@ class AllToAllDispatcher:
         """
         self.agreement.check(x, slot_ids, weights)
         needed = needed_ranks(slot_ids, self.slots_per_rank, self.num_ranks)
-        # The distinct (destination rank, token) pairs, sorted.
-        destination, token = needed.t().nonzero().unbind(1)
+        destination, token = self.agreement.pairs(needed)
         splits, _ = self.agreement.exchange_counts(needed.sum(dim=0), x, slot_ids, weights)
         rows = sum(splits.send) - splits.send[self.rank]
         if own_tokens is not None:

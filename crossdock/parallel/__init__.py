@@ -1,6 +1,6 @@
 """Parallelism: meshes, expert parallelism, activation checkpointing, FSDP, gradients."""
 
-from crossdock.parallel.blocks import plain_name, transformer_blocks
+from crossdock.parallel.blocks import block_lists, plain_name, transformer_blocks
 from crossdock.parallel.compile import CompileConfig, apply_compile
 from crossdock.parallel.context import SequenceContext, apply_cp, check_heads
 from crossdock.parallel.expert import ExpertParallel, apply_ep, layer_dispatcher
@@ -62,6 +62,7 @@ __all__ = [
     "apply_fsdp",
     "apply_pp",
     "apply_tp",
+    "block_lists",
     "as_shard",
     "as_shards",
     "check_heads",
