@@ -17,20 +17,22 @@ from transformers import PreTrainedModel
 
 from crossdock.checkpoint import materialise_optimizer_state
 from crossdock.config import Config
-from crossdock.dispatch import AllGatherDispatcher
+from crossdock.dispatch import AllGatherDispatcher, Traffic
 from crossdock.models import FAMILIES, batch_loss
-from crossdock.moe import moe_layers, set_batch_totals
-from crossdock.parallel import GradientManager, Meshes, ParallelDims, block_lists, transformer_blocks
+from crossdock.moe import MoE, moe_layers, set_batch_totals, step_load
+from crossdock.parallel import GradientManager, Meshes, OneGroup, ParallelDims, block_lists, transformer_blocks
 from crossdock.tools.plan import (
     Counted,
     RankRoutes,
     StepCounter,
     assume_counts,
 )
+from crossdock.train.dry_pipeline import pipeline_pass
+from crossdock.train.metrics import gather_metrics, traffic_metrics
 from crossdock.train.optimizer import build_optimizer
 from crossdock.train.preparing import lay_out, model_of, prepare_model
 
-__all__ = ["DryRun", "dry_run"]
+__all__ = ["DryRun", "dry_run", "group_names", "keep_blocks"]
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,9 @@ def _step(
         model.train()
         counter.hold([*model.parameters(), *model.buffers()], "parameters")
         counter.hold(_state_tensors(optimizer), "optimizer state")
-        counter = _counting_step(counter, config, dims, rank, model, meshes, gradients, optimizer)
+        _take(counter, config, dims, rank, model, meshes, gradients, optimizer)
         sent = [layer.dispatcher.traffic for layer in layers]
-    names = _group_names(meshes, dims)
+    names = group_names(meshes)
     return DryRun(
         counter.counted(),
         names,
@@ -116,7 +118,7 @@ def _step(
     )
 
 
-def _counting_step(
+def _take(
     counter: StepCounter,
     config: Config,
     dims: ParallelDims,
@@ -125,32 +127,44 @@ def _counting_step(
     meshes: Meshes,
     gradients: GradientManager,
     optimizer: torch.optim.Optimizer,
-) -> StepCounter:
+) -> None:
+    """As `Stepper.take`, in the same order."""
     training = config.training
     reader = dims.reader(rank)
     micro_batches = training.global_batch_size // (training.local_batch_size * reader.degree)
     tokens = training.global_batch_size * training.seq_len
-    set_batch_totals(model, training.global_batch_size, tokens, dist.group.WORLD, meshes.sequence)
-    counter.begin()
+    stage = meshes.stage if dims.pp > 1 else dist.group.WORLD
+    set_batch_totals(model, training.global_batch_size, tokens, stage, meshes.sequence)
     shape = (training.local_batch_size, training.seq_len // reader.sections)
-    batches = [
-        {name: torch.zeros(shape, dtype=torch.int64) for name in _inputs(config)} for _ in range(micro_batches)
-    ]
+    counter.begin()
+    batches = [{name: torch.zeros(shape, dtype=torch.int64) for name in _inputs(config)} for _ in range(micro_batches)]
     with _marked_blocks(model, counter):
-        for index, batch in enumerate(batches):
-            gradients.before_backward(is_last=index == len(batches) - 1)
-            counter.enter("forward")
-            share = batch_loss(model, **batch) / tokens
-            counter.enter("backward")
-            share.backward()
-            del share
+        if dims.pp > 1:
+            pipeline_pass(counter, config, dims, model, meshes, gradients, batches, 1 / tokens)
+        else:
+            for index, batch in enumerate(batches):
+                gradients.before_backward(is_last=index == len(batches) - 1)
+                counter.enter("forward")
+                share = batch_loss(model, **batch) / tokens
+                counter.enter("backward")
+                share.backward()
+                del share
     counter.hold((p.grad for p in model.parameters() if p.grad is not None), "gradients")
     counter.enter("clip")
-    gradients.clip(training.max_norm)
+    norm = gradients.clip(training.max_norm)
+    counter.enter("metrics")
+    device, groups = torch.device("cpu"), OneGroup()
+    layers = list(moe_layers(model).values())
+    zero = torch.zeros((), dtype=torch.float64)
+    terms = {"loss": zero}
+    if layers and isinstance(layers[0], MoE):
+        terms |= dict.fromkeys(layers[0].coefficients.active(), zero)
+    gather_metrics(terms, norm, device, groups)
+    traffic_metrics(Traffic(), gradients.replica_traffic, device, groups)
+    step_load(model, dist.group.WORLD)
     counter.enter("optimizer")
     optimizer.step()
     optimizer.zero_grad()
-    return counter
 
 
 def _inputs(config: Config) -> list[str]:
@@ -226,7 +240,8 @@ def _routes_of_rows(layers: Sequence[Any], routes: RankRoutes) -> Any:
     return lambda rows, width: min(round(rows * per_row), rows * width)
 
 
-def _group_names(meshes: Meshes, dims: ParallelDims) -> dict[str, str]:
+def group_names(meshes: Meshes) -> dict[str, str]:
+    """What a layout's groups of ranks are, by name."""
     names = {}
     for mesh in (meshes.dense, meshes.experts):
         for dim, name in enumerate(mesh.mesh_dim_names or ()):

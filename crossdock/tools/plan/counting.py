@@ -273,5 +273,6 @@ _COLLECTIVES: Mapping[str, _Rule] = {
     "c10d._reduce_scatter_base_": lambda a, k: _reduced(a[1], a[2]),
     "c10d.allgather_": lambda a, k: _gathered(a[1][0], a[2]),
     "c10d.allreduce_": lambda a, k: _all_reduced(a[0][0], a[1]),
+    "c10d.send": lambda a, k: (_group(a[1]), (), sum(tensor.nbytes for tensor in a[0])),
     "c10d.alltoall_base_": lambda a, k: _rows(a[1], a[4] or _even(a[1], a[2]), a[2]),
 }
