@@ -1,7 +1,7 @@
 """Configuration: TOML, then command-line overrides, into typed dataclasses, validated once before anything starts."""
 
 from crossdock.config.elastic import fit, with_settled_batch
-from crossdock.config.group_checks import ranks_per_group
+from crossdock.config.group_checks import default_global_batch_size, ranks_per_group
 from crossdock.config.layout_checks import expert_parallel_degrees
 from crossdock.config.reading import (
     RUN_CONFIG_FILE,
@@ -41,6 +41,7 @@ __all__ = [
     "TunedFileError",
     "ValidationConfig",
     "check_settings",
+    "default_global_batch_size",
     "check_writable",
     "expert_parallel_degrees",
     "fit",
