@@ -16,11 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 
+from crossdock.balance import BalanceMonitor
 from crossdock.checkpoint import materialise_optimizer_state
 from crossdock.config import Config
 from crossdock.dispatch import AllGatherDispatcher, Traffic
 from crossdock.models import FAMILIES, batch_loss
-from crossdock.moe import MoE, moe_layers, set_batch_totals, step_load
+from crossdock.moe import MoE, moe_layer_places, moe_layers, set_batch_totals, step_load
 from crossdock.parallel import GradientManager, Meshes, OneGroup, ParallelDims, block_lists, transformer_blocks
 from crossdock.tools.plan import (
     Counted,
@@ -165,7 +166,10 @@ def _take(
         terms |= dict.fromkeys(layers[0].coefficients.active(), zero)
     gather_metrics(terms, norm, device, groups)
     traffic_metrics(Traffic(), gradients.replica_traffic, device, groups)
-    step_load(model, dist.group.WORLD)
+    load = step_load(model, dist.group.WORLD)
+    if dims.ep > 1:
+        decay = config.balance.load_decay
+        BalanceMonitor(moe_layer_places(model), layers, dims.ep, 1, decay).gather(load)
     counter.enter("optimizer")
     optimizer.step()
     optimizer.zero_grad()

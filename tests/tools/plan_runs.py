@@ -51,10 +51,10 @@ def layout_of(arguments: Sequence[str], world_size: int) -> tuple[Config, Parall
 
 
 def sent_by_dimension(counted: Counted, names: Mapping[str, str]) -> dict[str, int]:
-    """Bytes sent by (operation, dimension of the layout)."""
+    """Bytes sent by operation and dimension of the layout; of groups within one, by their ranks."""
     sent: dict[str, int] = defaultdict(int)
     for (operation, group), each in counted.sent.items():
-        sent[f"{operation} {names[group]}"] += each.total
+        sent[f"{operation} {names.get(group, each.ranks)}"] += each.total
     return dict(sent)
 
 
@@ -65,10 +65,13 @@ def counted_run(assets: str, cache: str, run_folder: str, overrides: Sequence[st
     take = trainer.stepper.take
     steps: list[tuple[Counted, int, int, int]] = []
 
+    # One for all steps: what FSDP allocates anew in each, the first one has made.
+    counter = StepCounter()
+
     def counted(*arguments: Any) -> Any:
         layers = list(moe_layers(trainer.model).values())
         before = [layer.dispatcher.traffic for layer in layers]
-        with StepCounter() as counter:
+        with counter:
             counter.hold([*trainer.model.parameters(), *trainer.model.buffers()], "parameters")
             state = [value for each in trainer.optimizer.state.values() for value in each.values()]
             counter.hold([value for value in state if isinstance(value, torch.Tensor)], "optimizer state")
@@ -81,12 +84,12 @@ def counted_run(assets: str, cache: str, run_folder: str, overrides: Sequence[st
 
     trainer.stepper.take = counted  # type: ignore[method-assign]
     trainer.train()
-    # A pipeline makes its buffers in the first step.
-    result, within, between, metadata = steps[0]
+    # In the first step a pipeline sends a value beforehand, for NCCL's sake.
+    result, within, between, metadata = steps[-1]
     names = group_names(trainer.meshes)
     return {
-        "peak": result.peak,
-        "kinds": {phase: dict(kinds) for phase, kinds in result.kinds.items()},
+        "peak": max(step[0].peak for step in steps), "peaks": [dict(step[0].peaks) for step in steps],
+        "kinds": {phase: dict(kinds) for step in steps for phase, kinds in step[0].kinds.items()},
         "sent": sent_by_dimension(result, names),
         "traffic": (within, between, metadata),
     }

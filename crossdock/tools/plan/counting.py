@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from crossdock.experts import EXPERTS_OPS
@@ -153,7 +153,10 @@ class StepCounter(TorchDispatchMode):
             # What the host would read of a dry run: every expert had tokens, every id is valid.
             return args[0].dtype.is_floating_point or args[0].dtype == torch.uint8 or 0
         if func in EXPERTS_OPS and isinstance(args[0], FakeTensor):
-            result = self._experts(*args)
+            result = self._experts(func, *args)
+        elif self._routes is not None and _is_known(func, args, kwargs):
+            with _disable_current_modes():
+                result = func(*args, **kwargs)
         else:
             result = func(*args, **kwargs)
         name = f"{func.namespace}.{func._opname}"
@@ -172,9 +175,12 @@ class StepCounter(TorchDispatchMode):
         self._settle()
         return result
 
-    def _experts(self, tokens: Tensor, slot_ids: Tensor, weights: Tensor, gate_and_up: Tensor, *_: Any) -> Any:
+    def _experts(
+        self, func: Any, tokens: Tensor, slot_ids: Tensor, weights: Tensor, gate_and_up: Tensor, *_: Any
+    ) -> Any:
         """As the operators' own rule for fake tensors, with as many routes as are assumed."""
-        routes = slot_ids.numel() if self._routes is None else self._routes(*slot_ids.shape)
+        static = self._routes is None or "static" in func._opname
+        routes = slot_ids.numel() if static or self._routes is None else self._routes(*slot_ids.shape)
         return (
             torch.empty_like(tokens),
             tokens.new_empty(routes, gate_and_up.shape[2]),
@@ -221,6 +227,17 @@ class StepCounter(TorchDispatchMode):
             return
         added = tuple(a + b for a, b in zip(before.to_ranks, to_others, strict=True))
         self._sent[key] = Sent(before.ranks, before.calls + 1, added, before.in_ring + in_ring)
+
+
+def _is_known(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a dry run can really compute it: positions, and what follows from them alone.
+
+    Models look at positions to see whether they need a mask, which they take for granted where these are fake.
+    """
+    if func._opname == "arange":
+        return True
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return bool(tensors) and all(type(tensor) is Tensor and not tensor.is_meta for tensor in tensors)
 
 
 def _plain(tensor: Tensor) -> Tensor | None:
