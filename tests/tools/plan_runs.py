@@ -88,8 +88,7 @@ def counted_run(assets: str, cache: str, run_folder: str, overrides: Sequence[st
     result, within, between, metadata = steps[-1]
     names = group_names(trainer.meshes)
     return {
-        "peak": max(step[0].peak for step in steps), "peaks": [dict(step[0].peaks) for step in steps],
-        "kinds": {phase: dict(kinds) for step in steps for phase, kinds in step[0].kinds.items()},
+        "peak": result.peak,
         "sent": sent_by_dimension(result, names),
         "traffic": (within, between, metadata),
     }

@@ -31,9 +31,9 @@ LAYOUTS = {
         *("--parallelism.expert-parallel-degree", "2", "--parallelism.context-parallel-degree", "2"),
         *("--moe.dispatcher", "allgather"),
     ],
-    "nodes of 2, hierarchical, 2 chunks": [
+    "nodes of 2, hierarchical": [
         *("--parallelism.expert-parallel-degree", "4", "--moe.dispatcher", "hierarchical"),
-        *("--moe.ranks-per-node", "2", "--moe.overlap-chunks", "2"),
+        *("--moe.ranks-per-node", "2"),
     ],
 }
 
