@@ -89,9 +89,7 @@ def pipeline_pass(
     given = {c: buffers(True) for c, stage in enumerate(stages.own) if stage > 0}
     returned = {c: buffers(False) for c, stage in enumerate(stages.own) if stage < last}
     kept: dict[tuple[int, int], Tensor] = {}
-    order = pipeline_order(
-        parallelism.pipeline_parallel_schedule, place, dims.pp, len(stages.own), len(batches)
-    )
+    order = pipeline_order(parallelism.pipeline_parallel_schedule, place, dims.pp, len(stages.own), len(batches))
     for is_forward, chunk, batch in order:
         stage, key = stages.own[chunk], (chunk, batch)
         if is_forward:

@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -23,35 +22,13 @@ from crossdock.dispatch import AllGatherDispatcher, Traffic
 from crossdock.models import FAMILIES, batch_loss
 from crossdock.moe import MoE, moe_layer_places, moe_layers, set_batch_totals, step_load
 from crossdock.parallel import GradientManager, Meshes, OneGroup, ParallelDims, block_lists, transformer_blocks
-from crossdock.tools.plan import (
-    Counted,
-    RankRoutes,
-    StepCounter,
-    assume_counts,
-)
+from crossdock.tools.plan import DryRun, RankRoutes, StepCounter, assume_counts
 from crossdock.train.dry_pipeline import pipeline_pass
 from crossdock.train.metrics import gather_metrics, traffic_metrics
 from crossdock.train.optimizer import build_optimizer
 from crossdock.train.preparing import lay_out, model_of, prepare_model
 
-__all__ = ["DryRun", "dry_run", "group_names", "keep_blocks"]
-
-
-@dataclass(frozen=True)
-class DryRun:
-    """What a step of one rank came to.
-
-    Attributes:
-        counted: bytes held and sent; sent by the names of `groups`.
-        groups: what the groups of ranks are, by name: `fsdp`, `ep`, ...
-        within, between, metadata: what dispatchers sent, as the metrics of a run count it.
-    """
-
-    counted: Counted
-    groups: dict[str, str]
-    within: int
-    between: int
-    metadata: int
+__all__ = ["dry_run", "group_names", "keep_blocks"]
 
 
 def dry_run(
@@ -65,6 +42,9 @@ def dry_run(
         rank: whose step.
         routes: where a rank's tokens of one micro-batch go, assumed.
         blocks: numbers of the transformer blocks that the model shall have; all unless told.
+
+    Returns:
+        What was counted, sent by (operation, dimension of the layout); of groups within a dimension, by their names.
 
     Raises:
         RuntimeError: where there is a process group already.
@@ -86,9 +66,7 @@ def dry_run(
         quiet.setLevel(level)
 
 
-def _step(
-    config: Config, dims: ParallelDims, rank: int, routes: RankRoutes, blocks: Sequence[int] | None
-) -> DryRun:
+def _step(config: Config, dims: ParallelDims, rank: int, routes: RankRoutes, blocks: Sequence[int] | None) -> DryRun:
     meshes = dims.build_mesh("cpu")
     model = model_of(config)
     if blocks is not None:
@@ -114,9 +92,10 @@ def _step(
         _take(counter, config, dims, rank, model, meshes, gradients, optimizer)
         sent = [layer.dispatcher.traffic for layer in layers]
     names = group_names(meshes)
+    counted = counter.counted()
+    by_dimension = {(operation, names.get(group, group)): each for (operation, group), each in counted.sent.items()}
     return DryRun(
-        counter.counted(),
-        names,
+        counted._replace(sent=by_dimension),
         sum(int(each.within) for each in sent),
         sum(int(each.between) for each in sent),
         sum(int(each.metadata) for each in sent),
@@ -223,6 +202,7 @@ def _marked_blocks(model: nn.Module, counter: StepCounter) -> Iterator[None]:
         block.register_forward_hook(lambda _, __, output, index=index: mark(index, output))
         for index, block in enumerate(blocks)
     ]
+
     def mark_embedding(output: Tensor) -> None:
         if output.requires_grad:
             output.register_hook(lambda _: counter.enter("backward of embedding"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,12 +14,15 @@ import torch.distributed as dist
 from crossdock.config import Config, load_config, validate, with_settled_batch
 from crossdock.moe import moe_layers
 from crossdock.parallel import ParallelDims
-from crossdock.tools.plan import Counted, StepCounter, plan_model, read_model, read_skew
-from crossdock.train.dry_run import DryRun, dry_run, group_names
+from crossdock.tools.plan import Counted, DryRun, StepCounter, plan_model, read_model, read_skew
+from crossdock.train.dry_run import dry_run, group_names
 from crossdock.train.stopping import StopSignal
 from crossdock.train.trainer import Trainer
 from tests.tiny import speeches
 
+DIMENSIONS = frozenset(
+    ["pp", "dp_replicate", "fsdp", "tp", "ep_replicate", "ep_shard", "ep", "cp", "sequence", "stage", "world"]
+)
 # Activations that weigh as much as parameters, or more; routing that is the same in both runs.
 SIZES = {
     "hidden_size": 64,
@@ -50,11 +54,12 @@ def layout_of(arguments: Sequence[str], world_size: int) -> tuple[Config, Parall
     return with_settled_batch(config, dims), dims
 
 
-def sent_by_dimension(counted: Counted, names: Mapping[str, str]) -> dict[str, int]:
+def sent_by_dimension(counted: Counted, names: Mapping[str, str] = MappingProxyType({})) -> dict[str, int]:
     """Bytes sent by operation and dimension of the layout; of groups within one, by their ranks."""
     sent: dict[str, int] = defaultdict(int)
     for (operation, group), each in counted.sent.items():
-        sent[f"{operation} {names.get(group, each.ranks)}"] += each.total
+        name = names.get(group, group)
+        sent[f"{operation} {name if name in DIMENSIONS else each.ranks}"] += each.total
     return dict(sent)
 
 

@@ -44,13 +44,11 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_dry_run_holds_and_sends_what_a_run_does(
-    layout: str, assets: Path, tmp_path: Path, ranks: RankPool
-) -> None:
+def test_a_dry_run_holds_and_sends_what_a_run_does(layout: str, assets: Path, tmp_path: Path, ranks: RankPool) -> None:
     overrides, cache = LAYOUTS[layout], cache_beside(assets)
     run = ranks.run(4, counted_run, str(assets), cache, str(tmp_path / "run"), overrides)
     for rank, real in enumerate(run):
         plan = predicted(str(assets), cache, overrides, 4, rank)
-        assert sent_by_dimension(plan.counted, plan.groups) == real["sent"], f"rank {rank}"
+        assert sent_by_dimension(plan.counted) == real["sent"], f"rank {rank}"
         assert (plan.within, plan.between, plan.metadata) == real["traffic"], f"rank {rank}"
         assert plan.counted.peak == pytest.approx(real["peak"], rel=0.05), f"rank {rank}"

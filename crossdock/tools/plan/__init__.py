@@ -3,6 +3,8 @@
 from crossdock.tools.plan.assumed import Assumed, AssumedAgreement, assume_counts
 from crossdock.tools.plan.counting import Counted, Sent, StepCounter
 from crossdock.tools.plan.devices import Device, DeviceError, find_device, read_devices
+from crossdock.tools.plan.estimate import Calibration, Estimate, Estimator, Memory, Work
+from crossdock.tools.plan.extended import DryRun, Runner, calibrate, extended_run, kept_blocks
 from crossdock.tools.plan.model import BlockFacts, ModelFacts, plan_model, read_model
 from crossdock.tools.plan.routes import RankRoutes, Skew, SkewError, read_skew
 
@@ -10,17 +12,27 @@ __all__ = [
     "Assumed",
     "AssumedAgreement",
     "BlockFacts",
+    "Calibration",
     "Counted",
     "Device",
     "DeviceError",
+    "DryRun",
+    "Estimate",
+    "Estimator",
+    "Memory",
     "ModelFacts",
     "RankRoutes",
+    "Runner",
     "Sent",
     "Skew",
     "SkewError",
     "StepCounter",
+    "Work",
     "assume_counts",
+    "calibrate",
+    "extended_run",
     "find_device",
+    "kept_blocks",
     "plan_model",
     "read_devices",
     "read_model",

@@ -7,20 +7,29 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from crossdock.config import Config, default_global_batch_size
+from crossdock.config import Config, default_global_batch_size, expert_parallel_degrees
+from crossdock.models import ExpertSizes
 from crossdock.parallel import ParallelDims, stages_per_rank
 from crossdock.tools.plan.devices import Device
 from crossdock.tools.plan.flows import Flow, dispatch_plan, expert_flow, ring, spans
 from crossdock.tools.plan.model import BlockFacts, ModelFacts
 from crossdock.tools.plan.routes import RankRoutes, Skew
 
-__all__ = ["Calibration", "Estimate", "Estimator", "Memory", "Work"]
+__all__ = [
+    "Calibration",
+    "Estimate",
+    "Estimator",
+    "Memory",
+    "Work",
+    "local_tokens",
+    "num_micro_batches",
+    "with_layout",
+]
 
 # Rows at which a grouped product reaches half of what it could: half a tile of 128.
 _HALF_ROWS = 64
 # What an AdamW step reads and writes of a parameter, all in float32: four and three values.
 _OPTIMIZER_BYTES = 28
-# Passes of an activation that is kept, through memory: written, read back, and as much for its gradient.
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class Calibration:
         working: of what a block needs while its backward pass runs.
         ends: of what the head needs, logits and their gradients.
         achieved: share of the device's peak in place of the table's; `None` takes that.
-        extra_bytes: held beside all that is counted, whatever the layout.
+        activation_bytes: all activations, per token of a rank, in place of the formulas; of a whole model.
         source: where these are from.
     """
 
@@ -40,7 +49,7 @@ class Calibration:
     working: float = 1.0
     ends: float = 1.0
     achieved: float | None = None
-    extra_bytes: float = 0.0
+    activation_bytes: float | None = None
     source: str = "formulas alone"
 
 
@@ -208,6 +217,25 @@ class Estimator:
             self.facts.num_experts,
         )
 
+    def with_ep(self, config: Config, dims: ParallelDims, ep: int) -> Estimate | None:
+        """The same with another degree of expert parallelism; `None` where that breaks a rule."""
+        other = replace(dims, ep=ep)
+        sizes = ExpertSizes(self.facts.num_experts, self.facts.hidden_size, self.facts.intermediate_size)
+        if ep not in expert_parallel_degrees(sizes, dims.replica_size):
+            return None
+        training = config.training
+        config = with_layout(config, other, training.local_batch_size, training.global_batch_size)
+        if ep == 1:
+            config = replace(config, moe=replace(config.moe, dispatcher="auto", overlap_chunks=0))
+        return self.estimate(config, other)
+
+    def at_worst(self, config: Config, dims: ParallelDims) -> float:
+        """Bytes of a rank that gets every token of its expert-parallel group, for all their experts."""
+        routes = self.routes(config, dims)
+        every = torch.zeros_like(routes.ranks)
+        worst = RankRoutes(routes.tokens, dims.ep, every)
+        return self.memory(config, dims, worst, num_micro_batches(config, dims)).total
+
     def memory(self, config: Config, dims: ParallelDims, routes: RankRoutes, micro_batches: int) -> Memory:
         """Of the stage of the pipeline that holds most."""
         stages = range(dims.pp) if dims.pp <= 2 else (0, 1, dims.pp - 1)
@@ -242,9 +270,10 @@ class Estimator:
         if config.optimizer.name == "muon":
             vectors = ends / tp / fsdp + blocks(lambda kind: kind.rest / fsdp)
             adam = (held + vectors) / max(held, 1) * wide
-        return Memory(
-            held * wide, held * wide, held * adam, kept + max(working, head), buffers + calibration.extra_bytes
-        )
+        activations = kept + max(working, head)
+        if calibration.activation_bytes is not None:
+            activations = calibration.activation_bytes * routes.tokens
+        return Memory(held * wide, held * wide, held * adam, activations, buffers)
 
     def _blocks(self, dims: ParallelDims) -> Callable[[Callable[[BlockFacts], float]], float]:
         """The sum over the blocks of a stage, of as many as the largest has."""
@@ -272,9 +301,7 @@ class Estimator:
             return micro_batches
         if parallelism.pipeline_parallel_schedule == "1f1b":
             return min(micro_batches, dims.pp - stage)
-        chunks = stages_per_rank(
-            parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_stages_per_rank
-        )
+        chunks = stages_per_rank(parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_stages_per_rank)
         return min(micro_batches, (2 * (dims.pp - stage - 1) + (chunks - 1) * dims.pp + 1) / chunks + 1)
 
     def kept(self, kind: BlockFacts, config: Config, dims: ParallelDims, routes: RankRoutes) -> float:
@@ -440,9 +467,7 @@ class Estimator:
         ends = (facts.embedding + facts.head) / dims.tp
         seconds = ring("", span["fsdp"], ends * (item + reduced), device).seconds
         seconds += ring("", span["fsdp"], (kind.matrices / dims.tp + kind.rest) * (item + reduced), device).seconds
-        return (
-            seconds + ring("", span["ep_shard"], self._slots(dims) * kind.slot * (item + reduced), device).seconds
-        )
+        return seconds + ring("", span["ep_shard"], self._slots(dims) * kind.slot * (item + reduced), device).seconds
 
 
 def local_tokens(config: Config, dims: ParallelDims) -> int:

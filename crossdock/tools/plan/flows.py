@@ -99,9 +99,7 @@ def ring(name: str, span: Span, nbytes: float, device: Device) -> Flow:
     return Flow(name, nvlink - (network if inside > 1 else 0.0), network, seconds)
 
 
-def dispatch_plan(
-    config: Config, dims: ParallelDims, facts: ModelFacts, tokens: int, device: Device
-) -> DispatchPlan:
+def dispatch_plan(config: Config, dims: ParallelDims, facts: ModelFacts, tokens: int, device: Device) -> DispatchPlan:
     """What training picks for the dispatcher and its chunks on such a device, by the same rule."""
     moe = config.moe
     situation = DispatchSituation(
