@@ -15,6 +15,7 @@ from crossdock import __version__
 from crossdock.cli.common import Parser, check_gpus, fail, is_rank, machine_options, machines_of, split_path
 from crossdock.cli.convert import convert_command
 from crossdock.cli.model import evaluate_command, export_command, generate_command
+from crossdock.cli.plan import plan_command
 from crossdock.cli.tune import tune_command
 
 if TYPE_CHECKING:
@@ -33,10 +34,11 @@ crossdock: expert parallelism for PyTorch
   crossdock convert SRC DST                                  Hugging Face's format to a run folder, and back
   crossdock report RUN [--output FILE]                       write the report of a run folder, RUN/report.html
   crossdock tune   [CONFIG.toml] [--section.key value ...]   measure settings that are left open, for `train` to take
+  crossdock plan   [CONFIG.toml] --gpus N --gpu NAME         what a run would take: memory, bytes, time, best layout
   crossdock --version
 
 MODEL is a run folder (its newest checkpoint), one of its checkpoints, or a folder in Hugging Face's format. generate,
-eval, export, convert and tune have a --help of their own.
+eval, export, convert, tune and plan have a --help of their own.
 
 Ranks are started here, one per GPU or two on a machine without. Several machines run the same command:
   --nproc N          ranks on this machine
@@ -187,4 +189,5 @@ _COMMANDS = {
     "convert": convert_command,
     "report": _report,
     "tune": tune_command,
+    "plan": plan_command,
 }

@@ -1,12 +1,17 @@
 """What a run would take, before any GPU is paid for: memory, bytes sent, time, and which layout is best."""
 
 from crossdock.tools.plan.assumed import Assumed, AssumedAgreement, assume_counts
+from crossdock.tools.plan.auto import found_device, is_open, settle
 from crossdock.tools.plan.counting import Counted, Sent, StepCounter
 from crossdock.tools.plan.devices import Device, DeviceError, find_device, read_devices
 from crossdock.tools.plan.estimate import Calibration, Estimate, Estimator, Memory, Work
 from crossdock.tools.plan.extended import DryRun, Runner, calibrate, extended_run, kept_blocks
 from crossdock.tools.plan.model import BlockFacts, ModelFacts, plan_model, read_model
+from crossdock.tools.plan.picture import picture
+from crossdock.tools.plan.planning import Plan, PlanOptions, make_plan
 from crossdock.tools.plan.routes import RankRoutes, Skew, SkewError, read_skew
+from crossdock.tools.plan.search import Found, ScaleRow, scale, search
+from crossdock.tools.plan.show import as_json, show
 
 __all__ = [
     "Assumed",
@@ -19,22 +24,35 @@ __all__ = [
     "DryRun",
     "Estimate",
     "Estimator",
+    "Found",
     "Memory",
     "ModelFacts",
+    "Plan",
+    "PlanOptions",
     "RankRoutes",
     "Runner",
+    "ScaleRow",
     "Sent",
     "Skew",
     "SkewError",
     "StepCounter",
     "Work",
+    "as_json",
     "assume_counts",
     "calibrate",
     "extended_run",
     "find_device",
+    "found_device",
+    "is_open",
     "kept_blocks",
+    "make_plan",
+    "picture",
     "plan_model",
     "read_devices",
     "read_model",
     "read_skew",
+    "scale",
+    "search",
+    "settle",
+    "show",
 ]

@@ -185,14 +185,17 @@ class Estimator:
         self.calibration = calibration or Calibration()
         self.limit = device.memory_gib * 2**30 * (1 - spare)
         self._routes: dict[tuple[int, int], RankRoutes] = {}
+        self._ids: dict[int, torch.Tensor] = {}
 
     def routes(self, config: Config, dims: ParallelDims) -> RankRoutes:
         """Of a rank's tokens of one micro-batch."""
         tokens = local_tokens(config, dims)
-        key = tokens, dims.ep
+        key = tokens if self.skew.exact else 0, dims.ep
+        if key[0] not in self._ids:
+            self._ids[key[0]] = self.skew.expert_ids(tokens, self.facts)
         if key not in self._routes:
-            self._routes[key] = self.skew.of_ranks(tokens, dims.ep, self.facts)
-        return self._routes[key]
+            self._routes[key] = self.skew.of_ranks(tokens, dims.ep, self.facts, self._ids[key[0]])
+        return self._routes[key].with_tokens(tokens)
 
     def estimate(self, config: Config, dims: ParallelDims) -> Estimate:
         """Of a layout that breaks no rule."""
@@ -232,8 +235,7 @@ class Estimator:
     def at_worst(self, config: Config, dims: ParallelDims) -> float:
         """Bytes of a rank that gets every token of its expert-parallel group, for all their experts."""
         routes = self.routes(config, dims)
-        every = torch.zeros_like(routes.ranks)
-        worst = RankRoutes(routes.tokens, dims.ep, every)
+        worst = routes.all_to_busiest()
         return self.memory(config, dims, worst, num_micro_batches(config, dims)).total
 
     def memory(self, config: Config, dims: ParallelDims, routes: RankRoutes, micro_batches: int) -> Memory:
@@ -270,10 +272,13 @@ class Estimator:
         if config.optimizer.name == "muon":
             vectors = ends / tp / fsdp + blocks(lambda kind: kind.rest / fsdp)
             adam = (held + vectors) / max(held, 1) * wide
-        activations = kept + max(working, head)
+        state = held * wide, held * wide, held * adam
         if calibration.activation_bytes is not None:
-            activations = calibration.activation_bytes * routes.tokens
-        return Memory(held * wide, held * wide, held * adam, activations, buffers)
+            return Memory(*state, calibration.activation_bytes * routes.tokens, buffers)
+        # Gradients grow as activations go, but for those of earlier micro-batches.
+        begins = Memory(state[0], state[1] if micro_batches > 1 else 0.0, state[2], kept + max(working, head), buffers)
+        ends_with = Memory(*state, working, buffers)
+        return max(begins, ends_with, key=lambda memory: memory.total)
 
     def _blocks(self, dims: ParallelDims) -> Callable[[Callable[[BlockFacts], float]], float]:
         """The sum over the blocks of a stage, of as many as the largest has."""

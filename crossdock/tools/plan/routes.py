@@ -17,12 +17,40 @@ from crossdock.tools.report.load import LOAD_FILE, LoadFileError, read_load
 
 __all__ = ["RankRoutes", "Skew", "SkewError", "read_skew"]
 
-# So many tokens say what shares are, where a rank has more.
+# So many tokens say what shares are.
 _SAMPLE = 4096
 
 
 class SkewError(ValueError):
     """A skew that cannot be taken; the message says what would do."""
+
+
+class _Sample:
+    """Tokens and the expert-parallel rank of each of their routes, `[T', K]`; counts are made once."""
+
+    def __init__(self, ranks: Tensor, num_ranks: int) -> None:
+        self.ranks, self.num_ranks = ranks, num_ranks
+        self._distinct: dict[int, list[int]] = {}
+
+    def distinct(self, size: int) -> list[int]:
+        """Tokens that need each group of `size` ranks."""
+        if size not in self._distinct:
+            places = self.ranks // size
+            needed = torch.zeros(len(places), self.num_ranks // size, dtype=torch.bool).scatter_(1, places, True)
+            self._distinct[size] = needed.sum(dim=0).tolist()
+        return self._distinct[size]
+
+    @cached_property
+    def routes(self) -> list[int]:
+        return torch.bincount(self.ranks.flatten(), minlength=self.num_ranks).tolist()
+
+    @cached_property
+    def busiest(self) -> int:
+        return max(range(self.num_ranks), key=self.routes.__getitem__)
+
+    @cached_property
+    def imbalance(self) -> float:
+        return max(self.routes) * self.num_ranks / max(sum(self.routes), 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,54 +59,62 @@ class RankRoutes:
 
     Attributes:
         tokens: how many there are.
-        num_ranks: `ep`.
-        ranks: the expert-parallel rank of each route, `[T', K]`, of all tokens or a sample of them.
+        sample: where they go, or a sample of them.
     """
 
     tokens: int
-    num_ranks: int
-    ranks: Tensor
+    sample: _Sample
 
-    @cached_property
+    @classmethod
+    def of(cls, tokens: int, num_ranks: int, ranks: Tensor) -> RankRoutes:
+        """From the expert-parallel rank of each route, `[T', K]`, of all tokens or a sample of them."""
+        return cls(tokens, _Sample(ranks, num_ranks))
+
+    @property
+    def num_ranks(self) -> int:
+        return self.sample.num_ranks
+
+    @property
     def rows(self) -> tuple[int, ...]:
         """To each rank, each token once."""
-        return self._distinct(1)
+        return self.node_rows(1)
 
     def node_rows(self, size: int) -> tuple[int, ...]:
         """To each node of `size` ranks, each token once."""
-        return self._distinct(size)
+        return self._scaled(self.sample.distinct(size))
 
-    @cached_property
+    @property
     def routes(self) -> tuple[int, ...]:
         """To each rank, each token once for each of its experts there."""
-        return self._scaled(torch.bincount(self.ranks.flatten(), minlength=self.num_ranks))
+        return self._scaled(self.sample.routes)
 
     @property
     def busiest(self) -> int:
         """The rank with the most routes, the first of several."""
-        return max(range(self.num_ranks), key=self.routes.__getitem__)
+        return self.sample.busiest
 
     @property
     def imbalance(self) -> float:
         """Routes of the busiest rank over the mean."""
-        return max(self.routes) * self.num_ranks / max(sum(self.routes), 1)
+        return self.sample.imbalance
 
     def chunks(self, count: int) -> list[RankRoutes]:
         """As a layer cuts its tokens."""
         sizes = [len(part) for part in torch.empty(self.tokens, 0).tensor_split(count)]
-        return [
-            RankRoutes(size, self.num_ranks, part)
-            for size, part in zip(sizes, self.ranks.tensor_split(count), strict=True)
-        ]
+        parts = self.sample.ranks.tensor_split(count)
+        return [RankRoutes.of(size, self.num_ranks, part) for size, part in zip(sizes, parts, strict=True)]
 
-    def _distinct(self, size: int) -> tuple[int, ...]:
-        places = self.ranks // size
-        needed = torch.zeros(len(places), self.num_ranks // size, dtype=torch.bool).scatter_(1, places, True)
-        return self._scaled(needed.sum(dim=0))
+    def all_to_busiest(self) -> RankRoutes:
+        """Were every token to choose experts of the first rank alone."""
+        return RankRoutes.of(self.tokens, self.num_ranks, torch.zeros_like(self.sample.ranks))
 
-    def _scaled(self, counts: Tensor) -> tuple[int, ...]:
-        scale = self.tokens / max(len(self.ranks), 1)
-        return tuple(round(count * scale) for count in counts.tolist())
+    def with_tokens(self, tokens: int) -> RankRoutes:
+        """As many others, spread alike."""
+        return RankRoutes(tokens, self.sample)
+
+    def _scaled(self, counts: list[int]) -> tuple[int, ...]:
+        scale = self.tokens / max(len(self.sample.ranks), 1)
+        return tuple(round(count * scale) for count in counts)
 
 
 @dataclass(frozen=True)
@@ -102,8 +138,8 @@ class Skew:
     exact: bool = False
 
     def expert_ids(self, tokens: int, facts: ModelFacts) -> Tensor:
-        """`[T', K]`, of as many tokens as there are, or of a sample of them."""
-        count = tokens if self.exact else min(tokens, _SAMPLE)
+        """`[T', K]`, of as many tokens as there are where that is `exact`, or of a sample."""
+        count = tokens if self.exact else _SAMPLE
         sizes = count, facts.num_experts, facts.top_k
         if self.dealt:
             return deal_out(*sizes, None, torch.device("cpu"))
@@ -126,7 +162,7 @@ class Skew:
         experts, slots = torch.arange(facts.num_experts), facts.num_experts
         # As `Placement.contiguous`: rank g holds g E // R up to (g + 1) E // R - 1.
         owner = ((experts + 1) * num_ranks - 1) // slots
-        return RankRoutes(tokens, num_ranks, owner[ids])
+        return RankRoutes.of(tokens, num_ranks, owner[ids])
 
 
 def read_skew(text: str, config: Config, facts: ModelFacts) -> Skew:
