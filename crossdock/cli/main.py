@@ -91,8 +91,12 @@ def _config(arguments: list[str], options: argparse.Namespace) -> int:
     if options.nproc is None:
         check_settings(config)
     else:
+        from crossdock.train.planned import settled_config
+
         machines = machines_of(options)
-        validate(config, ranks_per_group(config, machines.nproc, machines.nnodes), machines.nproc)
+        ranks = ranks_per_group(config, machines.nproc, machines.nnodes)
+        settled, _ = settled_config(config, ranks, machines.nproc, is_elastic=machines.is_elastic)
+        validate(settled, ranks, machines.nproc)
     print(to_toml(config), end="")
     return 0
 
@@ -105,6 +109,7 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
     from crossdock.data import DataError
     from crossdock.train.groups import group_place, is_in_group, start_groups
     from crossdock.train.launch import ENDED_FOLDER, start_ranks, train_rank
+    from crossdock.train.planned import settled_config
     from crossdock.train.trainer import TrainingStopped
 
     try:
@@ -117,6 +122,8 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
         machines = machines_of(options)
         begins = not is_in_group(os.environ)
         ranks = ranks_per_group(config, machines.nproc, machines.nnodes) if begins else machines.nproc
+        # Its ranks choose anew what is left open, and say why.
+        config, _ = settled_config(config, ranks, machines.nproc, is_elastic=machines.is_elastic)
         dims = validate(config, ranks, machines.nproc)
         check_gpus(machines, config.training.dtype)
         if begins and config.parallelism.expert_parallel_degree == -1:

@@ -2,7 +2,7 @@
 
 from crossdock.config.elastic import fit, with_settled_batch
 from crossdock.config.group_checks import default_global_batch_size, ranks_per_group
-from crossdock.config.layout_checks import check_layout, expert_parallel_degrees
+from crossdock.config.layout_checks import AUTO_BATCH, check_layout, expert_parallel_degrees
 from crossdock.config.reading import (
     RUN_CONFIG_FILE,
     load_config,
@@ -29,6 +29,7 @@ from crossdock.config.validation import check_settings, validate
 
 __all__ = [
     "ASSETS_FOLDER",
+    "AUTO_BATCH",
     "RUN_CONFIG_FILE",
     "Config",
     "ConfigError",

@@ -203,7 +203,7 @@ def _marked_blocks(model: nn.Module, counter: StepCounter) -> Iterator[None]:
         for index, block in enumerate(blocks)
     ]
 
-    def mark_embedding(output: Tensor) -> None:
+    def mark_embedding(output: Any) -> None:
         if output.requires_grad:
             output.register_hook(lambda _: counter.enter("backward of embedding"))
 

@@ -84,7 +84,8 @@ def counted_run(assets: str, cache: str, run_folder: str, overrides: Sequence[st
             taken = take(*arguments)
             result = counter.counted()
         more = [layer.dispatcher.traffic - old for layer, old in zip(layers, before, strict=True)]
-        steps.append((result, *(sum(getattr(m, name) for m in more) for name in ("within", "between", "metadata"))))
+        within, between, metadata = (sum(getattr(m, n) for m in more) for n in ("within", "between", "metadata"))
+        steps.append((result, within, between, metadata))
         return taken
 
     trainer.stepper.take = counted  # type: ignore[method-assign]

@@ -6,6 +6,7 @@ from crossdock.tools.plan.counting import Counted, Sent, StepCounter
 from crossdock.tools.plan.devices import Device, DeviceError, find_device, read_devices
 from crossdock.tools.plan.estimate import Calibration, Estimate, Estimator, Memory, Work
 from crossdock.tools.plan.extended import DryRun, Runner, calibrate, extended_run, kept_blocks
+from crossdock.tools.plan.measured import calibrated_on_run
 from crossdock.tools.plan.model import BlockFacts, ModelFacts, plan_model, read_model
 from crossdock.tools.plan.picture import picture
 from crossdock.tools.plan.planning import Plan, PlanOptions, make_plan
@@ -40,6 +41,7 @@ __all__ = [
     "as_json",
     "assume_counts",
     "calibrate",
+    "calibrated_on_run",
     "extended_run",
     "find_device",
     "found_device",

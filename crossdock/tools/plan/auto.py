@@ -8,16 +8,15 @@ from dataclasses import replace
 
 import torch
 
-from crossdock.config import Config, check_settings
+from crossdock.config import AUTO_BATCH, Config, check_settings
 from crossdock.parallel import LayoutError, ParallelDims
 from crossdock.tools.plan.devices import Device, read_devices
 from crossdock.tools.plan.estimate import Estimate, Estimator
 from crossdock.tools.plan.model import plan_model, read_model
 from crossdock.tools.plan.routes import read_skew
 
-__all__ = ["AUTO_BATCH", "batch_sizes", "choose_batch", "choose_reduction", "found_device", "is_open", "settle"]
+__all__ = ["batch_sizes", "choose_batch", "choose_reduction", "found_device", "is_open", "settle"]
 
-AUTO_BATCH = -1
 _LARGEST_BATCH = 64
 # An estimate has an error: so much of the memory stays free where nobody has looked.
 _SPARE = 0.2

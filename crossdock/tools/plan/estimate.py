@@ -272,7 +272,11 @@ class Estimator:
         if config.optimizer.name == "muon":
             vectors = ends / tp / fsdp + blocks(lambda kind: kind.rest / fsdp)
             adam = (held + vectors) / max(held, 1) * wide
-        state = held * wide, held * wide, held * adam
+        trained = blocks(lambda kind: self._slots(dims) * kind.slot / dims.ep_shard)
+        trained = 0.0 if config.lora.rank else held - (trained if config.training.freeze_experts else 0.0)
+        state = held * wide, trained * wide, trained * adam
+        if config.training.enable_cpu_offload:
+            state = 0.0, 0.0, 0.0
         if calibration.activation_bytes is not None:
             return Memory(*state, calibration.activation_bytes * routes.tokens, buffers)
         # Gradients grow as activations go, but for those of earlier micro-batches.
