@@ -155,6 +155,10 @@ class Agreement:
         destination, token = needed.t().nonzero().unbind(1)
         return destination, token
 
+    def parts(self, rows_per_rank: list[int]) -> list[int]:
+        """Rows that are added one part after another to their tokens' sums: a rank's rows are of distinct tokens."""
+        return rows_per_rank
+
     def exchange_counts(
         self, send_counts: Tensor, x: Tensor, slot_ids: Tensor, weights: Tensor
     ) -> tuple[Splits, list[int]]:

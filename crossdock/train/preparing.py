@@ -171,12 +171,19 @@ def build_training_model(
     return whole
 
 
-def model_of(config: Config) -> PreTrainedModel:
-    """The model that a run trains, whole, on the meta device."""
+def model_of(config: Config, num_blocks: int | None = None) -> PreTrainedModel:
+    """The model that a run trains, on the meta device: whole, or with its first blocks alone."""
     training = config.training
+    hf_config = resolve_hf_config(config.run_model)
+    if num_blocks is not None:
+        text: Any = hf_config.get_text_config()
+        text.num_hidden_layers = num_blocks
+        for name in ("layer_types", "mlp_layer_types"):
+            if isinstance(types := getattr(text, name, None), list):
+                setattr(text, name, types[:num_blocks])
     return build_model(
         FAMILIES[config.model.name],
-        resolve_hf_config(config.run_model),
+        hf_config,
         config.moe,
         torch.float64 if training.dtype == "float64" else torch.float32,
         attn_implementation=config.model.attn_implementation,

@@ -164,7 +164,7 @@ class StepCounter(TorchDispatchMode):
         if rule is not None:
             self._send(name, *rule(args, kwargs))
         kind = BUFFERS if rule is not None or func.namespace == "fsdp" else self._kind
-        resizable = name.startswith(("aten.empty", "aten.new_empty"))
+        resizable = name == "aten.empty"
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and (local := _plain(tensor)) is not None:
                 key = local.untyped_storage()._cdata

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from crossdock.config import Config
 from crossdock.parallel import ParallelDims
 from crossdock.tools.plan.counting import ACTIVATIONS, Counted, Sent
-from crossdock.tools.plan.estimate import Calibration, Estimator
+from crossdock.tools.plan.estimate import Calibration, Estimator, with_layout
 from crossdock.tools.plan.model import ModelFacts
 from crossdock.tools.plan.routes import RankRoutes
 
@@ -123,12 +123,8 @@ def calibrate(estimator: Estimator, run: Runner, config: Config, dims: ParallelD
     """
     facts = estimator.facts
     flat = replace(dims, pp=1, dp_replicate=dims.dp_replicate * dims.pp) if dims.pp > 1 else dims
-    parallelism = replace(
-        config.parallelism, pipeline_parallel_degree=1, data_parallel_replicate_degree=flat.dp_replicate
-    )
-    batch = config.training.local_batch_size * flat.dp_replicate * flat.dp_shard
-    training = replace(config.training, global_batch_size=batch)
-    config = replace(config, parallelism=parallelism, training=training)
+    size = config.training.local_batch_size
+    config = with_layout(config, flat, size, size * flat.dp_replicate * flat.dp_shard)
     routes = estimator.routes(config, flat)
     rank = routes.busiest
     blocks = kept_blocks(facts)

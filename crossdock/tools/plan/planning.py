@@ -19,7 +19,7 @@ from crossdock.tools.plan.search import Found, ScaleRow, scale, search
 
 __all__ = ["Plan", "PlanOptions", "make_plan"]
 
-_CHECKED = 3
+_CHECKED = 2
 
 
 @dataclass(frozen=True)
@@ -143,13 +143,13 @@ def checked(estimator: Estimator, run: Runner, config: Config, dims: ParallelDim
 
 def _remembering(run: Runner, device: Device) -> Runner:
     """A runner that makes no run twice, and runs what can run without the device and its libraries."""
-    known: dict[tuple[str, int, RankRoutes, tuple[int, ...] | None], DryRun] = {}
+    known: dict[tuple[object, ...], DryRun] = {}
 
     def remembered(
         config: Config, dims: ParallelDims, rank: int, routes: RankRoutes, blocks: Sequence[int] | None
     ) -> DryRun:
         config = _without_hardware(config, device)
-        key = repr((config, dims)), rank, routes, None if blocks is None else tuple(blocks)
+        key = repr((config, dims)), rank, routes.tokens, routes.sample, None if blocks is None else tuple(blocks)
         if key not in known:
             known[key] = run(config, dims, rank, routes, blocks)
         return known[key]
