@@ -134,7 +134,9 @@ def _large_rows(folder: Path) -> list[dict[str, Any]]:
     case = "plan with search: 1,024 ranks, 94 layers, 4,096 experts"
     row = {"case": case, "figure": round(seconds, 1), "unit": "s", "goal": "under 60", "met": seconds < 60}
     load = {"CPU seconds": round(cpu, 1), "load average": round(os.getloadavg()[0], 1), "cores": os.cpu_count()}
-    return [row | load | {"combinations": plan.found.tried, "fit": plan.found.fitting, "largest pp of the best": deepest}]
+    return [
+        row | load | {"combinations": plan.found.tried, "fit": plan.found.fitting, "largest pp of the best": deepest}
+    ]
 
 
 def _many_experts(folder: Path) -> Path:

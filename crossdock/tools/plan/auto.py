@@ -81,7 +81,9 @@ def choose_batch(estimator: Estimator, config: Config, dims: ParallelDims) -> tu
     best = max(each.tokens_per_second for _, each in fitting)
     size, chosen = next((s, e) for s, e in fitting if e.tokens_per_second * _GAIN >= best)
     larger = next((f"; {s} would take {_gib(e)}" for s, e in found if s > size and not e.fits), "")
-    return size, f"{_gib(chosen)} estimated on {estimator.device.name}{larger}"
+    device = estimator.device
+    where = f"{device.name} in nodes of {device.node_size}"
+    return size, f"larger ones gain less than a per cent on {where}; {_gib(chosen)}{larger}"
 
 
 def batch_sizes(config: Config, dims: ParallelDims) -> list[int]:
