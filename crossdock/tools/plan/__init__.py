@@ -4,8 +4,9 @@ from crossdock.tools.plan.assumed import Assumed, AssumedAgreement, assume_count
 from crossdock.tools.plan.auto import found_device, is_open, settle
 from crossdock.tools.plan.counting import Counted, Sent, StepCounter
 from crossdock.tools.plan.devices import Device, DeviceError, find_device, read_devices
-from crossdock.tools.plan.estimate import Calibration, Estimate, Estimator, Memory, Work
+from crossdock.tools.plan.estimate import Estimator
 from crossdock.tools.plan.extended import DryRun, Runner, calibrate, extended_run, kept_blocks
+from crossdock.tools.plan.figures import Calibration, Estimate, Memory, Work
 from crossdock.tools.plan.measured import calibrated_on_run
 from crossdock.tools.plan.model import BlockFacts, ModelFacts, plan_model, read_model
 from crossdock.tools.plan.picture import picture

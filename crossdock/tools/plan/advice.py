@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from crossdock.config import Config
-from crossdock.tools.plan.estimate import Estimate, Estimator
+from crossdock.tools.plan.estimate import Estimator
+from crossdock.tools.plan.figures import Estimate
 from crossdock.tools.plan.flows import spans
 
 __all__ = ["advice"]

@@ -11,7 +11,8 @@ import torch
 from crossdock.config import AUTO_BATCH, Config, check_settings
 from crossdock.parallel import LayoutError, ParallelDims
 from crossdock.tools.plan.devices import Device, read_devices
-from crossdock.tools.plan.estimate import Estimate, Estimator
+from crossdock.tools.plan.estimate import Estimator
+from crossdock.tools.plan.figures import Estimate
 from crossdock.tools.plan.model import plan_model, read_model
 from crossdock.tools.plan.routes import read_skew
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from crossdock.config import Config
 from crossdock.parallel import ParallelDims
 from crossdock.tools.plan.counting import ACTIVATIONS, Counted, Sent
-from crossdock.tools.plan.estimate import Calibration, Estimator, with_layout
+from crossdock.tools.plan.estimate import Estimator, with_layout
+from crossdock.tools.plan.figures import Calibration
 from crossdock.tools.plan.model import ModelFacts
 from crossdock.tools.plan.routes import RankRoutes
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from crossdock.config import Config
 from crossdock.parallel import ParallelDims
-from crossdock.tools.plan.estimate import Calibration, Estimator
+from crossdock.tools.plan.estimate import Estimator
+from crossdock.tools.plan.figures import Calibration
 
 __all__ = ["calibrated_on_run"]
 

@@ -11,8 +11,9 @@ from crossdock.tools.plan.advice import advice
 from crossdock.tools.plan.auto import settle
 from crossdock.tools.plan.counting import ACTIVATIONS, BUFFERS, GRADIENTS, OPTIMIZER, PARAMETERS
 from crossdock.tools.plan.devices import Device
-from crossdock.tools.plan.estimate import Estimate, Estimator, Memory, num_micro_batches, with_layout
+from crossdock.tools.plan.estimate import Estimator, num_micro_batches, with_layout
 from crossdock.tools.plan.extended import DryRun, Runner, calibrate, extended_run
+from crossdock.tools.plan.figures import Estimate, Memory
 from crossdock.tools.plan.model import ModelFacts, plan_model, read_model
 from crossdock.tools.plan.routes import RankRoutes, read_skew
 from crossdock.tools.plan.search import Found, ScaleRow, scale, search

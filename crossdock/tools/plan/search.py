@@ -10,7 +10,8 @@ from crossdock.models import ExpertSizes, resolve_hf_config
 from crossdock.moe_config import MoEConfig
 from crossdock.parallel import ParallelDims, check_microbatches, stages_per_rank
 from crossdock.tools.plan.auto import batch_sizes
-from crossdock.tools.plan.estimate import Estimate, Estimator, num_micro_batches, with_layout
+from crossdock.tools.plan.estimate import Estimator, num_micro_batches, with_layout
+from crossdock.tools.plan.figures import Estimate
 from crossdock.tools.plan.model import ModelFacts
 
 __all__ = ["Found", "ScaleRow", "scale", "search", "why"]

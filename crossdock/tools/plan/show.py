@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from crossdock.tools.plan.estimate import Estimate, Memory
+from crossdock.tools.plan.figures import Estimate, Memory
 from crossdock.tools.plan.planning import Plan
 from crossdock.tools.plan.search import ScaleRow, why
 
