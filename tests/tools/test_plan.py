@@ -22,6 +22,7 @@ from crossdock.tools.plan import (
     DeviceError,
     Estimator,
     SkewError,
+    advice,
     calibrate,
     extended_run,
     find_device,
@@ -205,6 +206,28 @@ def test_a_skew_loads_the_busiest_rank_and_warns() -> None:
     assert skewed.routes.busiest == 0
     assert skewed.memory.total > even.memory.total
     assert skewed.tokens_per_second < even.tokens_per_second
+
+
+WARNINGS = {
+    "does not fit": ("h100", 8, "uniform", ["--training.local-batch-size", "16"]),
+    "expert parallelism across nodes: ep 16 spans 2 nodes of 8": ("b200", 16, "uniform", []),
+    "imbalance: the busiest rank computes": ("b200", 8, "zipf:1", []),
+    "few rows per product": ("b200", 8, "uniform", ["--training.seq-len", "64", "--training.local-batch-size", "1"]),
+    "more traffic than compute": ("cpu", 16, "uniform", []),
+    "expert parallelism is not needed": ("b200", 8, "zipf:1", ["--training.local-batch-size", "8"]),
+}
+
+
+@pytest.mark.parametrize("words", WARNINGS)
+def test_experience_warns(words: str) -> None:
+    name, ranks, skew, overrides = WARNINGS[words]
+    config = _config(*LARGE, "--activation-checkpoint.mode", "full", *overrides)
+    facts, device = read_model(plan_model(config)), DEVICES[name]
+    if name == "cpu":  # as fast as a GPU, with links of a CPU
+        device = replace(B200, nvlink_gbytes=1.0, network_gbytes=0.5)
+    estimator = Estimator(facts, device, read_skew(skew, config, facts))
+    found = advice(estimator.estimate(config, ParallelDims(ranks, ep=ranks)), estimator)
+    assert any(words in warning for warning in found), found
 
 
 def test_a_recorded_load_is_a_skew(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a run would take, before any GPU is paid for: memory, bytes sent, time, and which layout is best."""
 
+from crossdock.tools.plan.advice import advice
 from crossdock.tools.plan.assumed import Assumed, AssumedAgreement, assume_counts
 from crossdock.tools.plan.auto import found_device, is_open, settle
 from crossdock.tools.plan.counting import Counted, Sent, StepCounter
@@ -39,6 +40,7 @@ __all__ = [
     "SkewError",
     "StepCounter",
     "Work",
+    "advice",
     "as_json",
     "assume_counts",
     "calibrate",
