@@ -16,6 +16,7 @@ from crossdock.cli.bench import bench_command
 from crossdock.cli.common import check_gpus, fail, is_rank, machine_options, machines_of, split_path
 from crossdock.cli.convert import convert_command
 from crossdock.cli.model import evaluate_command, export_command, generate_command
+from crossdock.cli.plan import plan_command
 from crossdock.cli.report import report_command
 from crossdock.cli.tune import tune_command
 
@@ -36,10 +37,11 @@ crossdock: expert parallelism for PyTorch
   crossdock report RUN [RUN...] [--output FILE] [--watch]    the report of a run, RUN/report.html, of several, or live
   crossdock tune   [CONFIG.toml] [--section.key value ...]   measure settings that are left open, for `train` to take
   crossdock bench  [--simulate --ranks N] [--experts E]      ways of moving tokens, beside a plain all-to-all
+  crossdock plan   [CONFIG.toml] --gpus N --gpu NAME         what a run would take: memory, bytes, time, best layout
   crossdock --version
 
 MODEL is a run folder (its newest checkpoint), one of its checkpoints, or a folder in Hugging Face's format. generate,
-eval, export, convert, report, tune and bench have a --help of their own.
+eval, export, convert, report, tune, bench and plan have a --help of their own.
 
 Ranks are started here, one per GPU or two on a machine without. Several machines run the same command:
   --nproc N          ranks on this machine
@@ -93,8 +95,12 @@ def _config(arguments: list[str], options: argparse.Namespace) -> int:
     if options.nproc is None:
         check_settings(config)
     else:
+        from crossdock.train.planned import settled_config
+
         machines = machines_of(options)
-        validate(config, ranks_per_group(config, machines.nproc, machines.nnodes), machines.nproc)
+        ranks = ranks_per_group(config, machines.nproc, machines.nnodes)
+        settled, _ = settled_config(config, ranks, machines.nproc, is_elastic=machines.is_elastic)
+        validate(settled, ranks, machines.nproc)
     print(to_toml(config), end="")
     return 0
 
@@ -108,6 +114,7 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
     from crossdock.data import DataError
     from crossdock.train.groups import group_place, is_in_group, start_groups
     from crossdock.train.launch import ENDED_FOLDER, start_ranks, train_rank
+    from crossdock.train.planned import settled_config
     from crossdock.train.trainer import TrainingStopped
 
     try:
@@ -120,6 +127,8 @@ def _train(arguments: list[str], options: argparse.Namespace) -> int:
         machines = machines_of(options)
         begins = not is_in_group(os.environ)
         ranks = ranks_per_group(config, machines.nproc, machines.nnodes) if begins else machines.nproc
+        # Its ranks choose anew what is left open, and say why.
+        config, _ = settled_config(config, ranks, machines.nproc, is_elastic=machines.is_elastic)
         dims = validate(config, ranks, machines.nproc)
         check_gpus(machines, config.training.dtype)
         if begins and config.parallelism.expert_parallel_degree == -1:
@@ -178,4 +187,5 @@ _COMMANDS = {
     "report": report_command,
     "tune": tune_command,
     "bench": bench_command,
+    "plan": plan_command,
 }

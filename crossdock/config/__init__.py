@@ -1,8 +1,8 @@
 """Configuration: TOML, then command-line overrides, into typed dataclasses, validated once before anything starts."""
 
 from crossdock.config.elastic import fit, with_settled_batch
-from crossdock.config.group_checks import ranks_per_group
-from crossdock.config.layout_checks import expert_parallel_degrees
+from crossdock.config.group_checks import default_global_batch_size, ranks_per_group
+from crossdock.config.layout_checks import AUTO_BATCH, check_layout, expert_parallel_degrees
 from crossdock.config.reading import (
     RUN_CONFIG_FILE,
     load_config,
@@ -30,6 +30,7 @@ from crossdock.config.validation import check_settings, validate
 
 __all__ = [
     "ASSETS_FOLDER",
+    "AUTO_BATCH",
     "RUN_CONFIG_FILE",
     "Config",
     "ConfigError",
@@ -42,8 +43,10 @@ __all__ = [
     "TrainingConfig",
     "TunedFileError",
     "ValidationConfig",
+    "check_layout",
     "check_settings",
     "check_writable",
+    "default_global_batch_size",
     "expert_parallel_degrees",
     "fit",
     "load_config",

@@ -28,7 +28,10 @@ from crossdock.parallel import (
     stages_per_rank,
 )
 
-__all__ = ["check_layout", "expert_parallel_degrees"]
+__all__ = ["AUTO_BATCH", "check_layout", "expert_parallel_degrees"]
+
+AUTO_BATCH = -1
+"""Of `training.local_batch_size`: chosen when a run starts."""
 
 _TP = "parallelism.tensor_parallel_degree"
 _PP = "parallelism.pipeline_parallel_degree"
@@ -50,6 +53,12 @@ def check_layout(config: Config, dims: ParallelDims, model: PreTrainedConfig, ra
         _check_tensor_parallel(config, dims, model)
     _check_experts(config, dims, model, ranks_per_machine)
     batch, total = config.training.local_batch_size, config.training.global_batch_size
+    require(
+        config,
+        "training.local_batch_size",
+        batch != AUTO_BATCH,
+        "must be a number here: only train and plan choose one",
+    )
     step = batch * dims.dp_replicate * dims.dp_shard
     valid = f"-1 or a multiple of {step} (local_batch_size {batch} x data-parallel ranks)"
     require(config, "training.global_batch_size", total == -1 or (total > 0 and total % step == 0), valid)

@@ -63,7 +63,7 @@ class TrainingConfig:
     """`[training]`: batch, length, precision."""
 
     local_batch_size: int = 8
-    """Sequences per rank and micro-batch."""
+    """Sequences per rank and micro-batch. -1: as many as memory is estimated to hold (docs/plan.md), up to 64."""
     global_batch_size: int = -1
     """Sequences per step over all ranks; more than they take at once are accumulated. -1: no accumulation."""
     seq_len: int = 256

@@ -41,18 +41,19 @@ from crossdock.parallel import LayoutError, ParallelDims
 __all__ = ["check_settings", "validate"]
 
 
-def validate(config: Config, world_size: int, ranks_per_machine: int = 0) -> ParallelDims:
+def validate(config: Config, world_size: int, ranks_per_machine: int = 0, *, elsewhere: bool = False) -> ParallelDims:
     """Check everything that can be known before a process group exists; returns the layout.
 
     Args:
         config: to check.
         world_size: ranks over all machines.
         ranks_per_machine: for a launcher, whose ranks will know; 0: what this process was told.
+        elsewhere: see `check_settings`.
 
     Raises:
         ConfigError: for the first setting that cannot work.
     """
-    model = check_settings(config)
+    model = check_settings(config, elsewhere=elsewhere)
     try:
         dims = ParallelDims.from_config(config.parallelism, world_size)
     except LayoutError as error:
@@ -62,8 +63,13 @@ def validate(config: Config, world_size: int, ranks_per_machine: int = 0) -> Par
     return dims
 
 
-def check_settings(config: Config) -> PreTrainedConfig:
+def check_settings(config: Config, *, elsewhere: bool = False) -> PreTrainedConfig:
     """The part of `validate` that does not depend on the number of ranks; returns the model's configuration.
+
+    Args:
+        config: to check.
+        elsewhere: the run is planned for other machines: what this one has, devices, packages, files of data and
+            weights, is not looked at.
 
     Raises:
         ConfigError: for the first setting that cannot work.
@@ -75,20 +81,24 @@ def check_settings(config: Config) -> PreTrainedConfig:
         for name in names.split():
             value = attrgetter(name)(config)
             require(config, name, value is None or holds(value), f"must be {valid}")
-    check_run_files(config)
-    _check_dispatcher(config)
-    _check_kernels(config)
+    _check_moe(config)
+    if not elsewhere:
+        check_run_files(config)
+        _check_dispatcher(config)
+        _check_kernels(config)
+        _check_trackers(config)
+        _check_attention(config)
     _check_compile(config)
     _check_optimizer(config)
-    _check_trackers(config)
-    _check_attention(config)
     _check_deterministic(config)
-    model = _check_model(config)
+    model = _check_model(config, elsewhere=elsewhere)
     if config.moe.dispatcher == "deepep":
         valid = f"dispatcher 'deepep' needs a hidden size that is a multiple of 256, not {model.hidden_size}"
         require(config, "model.flavor", model.hidden_size % 256 == 0, f"{valid}; use alltoall")
     in_background = config.checkpoint.async_mode == "async" or config.checkpoint.async_when_busy == "wait"
     require(config, "checkpoint.async_when_busy", in_background, "needs checkpoint.async_mode = async")
+    if elsewhere:
+        return model
     _check_snapshots(config)
     check_groups(config)
     check_run_folder(config)
@@ -104,8 +114,8 @@ def check_settings(config: Config) -> PreTrainedConfig:
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a positive number": (
         lambda value: value > 0,
-        "training.local_batch_size training.seq_len training.steps training.max_norm optimizer.eps metrics.log_freq "
-        "profiling.profile_freq lora.alpha fault_tolerance.max_skipped_steps fault_tolerance.spike_window",
+        "training.seq_len training.steps training.max_norm optimizer.eps metrics.log_freq profiling.profile_freq "
+        "lora.alpha fault_tolerance.max_skipped_steps fault_tolerance.spike_window",
     ),
     "0 or more": (
         lambda value: value >= 0,
@@ -116,7 +126,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "-1, or 1 and more": (
         lambda value: value == -1 or value > 0,
-        "parallelism.pipeline_parallel_stages_per_rank",
+        "parallelism.pipeline_parallel_stages_per_rank training.local_batch_size",
     ),
     "0, or 2 or more": (lambda value: value == 0 or value >= 2, "fault_tolerance.replica_groups"),
     "50 to 3600000, an hour": (
@@ -137,7 +147,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _check_dispatcher(config: Config) -> None:
+def _check_moe(config: Config) -> None:
     forced = config.training.debug_moe_force_load_balance and config.moe.debug_force_zipf >= 0
     require(config, "moe.debug_force_zipf", not forced, "does not go with training.debug_moe_force_load_balance")
     try:
@@ -147,6 +157,9 @@ def _check_dispatcher(config: Config) -> None:
     wide = config.training.dtype == "float64"
     valid = "needs another training.dtype than float64"
     require(config, "moe.static_shapes", not (config.moe.static_shapes and wide), valid)
+
+
+def _check_dispatcher(config: Config) -> None:
     if config.moe.dispatcher == "deepep":
         _check_deepep(config)
     if config.moe.dispatcher == "symmetric":
@@ -210,8 +223,9 @@ def _check_deterministic(config: Config) -> None:
     require(config, "model.attn_implementation", config.model.attn_implementation in ("sdpa", "eager"), valid)
 
 
-def _check_model(config: Config) -> PreTrainedConfig:
-    chosen, attention = config.run_model, config.model.attn_implementation
+def _check_model(config: Config, *, elsewhere: bool) -> PreTrainedConfig:
+    chosen = config.run_model
+    attention = "sdpa" if elsewhere else config.model.attn_implementation
     for name in ("training.freeze_router", "training.debug_moe_force_load_balance"):
         own = chosen.name == "generic" and attrgetter(name)(config)
         require(config, name, not own, "must be false with model.name = generic, which keeps the family's own router")
@@ -231,7 +245,7 @@ def _check_model(config: Config) -> PreTrainedConfig:
     except Exception as error:  # Whatever transformers raises for a config.json that it cannot make a model of.
         cause = f"its config.json makes no model ({type(error).__name__}: {error})"
         raise ConfigError("model.hf_assets_path", assets, cause) from error
-    if assets:
+    if assets and not elsewhere:
         check_tokenizer(assets, model.vocab_size)
     most = most_positions(model)
     require(config, "training.seq_len", config.training.seq_len <= most, f"at most the model's {most} positions")

@@ -1,6 +1,6 @@
 """Dispatchers: how tokens travel to their experts and back, all to one contract."""
 
-from crossdock.dispatch.agreement import RankFailure, RankMismatch
+from crossdock.dispatch.agreement import Agreement, RankFailure, RankMismatch
 from crossdock.dispatch.allgather import AllGatherDispatcher
 from crossdock.dispatch.alltoall import AllToAllDispatcher
 from crossdock.dispatch.building import DISPATCHERS, STATIC_DISPATCHERS, build_dispatcher
@@ -27,6 +27,7 @@ __all__ = [
     "LOCAL_PLAN",
     "STATIC_DISPATCHERS",
     "SYMMETRIC_OPS",
+    "Agreement",
     "AllGatherDispatcher",
     "AllToAllDispatcher",
     "DeepEPDispatcher",

@@ -150,6 +150,15 @@ class Agreement:
             self.refuse(*(tensor.device for tensor in (slot_ids, weights, x) if isinstance(tensor, Tensor)))
             raise
 
+    def pairs(self, needed: Tensor) -> tuple[Tensor, Tensor]:
+        """The distinct (destination rank, token) pairs of `needed [T, R]`, sorted: two int64 tensors `[S]`. A sync."""
+        destination, token = needed.t().nonzero().unbind(1)
+        return destination, token
+
+    def parts(self, rows_per_rank: list[int]) -> list[int]:
+        """Rows that are added one part after another to their tokens' sums: a rank's rows are of distinct tokens."""
+        return rows_per_rank
+
     def exchange_counts(
         self, send_counts: Tensor, x: Tensor, slot_ids: Tensor, weights: Tensor
     ) -> tuple[Splits, list[int]]:

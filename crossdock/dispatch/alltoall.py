@@ -91,8 +91,7 @@ class AllToAllDispatcher:
         """
         self.agreement.check(x, slot_ids, weights)
         needed = needed_ranks(slot_ids, self.slots_per_rank, self.num_ranks)
-        # The distinct (destination rank, token) pairs, sorted.
-        destination, token = needed.t().nonzero().unbind(1)
+        destination, token = self.agreement.pairs(needed)
         splits, _ = self.agreement.exchange_counts(needed.sum(dim=0), x, slot_ids, weights)
         rows = sum(splits.send) - splits.send[self.rank]
         if own_tokens is not None:
@@ -106,7 +105,7 @@ class AllToAllDispatcher:
         row_weights = weights[token].masked_fill(~own, 0)
         packed = _pack(row_ids, row_weights.detach())
         routes = exchange(packed, splits, self.group_name, tally=self.meter.metadata)
-        spread: Any = _Spread.apply(x, token, splits.send)
+        spread: Any = _Spread.apply(x, token, self.agreement.parts(splits.send))
         tokens = exchange(spread, splits, self.group_name, self.wire, self.meter.rows(handle.needs))
 
         def finish() -> Dispatched:
@@ -125,7 +124,8 @@ class AllToAllDispatcher:
         token, splits, num_tokens, hidden_size, needs = handle
         check_results(y, sum(splits.recv), hidden_size)
         rows = exchange(y, splits.reversed, self.group_name, self.wire.back, self.meter.rows(needs))
-        return Pending(lambda: _Gather.apply(rows.wait(), token, splits.send, num_tokens))  # type: ignore[arg-type]
+        parts = self.agreement.parts(splits.send)
+        return Pending(lambda: _Gather.apply(rows.wait(), token, parts, num_tokens))  # type: ignore[arg-type]
 
 
 def _pack(ids: Tensor, weights: Tensor) -> Tensor:

@@ -119,7 +119,8 @@ def _make_groups(group: dist.ProcessGroup, ranks_per_node: int) -> tuple[dist.Pr
     node, place = divmod(own, ranks_per_node)
     # Theirs would be torch's default, whatever the group's is.
     device = next(iter(group._device_types))
-    timeout = group._get_backend(device).options._timeout
+    options = group._get_backend(device).options
+    timeout = None if options is None else options._timeout  # a group of a dry run has none
 
     def make(members: list[int]) -> dist.ProcessGroup:
         made = dist.new_group(members, timeout=timeout, use_local_synchronization=True)

@@ -1,6 +1,6 @@
 """Parallelism: meshes, expert parallelism, activation checkpointing, FSDP, gradients."""
 
-from crossdock.parallel.blocks import plain_name, transformer_blocks
+from crossdock.parallel.blocks import block_lists, plain_name, transformer_blocks
 from crossdock.parallel.compile import CompileConfig, apply_compile
 from crossdock.parallel.context import SequenceContext, apply_cp, check_heads
 from crossdock.parallel.expert import ExpertParallel, apply_ep, layer_dispatcher
@@ -64,6 +64,7 @@ __all__ = [
     "apply_tp",
     "as_shard",
     "as_shards",
+    "block_lists",
     "check_heads",
     "check_microbatches",
     "clip_grad_norm_",

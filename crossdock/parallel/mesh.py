@@ -34,7 +34,7 @@ PipelineSchedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "
 
 ReshardPolicy = Literal["auto", "always", "never"]
 
-GradientReduction = Literal["micro_batch", "step"]
+GradientReduction = Literal["micro_batch", "step", "auto"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class ParallelismConfig:
     them unless these are stages of a pipeline, which gather once per step."""
     gradient_reduction: GradientReduction = "micro_batch"
     """When gradients are reduced over the ranks that share parameters: with each micro-batch, or once per step, which
-    keeps whole gradients meanwhile."""
+    keeps whole gradients meanwhile. auto: once per step where that is estimated to fit and to be faster
+    (docs/plan.md)."""
     sparse_replica_gradients: bool = True
     """Leave out experts that no rank had tokens for where replicas sum gradients."""
 

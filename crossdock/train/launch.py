@@ -25,6 +25,7 @@ from crossdock.parallel import GroupPlace
 from crossdock.tools.report import note_event
 from crossdock.train.agent import REGROUP_EXIT_CODE
 from crossdock.train.host_memory import memory_settings
+from crossdock.train.planned import memory_warning, settled_config
 from crossdock.train.progress import Progress
 from crossdock.train.stopping import StopSignal
 from crossdock.train.trainer import Trainer
@@ -44,6 +45,8 @@ __all__ = [
     "threads_are_open",
     "train_rank",
 ]
+
+logger = logging.getLogger(__name__)
 
 # A stopped run writes a checkpoint first; only after this is it killed.
 _SHUTDOWN_SECONDS = 600
@@ -240,6 +243,8 @@ def train_rank(config: Config, environment: Mapping[str, str], in_group: GroupPl
     stop.install()
     world_size, settings = int(environment["WORLD_SIZE"]), config
     with watch.leaving_failures():
+        here = int(environment.get("LOCAL_WORLD_SIZE", 1))
+        config, reasons = settled_config(config, world_size, here, is_elastic=_ELASTIC in environment)
         if _ELASTIC in environment:
             config, world_size = fit(config, world_size)
         dims = validate(config, world_size)
@@ -256,6 +261,10 @@ def train_rank(config: Config, environment: Mapping[str, str], in_group: GroupPl
     notes.addHandler(logging.StreamHandler(sys.stdout) if rank == 0 else logging.NullHandler())
     if in_group is not None and in_group.number:
         notes.setLevel(logging.WARNING)  # The first group's notes are theirs too.
+    for reason in reasons:
+        logger.info(reason)
+    if rank == 0 and (warning := memory_warning(config, dims, here)):
+        logger.warning(warning)
     first_on_machine = environment["LOCAL_RANK"] == "0"
     progress = Progress(failures, int(environment["LOCAL_RANK"])) if failures is not None else None
 

@@ -33,7 +33,15 @@ from crossdock.train.record import one_at_a_time
 from crossdock.train.together import TrainingStopped, patient_group, together
 from crossdock.train.tuned import take_tuned
 
-__all__ = ["RunTokens", "TrainingModel", "build_training_model", "prepare_run_tokens"]
+__all__ = [
+    "RunTokens",
+    "TrainingModel",
+    "build_training_model",
+    "lay_out",
+    "model_of",
+    "prepare_model",
+    "prepare_run_tokens",
+]
 
 
 class RunTokens(NamedTuple):
@@ -135,41 +143,16 @@ def build_training_model(
         TrainingStopped: on all ranks, where the run folder could not be written.
     """
     family, training = FAMILIES[config.model.name], config.training
-    model = build_model(
-        family,
-        resolve_hf_config(config.run_model),
-        config.moe,
-        torch.float64 if training.dtype == "float64" else torch.float32,
-        attn_implementation=config.model.attn_implementation,
-        kernels=config.model.kernels,
-        force_load_balance=training.debug_moe_force_load_balance,
-    )
+    model = model_of(config)
     take_tuned(model, config, meshes, device, threads=threads)
-    if meshes.cp is not None or (meshes.size("tp") > 1 and family.own_attention):
-        accept_context_parallel(model, config.parallelism.context_parallel_method)
-    for layer in moe_layers(model).values():
-        if layer.router is not None:
-            layer.router.requires_grad_(not training.freeze_router)
-        layer.experts.requires_grad_(not training.freeze_experts)
-    if config.lora.rank:
-        add_lora(model, config.lora, family.attention)
+    prepare_model(model, config, meshes)
     start = Path(config.initial_weights) if config.initial_weights and (is_new or config.lora.rank) else None
     checkpoint = find_checkpoint(start) if start is not None else None
     weights = None
     if start is not None and checkpoint is None:
         weights = together(lambda: _open_weights(start, model, family.keys(model)))
     whole = TrainingModel.of(model, training.seq_len, device)
-    parallelize(
-        model,
-        meshes,
-        config.parallelism,
-        activation_checkpoint=config.activation_checkpoint,
-        compile_config=config.compile,
-        param_dtype=torch.bfloat16 if training.dtype == "bfloat16" else None,
-        cpu_offload=training.enable_cpu_offload,
-        tokens_per_rank=training.local_batch_size * training.seq_len // meshes.sequence_degree,
-        tensor_plan=family.tensor_plan(model.config),
-    )
+    lay_out(model, config, meshes)
     seed = training.seed if is_new and checkpoint is None else None
     materialise(family, model, device, offload=training.enable_cpu_offload, seed=seed, weights=weights)
     if checkpoint is not None:
@@ -186,6 +169,56 @@ def build_training_model(
         arguments = (folder / ASSETS_FOLDER, model, tokens.tokenizer_path, end_of_text_id, source, weights, template)
         together(lambda: _write_assets(*arguments) if dist.get_rank() == 0 else None)
     return whole
+
+
+def model_of(config: Config, num_blocks: int | None = None) -> PreTrainedModel:
+    """The model that a run trains, on the meta device: whole, or with its first blocks alone."""
+    training = config.training
+    hf_config = resolve_hf_config(config.run_model)
+    if num_blocks is not None:
+        text: Any = hf_config.get_text_config()
+        text.num_hidden_layers = num_blocks
+        for name in ("layer_types", "mlp_layer_types"):
+            if isinstance(types := getattr(text, name, None), list):
+                setattr(text, name, types[:num_blocks])
+    return build_model(
+        FAMILIES[config.model.name],
+        hf_config,
+        config.moe,
+        torch.float64 if training.dtype == "float64" else torch.float32,
+        attn_implementation=config.model.attn_implementation,
+        kernels=config.model.kernels,
+        force_load_balance=training.debug_moe_force_load_balance,
+    )
+
+
+def prepare_model(model: PreTrainedModel, config: Config, meshes: Meshes) -> None:
+    """What is done to a whole model before it is laid out: shared sequences, what is frozen, adapters. In place."""
+    family, training = FAMILIES[config.model.name], config.training
+    if meshes.cp is not None or (meshes.size("tp") > 1 and family.own_attention):
+        accept_context_parallel(model, config.parallelism.context_parallel_method)
+    for layer in moe_layers(model).values():
+        if layer.router is not None:
+            layer.router.requires_grad_(not training.freeze_router)
+        layer.experts.requires_grad_(not training.freeze_experts)
+    if config.lora.rank:
+        add_lora(model, config.lora, family.attention)
+
+
+def lay_out(model: PreTrainedModel, config: Config, meshes: Meshes) -> None:
+    """Make a prepared model parallel, in place. Collective."""
+    family, training = FAMILIES[config.model.name], config.training
+    parallelize(
+        model,
+        meshes,
+        config.parallelism,
+        activation_checkpoint=config.activation_checkpoint,
+        compile_config=config.compile,
+        param_dtype=torch.bfloat16 if training.dtype == "bfloat16" else None,
+        cpu_offload=training.enable_cpu_offload,
+        tokens_per_rank=training.local_batch_size * training.seq_len // meshes.sequence_degree,
+        tensor_plan=family.tensor_plan(model.config),
+    )
 
 
 def _write_assets(folder: Path, *arguments: Any) -> None:

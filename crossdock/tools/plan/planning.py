@@ -1,0 +1,183 @@
+"""A plan: the layout that was asked for, others, and how it scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from crossdock.config import Config, validate
+from crossdock.parallel import ParallelDims
+from crossdock.tools.plan.advice import advice
+from crossdock.tools.plan.auto import settle
+from crossdock.tools.plan.counting import ACTIVATIONS, BUFFERS, GRADIENTS, OPTIMIZER, PARAMETERS
+from crossdock.tools.plan.devices import Device
+from crossdock.tools.plan.estimate import Estimator, num_micro_batches, with_layout
+from crossdock.tools.plan.extended import DryRun, Runner, calibrate, extended_run
+from crossdock.tools.plan.figures import Estimate, Memory
+from crossdock.tools.plan.model import ModelFacts, plan_model, read_model
+from crossdock.tools.plan.routes import RankRoutes, read_skew
+from crossdock.tools.plan.search import Found, ScaleRow, scale, search
+
+__all__ = ["Plan", "PlanOptions", "make_plan"]
+
+_CHECKED = 2
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What is asked for.
+
+    Attributes:
+        ranks: GPUs of the run.
+        device: of the table.
+        skew: as `read_skew` takes it.
+        search: whether to rank all layouts.
+        scale: numbers of ranks for the tables of scaling; none without.
+        degrees: of expert parallelism, for these.
+        tokens: of the whole training, for days and cost; 0 without.
+        achieved: share of the device's peak in place of the table's.
+    """
+
+    ranks: int
+    device: Device
+    skew: str = "uniform"
+    search: bool = False
+    scale: tuple[int, ...] = ()
+    degrees: tuple[int, ...] = ()
+    tokens: float = 0.0
+    achieved: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a plan came to.
+
+    Attributes:
+        options: what was asked for.
+        facts: of the model.
+        estimate: of the layout that the settings have.
+        run: the dry run of its busiest rank; `None` for a pipeline.
+        warnings: what experience warns of.
+        chosen: settings that were open, and why they are so.
+        skew, calibration: where these are from.
+        found: of a search.
+        strong, weak: tables of scaling.
+    """
+
+    options: PlanOptions
+    facts: ModelFacts
+    estimate: Estimate
+    run: DryRun | None
+    warnings: list[str]
+    chosen: list[str]
+    skew: str
+    calibration: str
+    found: Found | None = None
+    strong: list[ScaleRow] = field(default_factory=list)
+    weak: list[ScaleRow] = field(default_factory=list)
+
+
+def make_plan(config: Config, options: PlanOptions, run: Runner) -> Plan:
+    """Plan a run.
+
+    Args:
+        config: of the run.
+        options: what is asked for.
+        run: `crossdock.train.dry_run.dry_run`.
+
+    Raises:
+        ConfigError: for a layout that breaks a rule, as `train` refuses it.
+        SkewError: for a skew that cannot be taken.
+    """
+    device = options.device
+    if options.achieved is not None:
+        device = replace(device, achieved=options.achieved)
+    config, chosen = settle(config, options.ranks, device)
+    dims = validate(config, options.ranks, device.node_size, elsewhere=True)
+    facts = read_model(plan_model(config))
+    skew = read_skew(options.skew, config, facts)
+    runner = _remembering(run, device)
+    estimator = Estimator(facts, device, skew)
+    estimator.calibration = calibrate(estimator, runner, config, dims)
+    estimate, counted = checked(estimator, runner, config, dims)
+    found = None
+    if options.search:
+        found = search(estimator, config, options.ranks)
+        best = [checked(estimator, runner, each.config, each.dims)[0] for each in found.ranked[:_CHECKED]]
+        ranked = [each for each in best if each.fits] + found.ranked[_CHECKED:]
+        found = replace(found, ranked=sorted(ranked, key=lambda each: -each.tokens_per_second))
+    strong: list[ScaleRow] = []
+    weak: list[ScaleRow] = []
+    if options.scale:
+        strong, weak = scale(estimator, config, options.scale, options.degrees or (dims.ep,))
+    return Plan(
+        options,
+        facts,
+        estimate,
+        counted,
+        advice(estimate, estimator),
+        chosen,
+        skew.name,
+        estimator.calibration.source,
+        found,
+        strong,
+        weak,
+    )
+
+
+def checked(estimator: Estimator, run: Runner, config: Config, dims: ParallelDims) -> tuple[Estimate, DryRun | None]:
+    """An estimate whose memory is what a dry run of the busiest rank counts; of a pipeline, the formulas'."""
+    estimate = estimator.estimate(config, dims)
+    if dims.pp > 1:
+        return estimate, None
+    few = min(num_micro_batches(config, dims), 2)  # More of them hold no more.
+    batch = config.training.local_batch_size * dims.dp_replicate * dims.dp_shard * few
+    short = with_layout(config, dims, config.training.local_batch_size, batch)
+    routes = estimator.routes(config, dims)
+    counted = extended_run(run, short, dims, routes.busiest, estimator.facts, routes)
+    peaks = counted.counted.peaks
+    phase = max(peaks, key=peaks.__getitem__)
+    kinds = counted.counted.kinds[phase]
+    memory = Memory(*(float(kinds.get(k, 0)) for k in (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, BUFFERS)))
+    return replace(estimate, memory=memory, measured=phase), counted
+
+
+def _remembering(run: Runner, device: Device) -> Runner:
+    """A runner that makes no run twice, and runs what can run without the device and its libraries."""
+    known: dict[tuple[object, ...], DryRun] = {}
+
+    def remembered(
+        config: Config, dims: ParallelDims, rank: int, routes: RankRoutes, blocks: Sequence[int] | None
+    ) -> DryRun:
+        config = _without_hardware(config, device)
+        key = repr((config, dims)), rank, routes.tokens, routes.sample, None if blocks is None else tuple(blocks)
+        if key not in known:
+            known[key] = run(config, dims, rank, routes, blocks)
+        return known[key]
+
+    return remembered
+
+
+def _without_hardware(config: Config, device: Device) -> Config:
+    """Settings for a dry run: what moves and computes on the device, by what this process has and holds as much."""
+    moe = config.moe
+    if moe.dispatcher in ("deepep", "symmetric"):
+        moe = replace(moe, dispatcher="alltoall", **_plain_deepep())
+    if moe.experts == "auto" and device.name != "cpu":
+        moe = replace(moe, experts="grouped_mm")
+    if not moe.ranks_per_node:
+        moe = replace(moe, ranks_per_node=device.node_size)
+    model = replace(config.model, kernels="none", attn_implementation="sdpa")
+    return replace(config, moe=moe, model=model, compile=replace(config.compile, enable=False))
+
+
+def _plain_deepep() -> dict[str, object]:
+    return {
+        "deepep_api": "auto",
+        "deepep_num_sms": 0,
+        "deepep_dispatch_chunk": 0,
+        "deepep_combine_chunk": 0,
+        "deepep_fp8_dispatch": False,
+        "deepep_expand": False,
+        "deepep_max_tokens_per_rank": 0,
+    }
