@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, NoReturn
 
 from crossdock import __version__
 from crossdock.cli.common import Parser, check_gpus, fail, is_rank, machine_options, machines_of, split_path
+from crossdock.cli.completion import completion_command
 from crossdock.cli.convert import convert_command
+from crossdock.cli.doctor import doctor_command
 from crossdock.cli.model import evaluate_command, export_command, generate_command
 from crossdock.cli.tune import tune_command
 
 if TYPE_CHECKING:
     from crossdock.config import Config
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main"]
 
 _USAGE = """\
 crossdock: expert parallelism for PyTorch
@@ -33,10 +35,12 @@ crossdock: expert parallelism for PyTorch
   crossdock convert SRC DST                                  Hugging Face's format to a run folder, and back
   crossdock report RUN [--output FILE]                       write the report of a run folder, RUN/report.html
   crossdock tune   [CONFIG.toml] [--section.key value ...]   measure settings that are left open, for `train` to take
+  crossdock doctor                                           what this machine is, what works on it, a test of its ranks
+  crossdock completion bash | zsh | fish                     a script that completes all of this in your shell
   crossdock --version
 
 MODEL is a run folder (its newest checkpoint), one of its checkpoints, or a folder in Hugging Face's format. generate,
-eval, export, convert and tune have a --help of their own.
+eval, export, convert, report, tune and doctor have a --help of their own.
 
 Ranks are started here, one per GPU or two on a machine without. Several machines run the same command:
   --nproc N          ranks on this machine
@@ -57,9 +61,15 @@ examples
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point of `crossdock` and `python -m crossdock`."""
     try:
-        _main(sys.argv[1:] if arguments is None else arguments)
+        try:
+            _main(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # Whoever reads has seen enough, as in `crossdock train --help | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def _main(arguments: list[str]) -> NoReturn:
@@ -70,14 +80,14 @@ def _main(arguments: list[str]) -> NoReturn:
     if command == "--version":
         print(f"crossdock {__version__}")
         sys.exit(0)
-    if command not in _COMMANDS:
-        fail(f"command = {command!r}\none of {', '.join(_COMMANDS)}, --version, --help")
+    if command not in COMMANDS:
+        fail(f"command = {command!r}\none of {', '.join(COMMANDS)}, --version, --help")
     options, rest = machine_options(rest)
 
     from crossdock.config import ConfigError
 
     try:
-        sys.exit(_COMMANDS[command](rest, options))
+        sys.exit(COMMANDS[command](rest, options))
     except ConfigError as error:
         fail(f"{error.field} = {error.value!r}\n{error.valid}")
 
@@ -176,7 +186,7 @@ def _with_run_folder(config: Config, config_path: Path | None, *, first: bool) -
     return replace(config, job=replace(config.job, dump_folder=str(folder)))
 
 
-_COMMANDS = {
+COMMANDS = {
     "train": _train,
     "config": _config,
     "generate": generate_command,
@@ -185,4 +195,6 @@ _COMMANDS = {
     "convert": convert_command,
     "report": _report,
     "tune": tune_command,
+    "doctor": doctor_command,
+    "completion": lambda arguments, _: completion_command(arguments, COMMANDS),
 }
