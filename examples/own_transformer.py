@@ -25,7 +25,7 @@ class Layer(nn.Module):
         self.norms = nn.ModuleList([nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)])
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         # Here stood nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)).
-        balance = MoEConfig(batch_aux_loss_coeff=0.01)
+        balance = MoEConfig(global_aux_loss_coeff=0.01)
         self.moe = MoE(WIDTH, 2 * WIDTH, RouterConfig(num_experts=8, top_k=2), balance)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +43,8 @@ class Model(nn.Module):
         self.head = nn.Linear(WIDTH, WORDS)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.layers(self.words(ids) + self.places.weight[: ids.shape[1]]))
+        x = self.words(ids) + self.places.weight[: ids.shape[1]]
+        return self.head(self.layers(x).flatten(0, 1))
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def main() -> None:
         said = torch.randint(WORDS, (GLOBAL_BATCH, LENGTH), generator=draw)
         ids = torch.cat([said, said.flip(1)], 1).chunk(ranks)[rank]  # this rank's part of the batch
         set_batch_totals(model, GLOBAL_BATCH, GLOBAL_BATCH * 2 * LENGTH, dist.group.WORLD)
-        logits = model(ids)[:, LENGTH - 1 : -1]
+        logits = model(ids).view(*ids.shape, WORDS)[:, LENGTH - 1 : -1]
         # A sum over this rank, divided by the targets of the global batch: gradients are summed over ranks.
         loss = cross_entropy(logits.flatten(0, 1), ids[:, LENGTH:].flatten(), reduction="sum") / (GLOBAL_BATCH * LENGTH)
         loss.backward()

@@ -25,7 +25,7 @@ class Classifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.read, self.norm, self.say = nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 10)
-        self.moe = MoE(64, 64, RouterConfig(num_experts=EXPERTS, top_k=2), MoEConfig(batch_aux_loss_coeff=0.02))
+        self.moe = MoE(64, 64, RouterConfig(num_experts=EXPERTS, top_k=2), MoEConfig(global_aux_loss_coeff=0.02))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.read(pixels).relu())
