@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
+from crossdock.tools.doctor import installed_versions, machine_facts
 
 __all__ = ["RESULTS", "result_row", "spread", "write_results"]
 
@@ -26,8 +23,8 @@ def write_results(benchmark: str, packages: list[str], rows: list[dict[str, Any]
     document: dict[str, Any] = {
         "benchmark": benchmark,
         "date": date.today().isoformat(),
-        "machine": _machine(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+        "machine": machine_facts(),
+        "versions": installed_versions(packages),
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{benchmark}_{document['date']}.json"
@@ -76,25 +73,3 @@ def spread(values: list[float]) -> dict[str, float]:
     """Median, and the range that the middle half of the values takes."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median": round(median, 4), "low": round(low, 4), "high": round(high, 4), "runs": len(values)}
-
-
-def _machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-    flags = next((line for line in lines if line.startswith("flags")), "").split()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "instructions": [name for name in ("avx2", "avx512f", "amx_bf16") if name in flags],
-        "gpu": gpu,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

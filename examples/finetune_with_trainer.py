@@ -14,7 +14,6 @@ import os
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
@@ -23,37 +22,18 @@ from crossdock.data import DataConfig, TokenFile, prepare_tokens
 from crossdock.integrations.trainer import CheckpointCallback
 
 
-class Text(Dataset[dict[str, torch.Tensor]]):
+def rows_of(tokens: TokenFile, seq_len: int) -> list[dict[str, torch.Tensor]]:
     """Sequences of `seq_len` tokens, one after another."""
-
-    def __init__(self, tokens: TokenFile, seq_len: int) -> None:
-        self.tokens = tokens.open()
-        self.seq_len = seq_len
-
-    def __len__(self) -> int:
-        return len(self.tokens) // self.seq_len
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        start = index * self.seq_len
-        ids = torch.from_numpy(self.tokens[start : start + self.seq_len].astype("int64"))
-        return {"input_ids": ids, "labels": ids}
+    whole = torch.from_numpy(tokens.open().astype("int64"))
+    return [{"input_ids": row, "labels": row} for row in whole.split(seq_len)[:-1]]
 
 
 def make_small_model(folder: Path, vocab_size: int) -> None:
-    config = Qwen3MoeConfig(
-        vocab_size=vocab_size,
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=128,
-        norm_topk_prob=True,
-        max_position_embeddings=512,
-    )
+    sizes = {"vocab_size": vocab_size, "hidden_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, **heads, **experts)).save_pretrained(folder)
 
 
 def main() -> None:
@@ -71,15 +51,12 @@ def main() -> None:
         max_steps=options.steps,
         per_device_train_batch_size=4,
         learning_rate=1e-3,
-        lr_scheduler_type="cosine",
         logging_steps=5,
-        # The Trainer cannot resume a model that was sharded at load; our callback saves instead.
-        save_strategy="no",
+        save_strategy="no",  # The Trainer cannot resume a model that was sharded at load; our callback saves instead.
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
     )
-    data = DataConfig(cache_folder=str(options.output / "cache"))
-    tokens = prepare_tokens(data, options.model, options.vocab_size)
+    tokens = prepare_tokens(DataConfig(cache_folder=str(options.output / "cache")), options.model, options.vocab_size)
     folder = options.model or options.output / "model"
     with settings.main_process_first():
         if not (folder / "config.json").exists():
@@ -92,7 +69,8 @@ def main() -> None:
         distributed_config=DistributedConfig(fsdp_size=ranks, ep_size=ranks, ep_implementation="crossdock"),
     )
     checkpoints = CheckpointCallback(options.output / "checkpoints", save_steps=20)
-    trainer = Trainer(model, settings, train_dataset=Text(tokens.train[0], options.seq_len), callbacks=[checkpoints])
+    rows = rows_of(tokens.train[0], options.seq_len)
+    trainer = Trainer(model, settings, train_dataset=rows, callbacks=[checkpoints])  # type: ignore[arg-type]
     trainer.train(resume_from_checkpoint=checkpoints.resume_folder())
 
 

@@ -13,14 +13,26 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from crossdock.train.launch import Machines
 
-__all__ = ["Parser", "check_gpus", "fail", "is_rank", "machine_options", "machines_of", "parse_bytes", "split_path"]
+__all__ = [
+    "MACHINE_OPTIONS",
+    "Parser",
+    "check_gpus",
+    "fail",
+    "is_rank",
+    "machine_options",
+    "machines_of",
+    "parse_bytes",
+    "split_path",
+]
+
+MACHINE_OPTIONS = ("--nproc", "--nnodes", "--node-rank", "--master-addr", "--master-port")
+"""How many ranks run where."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 def machine_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """How many ranks run where; and the arguments that are about something else."""
-    names = ("--nproc", "--nnodes", "--node-rank", "--master-addr", "--master-port")
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--nproc", type=int)
     parser.add_argument("--nnodes", type=_machine_range, default=(None, 1))
@@ -29,7 +41,7 @@ def machine_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     parser.add_argument("--master-port", "--master_port", type=int, default=29500)
     options, rest = parser.parse_known_args(arguments)
     for argument in (argument for argument in rest if argument.startswith("--")):
-        nearest = difflib.get_close_matches(argument.partition("=")[0], names, n=1, cutoff=0.75)
+        nearest = difflib.get_close_matches(argument.partition("=")[0], MACHINE_OPTIONS, n=1, cutoff=0.75)
         if nearest:
             parser.error(f"argument {argument} does not exist; did you mean {nearest[0]}?")
     return options, rest

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, NoReturn
 from crossdock import __version__
 from crossdock.cli.bench import bench_command
 from crossdock.cli.common import check_gpus, fail, is_rank, machine_options, machines_of, split_path
+from crossdock.cli.completion import completion_command
 from crossdock.cli.convert import convert_command
+from crossdock.cli.doctor import doctor_command
 from crossdock.cli.model import evaluate_command, export_command, generate_command
 from crossdock.cli.plan import plan_command
 from crossdock.cli.report import report_command
@@ -23,7 +25,7 @@ from crossdock.cli.tune import tune_command
 if TYPE_CHECKING:
     from crossdock.config import Config
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main"]
 
 _USAGE = """\
 crossdock: expert parallelism for PyTorch
@@ -38,10 +40,12 @@ crossdock: expert parallelism for PyTorch
   crossdock tune   [CONFIG.toml] [--section.key value ...]   measure settings that are left open, for `train` to take
   crossdock bench  [--simulate --ranks N] [--experts E]      ways of moving tokens, beside a plain all-to-all
   crossdock plan   [CONFIG.toml] --gpus N --gpu NAME         what a run would take: memory, bytes, time, best layout
+  crossdock doctor                                           what this machine is, what works on it, a test of its ranks
+  crossdock completion bash | zsh | fish                     a script that completes all of this in your shell
   crossdock --version
 
 MODEL is a run folder (its newest checkpoint), one of its checkpoints, or a folder in Hugging Face's format. generate,
-eval, export, convert, report, tune, bench and plan have a --help of their own.
+eval, export, convert, report, tune, bench, plan and doctor have a --help of their own.
 
 Ranks are started here, one per GPU or two on a machine without. Several machines run the same command:
   --nproc N          ranks on this machine
@@ -63,9 +67,15 @@ examples
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point of `crossdock` and `python -m crossdock`."""
     try:
-        _main(sys.argv[1:] if arguments is None else arguments)
+        try:
+            _main(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # Whoever reads has seen enough, as in `crossdock train --help | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def _main(arguments: list[str]) -> NoReturn:
@@ -76,14 +86,14 @@ def _main(arguments: list[str]) -> NoReturn:
     if command == "--version":
         print(f"crossdock {__version__}")
         sys.exit(0)
-    if command not in _COMMANDS:
-        fail(f"command = {command!r}\none of {', '.join(_COMMANDS)}, --version, --help")
+    if command not in COMMANDS:
+        fail(f"command = {command!r}\none of {', '.join(COMMANDS)}, --version, --help")
     options, rest = machine_options(rest)
 
     from crossdock.config import ConfigError
 
     try:
-        sys.exit(_COMMANDS[command](rest, options))
+        sys.exit(COMMANDS[command](rest, options))
     except ConfigError as error:
         fail(f"{error.field} = {error.value!r}\n{error.valid}")
 
@@ -177,7 +187,7 @@ def _with_run_folder(config: Config, config_path: Path | None, *, first: bool) -
     return replace(config, job=replace(config.job, dump_folder=str(folder)))
 
 
-_COMMANDS = {
+COMMANDS = {
     "train": _train,
     "config": _config,
     "generate": generate_command,
@@ -188,4 +198,6 @@ _COMMANDS = {
     "tune": tune_command,
     "bench": bench_command,
     "plan": plan_command,
+    "doctor": doctor_command,
+    "completion": lambda arguments, _: completion_command(arguments, COMMANDS),
 }

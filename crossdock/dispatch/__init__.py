@@ -5,7 +5,7 @@ from crossdock.dispatch.allgather import AllGatherDispatcher
 from crossdock.dispatch.alltoall import AllToAllDispatcher
 from crossdock.dispatch.building import DISPATCHERS, STATIC_DISPATCHERS, build_dispatcher
 from crossdock.dispatch.checks import wrong_id
-from crossdock.dispatch.deepep import DEEPEP_OPS, DeepEPDispatcher
+from crossdock.dispatch.deepep import DEEPEP_OPS, DeepEPDispatcher, deepep_problem
 from crossdock.dispatch.deepep_api import DeepEPOptions
 from crossdock.dispatch.deepep_buffers import choose_deepep_api, free_deepep_buffers, load_deepep
 from crossdock.dispatch.dispatcher import Dispatched, Dispatcher
@@ -49,6 +49,7 @@ __all__ = [
     "Traffic",
     "build_dispatcher",
     "choose_deepep_api",
+    "deepep_problem",
     "find_nodes",
     "free_deepep_buffers",
     "load_deepep",
