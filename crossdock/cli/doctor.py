@@ -34,7 +34,7 @@ def doctor_command(arguments: list[str], options: argparse.Namespace) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--no-test", dest="test", action="store_false", help="look, but start no ranks")
-    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    parser.add_argument("--json", action="store_true", help="print what was found as JSON, and start no ranks")
     parsed = parser.parse_args(arguments)
     if is_rank():
         return _rank()
@@ -55,7 +55,7 @@ def doctor_command(arguments: list[str], options: argparse.Namespace) -> int:
         print(json.dumps({"machine": facts, "versions": versions, "findings": findings}, indent=1), flush=True)
     else:
         _print(facts, versions, found)
-    if not parsed.test:
+    if parsed.json or not parsed.test:
         return 0
     return start_ranks(["doctor"], machines)
 
@@ -99,7 +99,8 @@ def _test(device: torch.device) -> int:
     if dist.get_rank() == 0:
         print(f"test over {ranks} ranks of this machine ({device.type})")
         for each in tested:
-            told = each.problem or f"as one process (to {each.error:.0e})"
+            alike = f"as one process, to {each.error:.0e} of the largest" if each.error else "as one process, bit by bit"
+            told = each.problem or alike
             print(f"  dispatcher {each.name}: {told}")
         if rate:
             print(f"  all-to-all: {rate / 1e9:.2f} GB/s from each rank to the others")
