@@ -99,8 +99,8 @@ def _test(device: torch.device) -> int:
     if dist.get_rank() == 0:
         print(f"test over {ranks} ranks of this machine ({device.type})")
         for each in tested:
-            alike = f"as one process, to {each.error:.0e} of the largest" if each.error else "as one process, bit by bit"
-            told = each.problem or alike
+            alike = f"to {each.error:.0e} of the largest" if each.error else "bit by bit"
+            told = each.problem or f"as one process, {alike}"
             print(f"  dispatcher {each.name}: {told}")
         if rate:
             print(f"  all-to-all: {rate / 1e9:.2f} GB/s from each rank to the others")
