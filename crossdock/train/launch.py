@@ -242,7 +242,8 @@ def train_rank(config: Config, environment: Mapping[str, str], in_group: GroupPl
     if in_group is not None and in_group.number:
         notes.setLevel(logging.WARNING)  # The first group's notes are theirs too.
     first_on_machine = environment["LOCAL_RANK"] == "0"
-    progress = Progress(failures, int(environment["LOCAL_RANK"])) if failures is not None else None
+    launchers = [folder for folder in (failures, in_group.folder if in_group else None) if folder is not None]
+    progress = Progress(launchers, int(environment["LOCAL_RANK"]))
 
     def train(device: torch.device) -> int:
         watch.start(config)
