@@ -23,7 +23,7 @@ from torchft import Manager, ProcessGroupGloo
 from torchft.checkpointing import CheckpointTransport
 
 from crossdock.integrations.catch_up import CatchUpError, RankState, StateServer, fetch_state
-from crossdock.parallel import STEP_FILE, GroupPlace, GroupsFailed
+from crossdock.parallel import GroupPlace, GroupsFailed
 
 __all__ = ["HasState", "TorchFTGroups", "Transport"]
 
@@ -189,8 +189,6 @@ class TorchFTGroups:
         if not committed:
             # A group whose sums were right after all must not wait here for this one in the next.
             self._sums.abort(errored=False)
-        elif dist.get_rank() == 0:
-            (self._place.folder / STEP_FILE).write_text(str(self._manager.current_step()))
         return committed
 
     def settle(self) -> bool:

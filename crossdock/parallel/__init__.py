@@ -6,7 +6,7 @@ from crossdock.parallel.context import SequenceContext, apply_cp, check_heads
 from crossdock.parallel.expert import ExpertParallel, apply_ep, layer_dispatcher
 from crossdock.parallel.fsdp import apply_fsdp
 from crossdock.parallel.gradients import GradientManager
-from crossdock.parallel.groups import LOOPBACK, STEP_FILE, GroupPlace, GroupsFailed, OneGroup, ReplicaGroups
+from crossdock.parallel.groups import LOOPBACK, GroupPlace, GroupsFailed, OneGroup, ReplicaGroups
 from crossdock.parallel.mesh import (
     ContextMethod,
     LayoutError,
@@ -30,7 +30,6 @@ from crossdock.parallel.vocabulary import VocabularyHead
 
 __all__ = [
     "LOOPBACK",
-    "STEP_FILE",
     "ActivationCheckpointConfig",
     "Boundary",
     "CompileConfig",

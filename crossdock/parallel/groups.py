@@ -8,12 +8,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["LOOPBACK", "STEP_FILE", "GroupPlace", "GroupsFailed", "OneGroup", "ReplicaGroups"]
+__all__ = ["LOOPBACK", "GroupPlace", "GroupsFailed", "OneGroup", "ReplicaGroups"]
 
 
 LOOPBACK = "127.0.0.1"
-STEP_FILE = "step"
-"""In a group's folder: the last step that counted."""
 
 
 class GroupsFailed(RuntimeError):

@@ -17,9 +17,10 @@ from types import FrameType
 import torch
 
 from crossdock.config import Config, ConfigError, ranks_per_group
-from crossdock.parallel import LOOPBACK, STEP_FILE, GroupPlace
+from crossdock.parallel import LOOPBACK, GroupPlace
 from crossdock.train.host_memory import memory_settings
 from crossdock.train.launch import Machines, tell, thread_settings
+from crossdock.train.progress import furthest_step
 
 __all__ = ["group_place", "is_in_group", "start_groups"]
 
@@ -175,7 +176,7 @@ class _Group:
     def start_again(self) -> bool:
         """Start it anew where that may help: its process was killed, which no agent of its own can mend."""
         assert self.code is not None
-        reached = self._last_step()
+        reached = furthest_step(self._folder)
         if reached > self._furthest:
             self._furthest, self._restarts = reached, 0
         if self.code > 0 or self._restarts >= self._allowed:
@@ -184,12 +185,6 @@ class _Group:
         tell(f"replica group {self.number} ended with {self.ending}; starting it again")
         self.start()
         return True
-
-    def _last_step(self) -> int:
-        try:
-            return int((self._folder / STEP_FILE).read_text())
-        except (OSError, ValueError):  # None was done, or it was killed while it wrote.
-            return 0
 
     def _kill_ranks(self) -> None:
         """Those of a group whose agent was killed would go on, and count as a group."""

@@ -266,7 +266,8 @@ def train_rank(config: Config, environment: Mapping[str, str], in_group: GroupPl
     if rank == 0 and (warning := memory_warning(config, dims, here)):
         logger.warning(warning)
     first_on_machine = environment["LOCAL_RANK"] == "0"
-    progress = Progress(failures, int(environment["LOCAL_RANK"])) if failures is not None else None
+    launchers = [folder for folder in (failures, in_group.folder if in_group else None) if folder is not None]
+    progress = Progress(launchers, int(environment["LOCAL_RANK"]))
 
     def train(device: torch.device) -> int:
         watch.start(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,22 +15,23 @@ class Progress:
     """One rank's word of the furthest step that was done, in this start or an earlier one.
 
     Args:
-        folder: of the machine's launcher; must exist.
+        folders: of the launchers that look, this machine's and the group's; must exist.
         local_rank: of the rank on its machine.
     """
 
-    def __init__(self, folder: Path, local_rank: int) -> None:
-        self._path = folder / f"{_PREFIX}{local_rank}"
-        self._furthest = furthest_step(folder)
+    def __init__(self, folders: Sequence[Path], local_rank: int) -> None:
+        self._paths = [folder / f"{_PREFIX}{local_rank}" for folder in folders]
+        self._furthest = max(map(furthest_step, folders), default=0)
 
     def done(self, step: int) -> None:
         """Leave that a step is done, where none further was; what cannot be written is lost and ends nothing."""
         if step > self._furthest:
             self._furthest = step
-            beside = self._path.with_suffix(".partial")
-            with suppress(OSError):
-                beside.write_text(str(step))
-                beside.rename(self._path)
+            for path in self._paths:
+                beside = path.with_suffix(".partial")
+                with suppress(OSError):
+                    beside.write_text(str(step))
+                    beside.rename(path)
 
 
 def furthest_step(folder: Path) -> int:

@@ -93,7 +93,7 @@ class Trainer:
         torch.use_deterministic_algorithms(config.training.deterministic)
         self.groups = join_groups(in_group, config, self._live_state)
         self._grouped = in_group is not None
-        self._run_hash = hash_of_run(config)
+        self._run_hash = hash_of_run(config) if self._grouped else ""
         self.writing = Writing(self.folder, self._open_record, among_groups=self._grouped)
         tokens, self.validation_tokens = prepare_run_tokens(config, first_on_machine)
         self.batches = TokenBatches(
