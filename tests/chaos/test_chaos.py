@@ -67,9 +67,14 @@ def test_a_run_that_was_stopped_ends_cleanly_and_goes_on_with_equal_losses(top: 
 @pytest.mark.parametrize(
     ("step", "settings", "ended_with"),
     [
-        (1, (), "without a step done"),
+        pytest.param(1, (), "without a step done", marks=pytest.mark.slow),
         # Each start but the first does steps again, and none that was not done before.
-        (6, ("--fault-tolerance.snapshot-interval", "0"), "that came no further than step 5"),
+        pytest.param(
+            6,
+            ("--fault-tolerance.snapshot-interval", "0"),
+            "that came no further than step 5",
+            marks=pytest.mark.slow,
+        ),
         (6, ("--fault-tolerance.snapshot-interval", "2"), "that came no further than step 5"),
     ],
     ids=["in the first step", "from the beginning", "from a snapshot"],

@@ -175,12 +175,14 @@ def _all_cases(dispatcher_name: str) -> list[dict[str, Any]]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     assert dist.group.WORLD is not None
     results = []
-    for name, case in CASES.items():
+    for number, (name, case) in enumerate(CASES.items()):
         slots_per_rank = case.slots_per_rank(world_size)
         # `symmetric` is for one node.
         options = DispatchOptions(0 if dispatcher_name == "symmetric" else RANKS_PER_NODE)
         dispatcher = build_dispatcher(dispatcher_name, dist.group.WORLD, slots_per_rank, options)
-        for dtype in DTYPES:
+        # Its kernels are interpreted here, which takes long: the dtypes in turn.
+        dtypes = DTYPES[number % len(DTYPES) :][:1] if dispatcher_name == "symmetric" else DTYPES
+        for dtype in dtypes:
             inputs = _inputs(name, dtype, world_size, rank)
             first, second = (_round_trip(dispatcher, inputs, rank * slots_per_rank) for _ in range(2))
             unequal = [key for key in first if key != "collectives" and not _same(first[key], second[key])]

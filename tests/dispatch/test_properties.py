@@ -300,7 +300,7 @@ def _drawn(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]
     return lambda test: profile(given(case=cases())(test))
 
 
-@_drawn(24)
+@_drawn(12)
 def test_every_dispatcher_with_every_backend_equals_the_oracle(ranks: RankPool, case: Case) -> None:
     """Outputs and all gradients; identity experts return a token once per row; two runs are equal bit by bit."""
     _check(ranks, case)
