@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = ["CopyRule", "CopyTable", "SortedRoutes", "choose", "copy_table", "sort_by_expert"]
 
 CopyRule = Literal["even", "nearest"]
+"""How a route chooses among the copies of its expert: each copy the same share, or the nearest first."""
 
 
 class CopyTable(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Literal
 __all__ = ["BalanceConfig", "BalanceStrategy"]
 
 BalanceStrategy = Literal["none", "eplb", "spill", "eplb+spill", "auto"]
+"""What keeps ranks evenly busy: experts placed and copied between steps, experts borrowed within a step, both."""
 
 
 @dataclass(frozen=True)

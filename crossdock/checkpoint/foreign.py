@@ -32,6 +32,7 @@ from crossdock.checkpoint.folders import CheckpointError
 __all__ = ["METADATA_FILE", "open_foreign"]
 
 METADATA_FILE = ".metadata"
+"""What tells a DCP checkpoint of another library."""
 
 _DCP = "torch.distributed.checkpoint"
 

@@ -51,6 +51,7 @@ Tally = Callable[[Sequence[int], int], None]
 
 # What selective recompute must save, so that it never repeats an exchange.
 EXCHANGE_OPS = (_all_to_all, _all_reduce, _all_gather, _wait)
+"""The operators that exchanges are made of, which selective recompute saves."""
 
 
 class Pending(Generic[T]):

@@ -23,6 +23,7 @@ from crossdock.kernels import FP8_GROUP, dequantize_fp8, quantize_fp8
 __all__ = ["UNTOUCHED", "Wire", "WireDtype"]
 
 WireDtype = Literal["same", "bf16", "fp16", "fp8"]
+"""In which rows travel."""
 
 _PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -86,6 +87,7 @@ class Wire:
 
 
 UNTOUCHED = Wire()
+"""Rows travel as they are."""
 
 
 def _encode_fp8(rows: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 # The resolved settings in a run folder.
 RUN_CONFIG_FILE = "config.toml"
+"""In a run folder: the settings that the run has."""
 # Its first line; elsewhere, as in a copy that somebody edits, it is a comment and no more.
 _FIRST_LINE = re.compile(rf"# checksum of what follows: ([0-9a-f]{{32}}|{UNCHECKED})\n".encode())
 _WRITTEN_BY = "# Written by crossdock "

@@ -21,6 +21,7 @@ __all__ = ["MIXTURE_BLOCK", "TokenBatches", "evaluation_batches", "mixture_quota
 
 # Samples within which a weighted mixture has its shares exactly.
 MIXTURE_BLOCK: Final = 1000
+"""Samples in a row among which the shares of a mixture hold exactly."""
 
 _Array = np.ndarray[Any, Any]
 

@@ -8,7 +8,9 @@ from typing import Literal
 __all__ = ["DataConfig", "DataError", "Packing", "TrainOn"]
 
 Packing = Literal["stream", "documents"]
+"""How documents become sequences: cut wherever a sequence ends, or kept whole where they fit."""
 TrainOn = Literal["assistant", "last", "all"]
+"""Which messages of a conversation are predicted."""
 
 
 class DataError(ValueError):

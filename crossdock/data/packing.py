@@ -20,6 +20,7 @@ __all__ = ["IGNORED_LABEL", "Batch", "DocumentRows", "Rows", "StreamRows", "TooL
 
 # The label of a position where nothing is predicted; what torch's cross entropy leaves out by default.
 IGNORED_LABEL: Final = -100
+"""The label of a token that is not predicted, as in `torch.nn.functional.cross_entropy`."""
 
 _Array = np.ndarray[Any, Any]
 

@@ -95,6 +95,7 @@ DISPATCHERS: Mapping[str, DispatcherBuilder] = MappingProxyType(
         "symmetric": _symmetric,
     }
 )
+"""What builds each dispatcher, by the name that a user gives."""
 
 STATIC_DISPATCHERS = ("allgather", "alltoall", "symmetric")
 """Those of `DISPATCHERS` that `static_shapes` goes with; with worst-case buffers the first two are one."""

@@ -273,6 +273,7 @@ _combine_op = torch.ops.crossdock.deepep_combine.default
 
 # What selective recompute must save, so that it never repeats an exchange.
 DEEPEP_OPS = (_dispatch_op, _combine_op)
+"""The operators of `deepep`, which selective recompute saves."""
 
 
 class _Send(Function):

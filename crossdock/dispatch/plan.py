@@ -13,6 +13,7 @@ from crossdock.dispatch.options import DispatchOptions
 __all__ = ["AUTO_DISPATCHER", "LOCAL_PLAN", "DispatchPlan", "DispatchSituation", "plan_dispatch"]
 
 AUTO_DISPATCHER = "auto"
+"""The value of `dispatcher` that leaves the choice to `plan_dispatch`."""
 
 # A second hop costs a kernel's start and a copy of the rows: not for a few per cent of the slow link's bytes.
 _HIERARCHY_PAYS = 1.5
@@ -68,6 +69,7 @@ class DispatchPlan:
 
 
 LOCAL_PLAN = DispatchPlan("local", 1, "one rank holds all experts")
+"""The only plan for one rank."""
 
 
 def plan_dispatch(

@@ -132,7 +132,8 @@ class SymmetricDispatcher:
             nodes: of the ranks; one if `None`.
             wire: what rows look like while they travel.
             chunks: parts that a rank's tokens are dispatched in, each by a call.
-            static_shapes, debug_checks: as above.
+            static_shapes: as above.
+            debug_checks: as above.
             timeout: in seconds, of each wait; the group's if `None`.
 
         Raises:
@@ -176,7 +177,9 @@ class SymmetricDispatcher:
             num_ranks: `R`.
             slots_per_rank: `P/R`.
             max_tokens: of each rank; shapes are static.
-            wire, chunks, timeout: as in `of_group`.
+            wire: as in `of_group`.
+            chunks: as in `of_group`.
+            timeout: as in `of_group`.
         """
 
         def make(slot_bytes: int) -> ExchangeBuffers:

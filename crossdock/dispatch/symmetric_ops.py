@@ -44,6 +44,7 @@ _finish_op = torch.ops.crossdock.symmetric_finish.default
 
 # What selective recompute must save, so that it never repeats an exchange.
 SYMMETRIC_OPS = (_begin_op, _finish_op)
+"""The operators of `symmetric`, which selective recompute saves."""
 
 
 def _call(

@@ -21,8 +21,10 @@ __all__ = ["AUTO", "EXPERTS_BACKENDS", "backend_problem", "choose_backend", "pic
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
+"""The value of `experts` that leaves the choice to `pick_backend`."""
 EXPERTS_BACKENDS: Mapping[str, ExpertsBackend]
 EXPERTS_BACKENDS = MappingProxyType({"cpu": cpu, "eager": eager, "grouped_mm": grouped_mm, "triton": triton})
+"""Each backend by the name that a user gives."""
 # Why a backend cannot compute these tokens with these parameters. `eager` always can.
 _PROBLEMS: Mapping[str, Callable[[Tensor, ExpertParams], str | None]]
 _PROBLEMS = MappingProxyType({"cpu": cpu_problem, "grouped_mm": grouped_mm_problem, "triton": triton_problem})

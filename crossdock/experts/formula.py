@@ -24,8 +24,10 @@ __all__ = [
 
 _aten = torch.ops.aten
 QUICK_GELU_ALPHA = 1.702
+"""`alpha` of `x sigmoid(alpha x)`, which is about GELU."""
 
 ActivationName = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared"]
+"""Of the gate of an expert."""
 
 
 def _sigmoid_slope(gate: Tensor, alpha: float, value: Tensor, slope: Tensor) -> None:
@@ -52,7 +54,6 @@ def _relu_squared_slope(gate: Tensor, value: Tensor, slope: Tensor) -> None:
     slope.mul_(2)
 
 
-# Name -> (function of the gate, function that writes its value and its derivative into two buffers).
 ACTIVATIONS: Mapping[ActivationName, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], None]]]
 ACTIVATIONS = MappingProxyType(
     {
@@ -70,6 +71,7 @@ ACTIVATIONS = MappingProxyType(
         "relu_squared": (lambda gate: F.relu(gate).square(), _relu_squared_slope),
     }
 )
+"""By name: the function of the gate, and one that writes its value and its derivative into two buffers."""
 
 
 @dataclass(frozen=True)
@@ -151,4 +153,6 @@ def halves_interleaved(apart: Tensor) -> Tensor:
 
 
 SWIGLU = ExpertsFormula()
+"""`silu(gate) * up`, the formula of most families."""
 GPT_OSS = ExpertsFormula("quick_gelu", limit=7.0, up_offset=1.0)
+"""That of gpt-oss: limited, and `up + 1`."""

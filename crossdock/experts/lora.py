@@ -38,9 +38,13 @@ def lora_experts(
     """`y [U, H]`, with the contract of `ExpertsBackend`: `grouped_lora`, or `eager_lora` where that cannot compute.
 
     Args:
-        tokens, slot_ids, weights, params, formula: as in `ExpertsBackend`.
+        tokens: as in `ExpertsBackend`, like the next three.
+        slot_ids: `[U, K]`.
+        weights: `[U, K]`.
+        params: the experts' own.
         adapters: in the dtype of `tokens`.
         scale: `s`.
+        formula: as in `ExpertsBackend`.
         eager: take `eager_lora` in any case.
         static: see `grouped_lora`.
 

@@ -61,6 +61,7 @@ __all__ = ["NAME", "CrossdockEP", "crossdock_experts_forward"]
 logger = logging.getLogger(__name__)
 
 NAME = "crossdock"
+"""Under which transformers knows the dispatcher (`ep_implementation`) and the experts (`experts_implementation`)."""
 
 
 class CrossdockEP(EPImplementation):

@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 FP8_GROUP = 128
+"""Values of a row that share a scale."""
 _LARGEST = 448.0
 _SMALLEST_SCALE, _LARGEST_FINITE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _BLOCK_ROWS, _NUM_WARPS = 16, 4

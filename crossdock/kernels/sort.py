@@ -23,7 +23,7 @@ _BLOCK, _NUM_WARPS = 128, 8
 class RouteOrder(NamedTuple):
     """`M = U K` routes by slot, for `slot_ids [U, K]`; all int64.
 
-    Args:
+    Attributes:
         order: `[M]`: the flat indices `u * K + k` of the real routes in (slot, token, k) order, then `-1`.
         counts: `[S]`: real routes per slot.
         row_of_route: `[U, K]`: where in `order` each route is, `-1` where there is none.

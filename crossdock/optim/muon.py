@@ -20,6 +20,7 @@ from crossdock.parallel import local_part
 __all__ = ["AdjustLR", "Muon"]
 
 AdjustLR = Literal["match_rms_adamw", "original"]
+"""How large an update is: as AdamW's, or as first published."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -48,7 +49,8 @@ class Muon(torch.optim.Optimizer):
         momentum: `m`.
         weight_decay: of both.
         adjust_lr_fn: `scale`.
-        betas, eps: AdamW's.
+        betas: AdamW's.
+        eps: AdamW's.
         dtype: in which matrices travel and are orthogonalised, bfloat16 where a model computes in it; by default the
             parameters' own.
         matrices: which parameters are Muon's, and how they hold matrices; by default `hidden_matrices(model)`.

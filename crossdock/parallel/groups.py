@@ -12,6 +12,7 @@ __all__ = ["LOOPBACK", "GroupPlace", "GroupsFailed", "OneGroup", "ReplicaGroups"
 
 
 LOOPBACK = "127.0.0.1"
+"""The address of this machine within itself."""
 
 
 class GroupsFailed(RuntimeError):

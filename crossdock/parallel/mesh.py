@@ -29,10 +29,13 @@ __all__ = [
 AUTO = -1
 
 ContextMethod = Literal["ulysses", "ring"]
+"""How ranks that share sequences attend: heads are exchanged, or keys and values go round."""
 
 PipelineSchedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv"]
+"""The order in which the stages of a pipeline compute micro-batches."""
 
 ReshardPolicy = Literal["auto", "always", "never"]
+"""Whether FSDP frees gathered parameters after the forward pass."""
 
 GradientReduction = Literal["micro_batch", "step", "auto"]
 

@@ -8,6 +8,7 @@ from functools import cached_property
 __all__ = ["EMPTY", "Placement"]
 
 EMPTY = -1
+"""The expert of a slot that holds none."""
 
 
 @dataclass(frozen=True)

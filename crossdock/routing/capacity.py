@@ -12,6 +12,7 @@ from crossdock.routing.counting import count_experts
 __all__ = ["DropPolicy", "expert_capacity", "within_capacity"]
 
 DropPolicy = Literal["probs", "position"]
+"""Which routes beyond an expert's capacity are dropped: those of lowest weight, or the last ones."""
 
 
 def expert_capacity(num_tokens: Tensor | int, top_k: int, num_experts: int, capacity_factor: float) -> Tensor:

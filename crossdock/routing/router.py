@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 NO_EXPERT = -1
 ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
+"""From logits to scores."""
 
 
 @dataclass(frozen=True)

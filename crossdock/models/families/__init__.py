@@ -35,3 +35,4 @@ _ALL: tuple[Family, ...] = (
     Generic(),
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in _ALL})
+"""Each family by its name in `model.name`."""

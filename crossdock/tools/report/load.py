@@ -16,9 +16,10 @@ __all__ = ["LOAD_FILE", "RANK_LOAD_FILE", "LoadFileError", "LoadLog", "read_load
 
 logger = logging.getLogger(__name__)
 
-# In a run folder, beside metrics.jsonl: of every expert, and, in the same form, of every expert-parallel rank.
 LOAD_FILE = "expert_load.bin"
+"""In a run folder, beside metrics.jsonl: the routes of every expert."""
 RANK_LOAD_FILE = "rank_load.bin"
+"""In the same form, of every expert-parallel rank."""
 # One of each, so that neither is taken for the other.
 _MAGIC = MappingProxyType(
     {LOAD_FILE: int.from_bytes(b"XDLD", "little"), RANK_LOAD_FILE: int.from_bytes(b"XDLR", "little")}

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 METRICS_FILE = "metrics.jsonl"
+"""Of a run folder: a line per step."""
 FAULTS_FOLDER = "faults"
 """Of a run folder: reports of ranks that waited in vain."""
 _MOST_REPORTS = 10

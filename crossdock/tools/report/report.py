@@ -13,8 +13,8 @@ from crossdock.tools.report.records import ReportError, read_run
 
 __all__ = ["COMPARISON_FILE", "REPORT_FILE", "render", "write_page", "write_report"]
 
-# In a run folder.
 REPORT_FILE = "report.html"
+"""In a run folder."""
 # Of several runs, in the working directory.
 COMPARISON_FILE = "comparison.html"
 
