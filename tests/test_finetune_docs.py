@@ -14,6 +14,7 @@ import pytest
 
 from crossdock.config import check_settings, load_config
 from crossdock.data import DataConfig, DataError, prepare_tokens
+from tests.blocks import commands_of
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = (ROOT / "examples" / "finetune" / "README.md").read_text()
@@ -22,7 +23,7 @@ PAGE = (ROOT / "docs" / "finetune.md").read_text().partition("\n## LoRA\n")[0]  
 
 def _run(only_rank: Callable[..., int], monkeypatch: pytest.MonkeyPatch, text: str, *training: str) -> None:
     """Every command of a page, in turn, on one rank."""
-    for line in re.findall(r"^    ((?:crossdock|python) .+)$", text, re.MULTILINE):
+    for line in commands_of("docs/finetune.md", "crossdock|python", text=text):
         program, *arguments = shlex.split(line)
         if program == "python":
             monkeypatch.setattr(sys, "argv", arguments)
@@ -63,7 +64,7 @@ def test_the_example_works_and_learns(
     _run(only_rank, monkeypatch, EXAMPLE, "--training.steps", steps, "--training.local-batch-size", "4")
     (program,) = re.findall(r"^```python\n(.*?)^```", EXAMPLE, re.MULTILINE | re.DOTALL)
     exec(compile(program, "examples/finetune/README.md", "exec"), {})
-    (answer,) = re.findall(r"^    (A place .*)$", EXAMPLE, re.MULTILINE)
+    (answer,) = re.findall(r"^(A place .*)$", EXAMPLE, re.MULTILINE)
     assert (capsys.readouterr().out.count(answer) == 2) == (steps == "100")
     losses = [json.loads(line)["loss"] for line in (root / "runs/finetune/metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
@@ -78,7 +79,7 @@ def test_the_messages_are_those(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
     user = {"role": "user", "content": "a"}
     good = [user, {"role": "assistant", "content": "b"}]
     faulty = ([{"content": "a"}], [user], [user, *good])
-    messages = re.findall(r"^    (talks\.jsonl:.*)$", PAGE, re.MULTILINE)
+    messages = re.findall(r"^(talks\.jsonl:.*)$", PAGE, re.MULTILINE)
     for message, conversation in zip(messages, faulty, strict=True):
         Path("talks.jsonl").write_text(
             "".join(json.dumps({"messages": lines}) + "\n" for lines in (good, conversation))

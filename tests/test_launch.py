@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import signal
 import socket
@@ -21,10 +20,10 @@ import yaml
 import crossdock.train.launch as launch
 from crossdock.cli import main
 from crossdock.config import load_config, validate
+from tests.blocks import commands_of
 from tests.tiny import write_assets
 
 ROOT = Path(__file__).parents[1]
-DOC = (ROOT / "docs/launch.md").read_text()
 SBATCH = ROOT / "examples/launch/slurm.sbatch"
 # As long as a busy machine may need.
 SECONDS = 180
@@ -32,7 +31,7 @@ SECONDS = 180
 
 def doc_commands(start: str) -> list[list[str]]:
     """The words of the commands in the document that begin so; without comments."""
-    return [shlex.split(line, comments=True) for line in re.findall(rf"^    ({start}.*)$", DOC, re.MULTILINE)]
+    return [shlex.split(command) for command in commands_of("docs/launch.md", start)]
 
 
 @pytest.fixture

@@ -11,17 +11,13 @@ from pathlib import Path
 import pytest
 
 from crossdock.config import load_config, validate
+from tests.blocks import blocks_of, commands_of
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-
-
-def _python_blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
 def test_own_model_program_runs_on_two_ranks_and_learns(tmp_path: Path) -> None:
-    (program,) = _python_blocks()
+    (program,) = (block.text for block in blocks_of("README.md", "python") if not block.reason)
     assert len([line for line in program.splitlines() if line.strip()]) < 20
     script = tmp_path / "own_model.py"
     script.write_text(program)
@@ -40,7 +36,7 @@ def test_own_model_program_runs_on_two_ranks_and_learns(tmp_path: Path) -> None:
 
 
 # They take minutes, or machines that are not here; what they ask for is checked to be valid.
-@pytest.mark.parametrize("command", re.findall(r"^    ((?:\w+=\S+ )*\./run_train\.sh[^#\n]*)", README, re.MULTILINE))
+@pytest.mark.parametrize("command", commands_of("README.md", r"(\w+=\S+ )*\./run_train\.sh"))
 def test_training_commands_ask_for_valid_settings(command: str) -> None:
     words = shlex.split(command)
     script = words.index("./run_train.sh")

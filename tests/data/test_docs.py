@@ -57,7 +57,7 @@ def test_the_program_runs(tmp_path: Path) -> None:
 def test_the_messages_are_those(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     good = json.dumps({"text": "a"}) + "\n"
-    messages = re.findall(r"^    ((talks|notes)\.\w+:.*)$", PAGE, re.MULTILINE)
+    messages = re.findall(r"^((talks|notes)\.\w+:.*)$", PAGE, re.MULTILINE)
     contents = [
         good * 16 + good[:-4],
         good * 2 + json.dumps({"id": 3, "body": "b"}) + "\n",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.blocks import commands_of
 from tests.integrations.live_records import StepRecord, read_records
 from tests.ranks import RankPool
 from tests.tiny import speeches, write_assets
@@ -321,7 +321,7 @@ def test_the_documents_commands_start_groups(monkeypatch: pytest.MonkeyPatch, tm
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "CONFIG.toml").write_text((ROOT / "configs/debug.toml").read_text())
-    commands = re.findall(r"^    crossdock (train .*)$", (ROOT / "docs/live.md").read_text(), re.MULTILINE)
+    commands = [command.removeprefix("crossdock ") for command in commands_of("docs/live.md", "crossdock train")]
     assert len(commands) >= 3
     for command in commands:
         with pytest.raises(SystemExit) as ended:

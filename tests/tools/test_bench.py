@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from crossdock.tools.bench import (
 )
 from crossdock.tools.bench.measuring import bench_layers
 from crossdock.tools.bench.placing import place
+from tests.blocks import commands_of
 from tests.browser import Browser
 from tests.ranks import RankPool
 from tests.tiny import speeches, write_assets
@@ -287,7 +287,7 @@ def test_the_page_opens_cleanly_at_any_width(browser: Browser, tmp_path: Path, d
 
 
 PAGE = (ROOT / "docs" / "bench.md").read_text()
-COMMANDS = re.findall(r"^    crossdock (.+)$", PAGE, re.MULTILINE)
+COMMANDS = [command.removeprefix("crossdock ") for command in commands_of("docs/bench.md")]
 
 
 def test_there_are_commands() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 
 from crossdock.cli import main
 from crossdock.tools.report import METRICS_FILE, ReportError, watch
+from tests.blocks import commands_of
 from tests.browser import Browser
 from tests.tools.runs import everything_of, write_loads, write_metrics
 
@@ -98,8 +98,7 @@ def test_it_answers_to_this_machine_alone(served: tuple[str, subprocess.Popen[st
 
 def test_the_commands_of_the_page_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of docs/report.md."""
-    page = (ROOT / "docs" / "report.md").read_text()
-    commands = re.findall(r"^    crossdock report (.+)$", page, re.MULTILINE)
+    commands = [command.removeprefix("crossdock report ") for command in commands_of("docs/report.md")]
     assert sum("--watch" in command for command in commands) == 1
     assert len(commands) == 4
     for name in ("20261121-101622", "20261121-113344"):

@@ -28,6 +28,7 @@ from crossdock.parallel import ParallelDims
 from crossdock.tools.tune import TuneOptions, tune
 from crossdock.tools.tune.dimensions import kernel_tiles
 from crossdock.tools.tune.layer import MeasuredLayer
+from tests.blocks import commands_of
 from tests.dispatch.deepep_double import Double
 from tests.ranks import RankPool
 from tests.tiny import run_trainer, speeches, write_assets
@@ -351,7 +352,7 @@ def test_what_deep_ep_leaves_open_is_measured(api: str, ranks: RankPool, folder:
         assert {"deepep_dispatch_chunk", "deepep_combine_chunk"} <= set(settings)
 
 
-COMMANDS = re.findall(r"^    crossdock (.+)$", (ROOT / "docs/tune.md").read_text(), re.MULTILINE)
+COMMANDS = [command.removeprefix("crossdock ") for command in commands_of("docs/tune.md")]
 
 
 def test_the_documents_commands_work(

@@ -23,6 +23,7 @@ from crossdock.config import ConfigError, load_config, validate
 from crossdock.tools.convert import ConvertOptions, plan_conversion
 from crossdock.train.stopping import StopSignal
 from crossdock.train.trainer import Trainer
+from tests.blocks import commands_of
 from tests.checkpoint.hf_folders import differences, read_tensors
 from tests.ranks import RankPool
 from tests.tiny import by_hand, run_trainer, speeches, write_hf_model
@@ -260,7 +261,7 @@ def test_a_resume_that_would_load_nothing_is_an_error(ranks: RankPool, folder: P
 SECTION = (
     (Path(__file__).parents[2] / "docs" / "finetune.md").read_text().partition("\n## LoRA\n")[2].partition("\n## ")[0]
 )
-COMMANDS = re.findall(r"^    crossdock (.+)$", SECTION, re.MULTILINE)
+COMMANDS = [command.removeprefix("crossdock ") for command in commands_of("docs/finetune.md", text=SECTION)]
 
 
 @pytest.fixture
