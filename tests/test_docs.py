@@ -27,9 +27,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -109,7 +111,8 @@ def folder(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = (str(folder / "assets"), str(folder / RUN), str(folder / "cache"))
     ranks.run(1, run_trainer, *arguments, ["--training.steps", "1"])
     template = runpy.run_path(str(ROOT / "examples/finetune/make_model.py"))["CHAT_TEMPLATE"]
-    (folder / RUN / "hf/chat_template.jinja").write_text(template)
+    for name in ("hf", "hf_assets"):
+        (folder / RUN / name / "chat_template.jinja").write_text(template)
     titan = AutoModelForCausalLM.from_pretrained(folder / RUN / "hf").state_dict()
     dcp.save(titan, checkpoint_id=folder / TITAN, no_dist=True)
     Qwen3ForCausalLM(Qwen3Config(**DENSE)).save_pretrained(folder / "Qwen3-1.7B")
@@ -140,8 +143,8 @@ def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class _Parsed(Exception):
-    def __init__(self, rest: list[str]) -> None:
-        self.rest = rest
+    def __init__(self, known: argparse.Namespace, rest: list[str]) -> None:
+        self.known, self.rest = known, rest
 
 
 @pytest.fixture
@@ -152,12 +155,12 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[str]], None]:
     def some(self: Parser, *arguments: Any) -> Any:
         if not self.add_help:  # what all commands share
             return known(self, *arguments)
-        raise _Parsed(known(self, *arguments)[1])
+        raise _Parsed(*known(self, *arguments))
 
     def whole(self: Parser, *arguments: Any) -> None:
-        _, rest = known(self, *arguments)
+        found, rest = known(self, *arguments)
         assert not rest, f"unknown: {rest}"
-        raise _Parsed([])
+        raise _Parsed(found, [])
 
     def call(name: str, arguments: list[str]) -> None:
         options, rest = machine_options(arguments)
@@ -173,7 +176,10 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[str]], None]:
                 assert "--help" in rest, "refused"
                 return
             words = ended.value.rest
-            if name not in ("tune", "plan"):
+            if name == "plan":
+                _check_settings(words, ended.value.known.gpus, 1)
+                return
+            if name != "tune":
                 assert not words
                 return
         if "--training.tuned" in words:  # a file that the command before it writes
@@ -184,12 +190,16 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[str]], None]:
 
 
 def _check_settings(words: list[str], nproc: int, nnodes: int) -> None:
-    path, overrides = split_path(words)
-    config = load_config(path, overrides)
+    config = _with_a_dispatcher(load_config(*split_path(words)))
     check_settings(config)
-    if config.moe.dispatcher == "deepep":  # which is refused without its library
-        config = replace(config, moe=replace(config.moe, dispatcher="alltoall"))
     validate(config, ranks_per_group(config, nproc, nnodes), nproc)
+
+
+def _with_a_dispatcher(config: Config) -> Config:
+    """`deepep` is refused without its library."""
+    model = replace(config.model, flavor=config.model.flavor.removesuffix("-deepep"))
+    moe = replace(config.moe, dispatcher="alltoall") if config.moe.dispatcher == "deepep" else config.moe
+    return replace(config, model=model, moe=moe)
 
 
 def _settings_of_script(words: list[str], number: int) -> None:
@@ -207,7 +217,7 @@ def test_blocks_are_of_a_language_and_what_does_not_run_says_why(page: str) -> N
         assert block.language in LANGUAGES, block.place
         assert not block.reason or block.reason.startswith(REASONS), block.place
         if block.reason.startswith("part of a program"):
-            named = re.findall(r"[\w/.]+\.(?:py|md)\b", block.reason)
+            named = re.findall(r"\w[\w/-]*\.\w+", block.reason)
             assert named, block.place
             assert all((ROOT / name).is_file() for name in named), block.place
         if block.language == "text":
@@ -224,7 +234,7 @@ def test_commands_are_valid(here: Path, parse: Callable[[str, list[str]], None],
         subprocess.run(["bash", "-n", "-c", block.text], check=True)
         for words in commands(block):
             _stand_ins(here, words)
-            words = [word.replace("/shared/", f"{here}/shared/") for word in words]
+            words = [word.replace("/shared/", f"{here}/shared/") for word in _whole(page, words)]
             script = [number for number, word in enumerate(words) if word.endswith(("run_train.sh", ".sbatch"))]
             named = [number for number, word in enumerate(words) if word == "crossdock"]
             if script:
@@ -243,17 +253,39 @@ def test_commands_are_valid(here: Path, parse: Callable[[str, list[str]], None],
 def _stand_ins(here: Path, words: list[str]) -> None:
     """The tiny model under the name of the one that a command starts from."""
     for option, value in pairwise(words):
-        if option == "--model.hf-assets-path" and not (here / value).exists():
+        if option in ("--model.hf-assets-path", "--checkpoint.initial-load-path") and not (here / value).exists():
             (here / value).parent.mkdir(parents=True, exist_ok=True)
             (here / value).symlink_to((here / "MODEL").resolve())
+
+
+def _stand_in_runs(here: Path, words: list[str]) -> None:
+    """The tiny model's run under the names of those that a command reads."""
+    read = words[2:3] if words[1] in ("generate", "eval", "export") else words[2:] if words[1] == "report" else []
+    for run in read:
+        if run.startswith("runs/") and not run.endswith(".html") and not (here / run).exists():
+            shutil.copytree((here / RUN).resolve(), here / run, symlinks=True)
+
+
+def _whole(page: str, words: list[str]) -> list[str]:
+    """A command that goes on with a run, with the settings of the command before it that made the run."""
+    if words[:2] != ["crossdock", "train"] or "--job.dump-folder" not in words or not words[2].startswith("-"):
+        return words
+    run = words[words.index("--job.dump-folder") + 1]
+    for block in blocks_of(page, "bash"):
+        for made in commands(block):
+            if made[:2] == words[:2] and not made[2].startswith("-") and run in made:
+                return [*made, *words[2:]]
+    return words
 
 
 @pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.language == "python"}))
 def test_programs_compile_and_import_what_is_there(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KERAS_BACKEND", "torch")
     for block in blocks_of(page, "python"):
-        compile(block.text, block.place, "exec")
-        for node in ast.walk(ast.parse(block.text)):
+        # What is part of a function may return.
+        text = f"def part():\n{indent(block.text, '    ')}" if block.reason else block.text
+        compile(text, block.place, "exec")
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("crossdock"):
                 module = importlib.import_module(node.module or "")
                 missing = [name.name for name in node.names if not hasattr(module, name.name)]
@@ -277,7 +309,7 @@ def test_settings_are_valid(here: Path, page: str) -> None:
             if set(tables) & set(Config.__dataclass_fields__):
                 paths = tables.get("model", {}).get("hf_assets_path")
                 _stand_ins(here, ["--model.hf-assets-path", paths] if paths else [])
-                check_settings(load_config(here / "some.toml"))
+                check_settings(_with_a_dispatcher(load_config(here / "some.toml")))
             else:
                 assert set(tables) <= set(read_devices(here / "some.toml")), block.place
 
@@ -293,39 +325,57 @@ def test_commands_of_every_kind_run() -> None:
     assert run >= {"train", "generate", "eval", "export", "convert", "report", "doctor", "plan"}
 
 
-@pytest.mark.parametrize("words", [words for _, words in TO_RUN.values()], ids=shlex.join)
-def test_commands_work(here: Path, folder: Path, only_rank: Callable[..., int], words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("page", "words"), TO_RUN.values(), ids=lambda value: value if isinstance(value, str) else shlex.join(value)
+)
+def test_commands_work(here: Path, folder: Path, only_rank: Callable[..., int], page: str, words: list[str]) -> None:
     _stand_ins(here, words)
     if words[0] != "crossdock":
         _run_program(here, words)
         return
-    arguments = _smaller(words[1:], folder)
-    assert only_rank(*arguments) == 0
+    _stand_in_runs(here, words)
+    whole = _whole(page, words)
+    try:
+        if whole != words:
+            assert only_rank(*_smaller(whole[: len(whole) - len(words) + 2], folder)) == 0
+        arguments = _smaller(words, folder)
+        assert only_rank(*arguments) == 0
+    finally:
+        if dist.is_initialized():  # by a command that has failed
+            dist.destroy_process_group()
     if arguments[0] == "export" or (arguments[0] == "convert" and arguments[2] != "converted"):
         AutoModelForCausalLM.from_pretrained(here / arguments[2])
 
 
 def _smaller(words: list[str], folder: Path) -> list[str]:
-    """The command with less, not other, work, on one rank."""
-    arguments = list(words)
+    """The arguments of a command with less, not other, work, on one rank."""
+    arguments = words[1:]
     for option in ("--nproc", "--parallelism.expert-parallel-degree"):
-        if option in arguments:
+        if option in arguments and arguments[0] != "plan":
             del arguments[arguments.index(option) : arguments.index(option) + 2]
     match arguments[0]:
         case "train" | "config" if "--help" not in arguments:
             if "--training.steps" in arguments:
                 del arguments[(steps := arguments.index("--training.steps")) : steps + 2]
-            small = ["--training.steps", "1", "--training.seq-len", "32", "--data.cache-folder", str(folder / "cache")]
-            small += ["--data.source", str(folder / "speeches")] if "--data.source" not in arguments else []
-            if "--model.hf-assets-path" not in arguments and RUN not in arguments:
-                small += ["--model.hf-assets-path", str(folder / "assets"), "--model.flavor="]
-            arguments += small
+            resumes = words[2].startswith("-") and "--job.dump-folder" in words
+            arguments += ["--training.steps", "2" if resumes else "1", "--data.cache-folder", str(folder / "cache")]
+            if not resumes and not words[2].startswith("examples/"):  # which are small
+                arguments += ["--training.seq-len", "32", "--data.source", str(folder / "speeches")]
+                if "--model.hf-assets-path" not in arguments:
+                    arguments += ["--model.hf-assets-path", str(folder / "assets"), "--model.flavor="]
         case "generate":
             arguments += ["--max-new-tokens", "3"]
         case "eval":
             arguments += ["--seq-len", "32", "--cache-folder", "cache"]
+        case "bench" if "--simulate" not in arguments:
+            arguments += ["--tokens", "16", "--rounds", "1"]
+        case "plan":
+            for option, value in (("--search", "--gpus 8"), ("--scale", "--scale 8,16")):
+                if option in arguments:
+                    name, fewer = value.split()
+                    arguments[arguments.index(name) + 1] = fewer
         case "doctor":
-            arguments += ["--no-test"]  # tests/tools/test_doctor.py runs it
+            arguments += ["--no-test"]  # tests/test_shell.py runs it
         case _:
             pass
     return arguments
@@ -333,7 +383,13 @@ def _smaller(words: list[str], folder: Path) -> list[str]:
 
 def _run_program(here: Path, words: list[str]) -> None:
     """`python FILE`, `torchrun FILE`, or a line of shell."""
-    start = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}.get(words[0])
+    for word in words:
+        if word in MODELS:  # which it writes
+            (here / word).unlink()
+    start = {
+        "python": [sys.executable],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
+    }.get(words[0])
     command = [*start, *words[1:]] if start else ["bash", "-c", " ".join(words)]
     _call(here, command)
 
