@@ -3,8 +3,6 @@
 torchrun --nproc-per-node 2 examples/own_dispatcher.py
 """
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,7 +20,6 @@ class OwnDispatcher:
         self.name, self.ranks, self.slots = group.group_name, group.size(), slots_per_rank
         self.meter = TrafficMeter(group)
         self.agreement = Agreement(group, slots_per_rank, UNTOUCHED, tally=self.meter.metadata)
-        self.refuse = self.agreement.refuse  # tells the other ranks that this one cannot go on
 
     @property
     def traffic(self) -> Traffic:
@@ -35,14 +32,17 @@ class OwnDispatcher:
         rank, token = needed.nonzero().unbind(1)  # of each row that this rank sends
         splits, _ = self.agreement.exchange_counts(needed.sum(1), x, slot_ids, weights)
         handle = token, splits, len(x), self.meter.needs(needed.T)
-        own = owner[token] == rank[:, None]
-        routes = (slot_ids[token] - rank[:, None] * self.slots).where(own, -1), weights[token].where(own, 0)
+        rank, own = rank[:, None], owner[token] == rank[:, None]
+        routes = (slot_ids[token] - rank * self.slots).where(own, -1), weights[token].where(own, 0)
         ids, shares = (exchange(part, splits, self.name, tally=self.meter.metadata) for part in routes)
-        rows = x.to(weights.dtype)[token].to(x.dtype)  # so that gradients of a token's rows are summed in fp32
-        tokens = exchange(rows, splits, self.name, tally=self.meter.rows(handle[3]))
+        wide = x.to(weights.dtype)  # gradients of a token's rows are summed in fp32
+        tokens = exchange(wide[token].to(x.dtype), splits, self.name, tally=self.meter.rows(handle[3]))
         return Pending(lambda: Dispatched(tokens.wait(), ids.wait(), shares.wait(), handle))
 
-    def combine(self, y: Tensor, handle: Any) -> Pending[Tensor]:
+    def refuse(self, device: torch.device) -> None:
+        self.agreement.refuse(device)
+
+    def combine(self, y: Tensor, handle: tuple) -> Pending[Tensor]:
         token, splits, num_tokens, needs = handle
         total = y.new_zeros(num_tokens, y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32))
         rows = exchange(y, splits.reversed, self.name, tally=self.meter.rows(needs))
@@ -60,10 +60,9 @@ def results(dispatcher: Dispatcher, x: Tensor, ids: Tensor, weights: Tensor) -> 
 def main() -> None:
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # the same initial weights on all ranks
     layer, x = MoE(16, 32, RouterConfig(num_experts=4 * ranks, top_k=3)), torch.randn(1, 40, 16)
-    mesh = dist.init_device_mesh("cpu", (ranks,), mesh_dim_names=("ep",))
-    apply_ep(layer, mesh)
+    apply_ep(layer, mesh := dist.init_device_mesh("cpu", (ranks,), mesh_dim_names=("ep",)))
     theirs, ours, expected = layer.dispatcher, OwnDispatcher(mesh.get_group(), 4), layer(x)
     for size in (64 + rank, 64 * rank):  # the second time rank 0 has no tokens
         ids = torch.rand(size, 4 * ranks).topk(3).indices.masked_fill(torch.rand(size, 3) < 0.2, -1)
