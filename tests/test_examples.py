@@ -56,6 +56,11 @@ def test_swapping_the_dispatcher_sends_fewer_rows_and_changes_nothing() -> None:
     assert output.endswith("outputs and gradients are the same\n")
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_dispatcher_of_one_s_own_gives_what_alltoall_gives(ranks: int) -> None:
+    assert run("own_dispatcher.py", ranks=ranks).count("as alltoall, bit by bit") == ranks
+
+
 def test_a_tabular_model_learns() -> None:
     output = run("tabular.py", "--steps", "150", ranks=2)
     assert float(re.findall(r"digits: ([\d.]+)%", output)[0]) > 90

@@ -210,6 +210,26 @@ def test_the_batch_script_ends_with_the_code_of_a_run_that_failed(slurm: dict[st
     assert not (tmp_path / "record/scontrol").exists()
 
 
+def test_the_pods_of_the_indexed_job_are_accepted(slurm: dict[str, str], tmp_path: Path, accepted: Any) -> None:
+    service, claim, job = yaml.safe_load_all((ROOT / "examples/launch/indexed_job.yaml").read_text())
+    spec = job["spec"]
+    pod = spec["template"]["spec"]
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert spec["completions"] == spec["parallelism"] == 2
+    (container,) = pod["containers"]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
+    assert volumes["runs"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    for index in range(spec["completions"]):
+        given = {"JOB_COMPLETION_INDEX": str(index), "SLURM_NODEID": f"-job{index}"}
+        environment = slurm | given | {"PATH": f".venv/bin:{slurm['PATH']}"}
+        subprocess.run(container["command"], cwd=tmp_path, env=environment, check=True, timeout=SECONDS)
+        _, machines = accepted((tmp_path / f"record/node-job{index}").read_text().split("\0")[:-1])
+        first = f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+        assert machines == launch.Machines(8, spec["completions"], index, first, 29500)
+
+
 def test_the_pods_of_the_kubernetes_job_are_accepted(slurm: dict[str, str], tmp_path: Path, accepted: Any) -> None:
     claim, job = yaml.safe_load_all((ROOT / "examples/launch/pytorchjob.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
