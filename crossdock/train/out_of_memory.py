@@ -112,9 +112,10 @@ def _settings(config: Config, *, on_gpu: bool) -> list[str]:
         lines.append(
             "training.enable_cpu_offload = false: true, to keep parameters and optimizer in the machine's memory"
         )
-    if moe.capacity_factor is None or moe.capacity_factor > 1:
-        value = "unset" if moe.capacity_factor is None else moe.capacity_factor
-        lines.append(f"moe.capacity_factor = {value}: a bound, such as 1.25, on the tokens of an expert")
+    if moe.capacity_factor == 0 or moe.capacity_factor > 1.25:
+        lines.append(
+            f"moe.capacity_factor = {moe.capacity_factor:g}: a bound, such as 1.25, on the tokens of an expert"
+        )
     if balance.strategy in ("none", "eplb"):
         lines.append(f"balance.strategy = {balance.strategy}: spill, with balance.memory_bound, where busy ranks fail")
     elif not balance.memory_bound:

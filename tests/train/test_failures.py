@@ -127,7 +127,12 @@ def test_out_of_memory_is_told_once_by_its_rank_with_what_would_need_less(tmp_pa
     assert "rank 1 (machine " in message
     assert "step 3, forward, layer model.layers.0.mlp, dispatch: out of memory. It asked for 1,024.0 TiB; " in message
     assert "were free" in message
-    for setting in ("training.local_batch_size = 2", "training.seq_len = 32", "activation_checkpoint.mode = none"):
+    for setting in (
+        "training.local_batch_size = 2",
+        "training.seq_len = 32",
+        "activation_checkpoint.mode = none",
+        "moe.capacity_factor = 0:",
+    ):
         assert message.count(f"  {setting}: ") == 1
     assert said.count("out of memory") == 1
     assert "Traceback" not in said
