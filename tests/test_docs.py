@@ -42,6 +42,7 @@ from crossdock.config import Config, check_settings, load_config, ranks_per_grou
 from crossdock.tools.plan import read_devices
 from tests.blocks import REASONS, ROOT, Block, blocks_of, pages, words_of
 from tests.ranks import RankPool
+from tests.smaller import smaller
 from tests.tiny import run_trainer, write_assets
 
 # What is run, with stand-ins of its own.
@@ -337,46 +338,14 @@ def test_commands_work(here: Path, folder: Path, only_rank: Callable[..., int], 
     whole = _whole(page, words)
     try:
         if whole != words:
-            assert only_rank(*_smaller(whole[: len(whole) - len(words) + 2], folder)) == 0
-        arguments = _smaller(words, folder)
+            assert only_rank(*smaller(whole[: len(whole) - len(words) + 2], folder)) == 0
+        arguments = smaller(words, folder)
         assert only_rank(*arguments) == 0
     finally:
         if dist.is_initialized():  # by a command that has failed
             dist.destroy_process_group()
     if arguments[0] == "export" or (arguments[0] == "convert" and arguments[2] != "converted"):
         AutoModelForCausalLM.from_pretrained(here / arguments[2])
-
-
-def _smaller(words: list[str], folder: Path) -> list[str]:
-    """The arguments of a command with less, not other, work, on one rank."""
-    arguments = words[1:]
-    for option in ("--nproc", "--parallelism.expert-parallel-degree"):
-        if option in arguments and arguments[0] != "plan":
-            del arguments[arguments.index(option) : arguments.index(option) + 2]
-    match arguments[0]:
-        case "train" | "config" if "--help" not in arguments:
-            if "--training.steps" in arguments:
-                del arguments[(steps := arguments.index("--training.steps")) : steps + 2]
-            resumes = words[2].startswith("-") and "--job.dump-folder" in words
-            arguments += ["--training.steps", "2" if resumes else "1", "--data.cache-folder", str(folder / "cache")]
-            if not resumes and not words[2].startswith("examples/"):  # which are small
-                arguments += ["--training.seq-len", "32", "--data.source", str(folder / "speeches")]
-                if "--model.hf-assets-path" not in arguments:
-                    arguments += ["--model.hf-assets-path", str(folder / "assets"), "--model.flavor="]
-        case "generate":
-            arguments += ["--max-new-tokens", "3"]
-        case "eval":
-            arguments += ["--seq-len", "32", "--cache-folder", "cache"]
-        case "bench" if "--simulate" not in arguments:
-            arguments += ["--tokens", "16", "--rounds", "1"]
-        case "plan" if "--search" in arguments or "--scale" in arguments:  # of a small model; both try many layouts
-            arguments = [word if not word.startswith("configs/") else "configs/debug.toml" for word in arguments]
-            arguments[arguments.index("--gpus") + 1] = "8"
-        case "doctor":
-            arguments += ["--no-test"]  # tests/test_shell.py runs it
-        case _:
-            pass
-    return arguments
 
 
 def _run_program(here: Path, words: list[str]) -> None:

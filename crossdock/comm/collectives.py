@@ -49,9 +49,8 @@ _all_gather = torch.ops._c10d_functional.all_gather_into_tensor.default
 Tally = Callable[[Sequence[int], int], None]
 """Is told of everything that is sent, once it is: rows for each rank of the group, and the bytes of a row."""
 
-# What selective recompute must save, so that it never repeats an exchange.
 EXCHANGE_OPS = (_all_to_all, _all_reduce, _all_gather, _wait)
-"""The operators that exchanges are made of, which selective recompute saves."""
+"""The operators of exchanges, which selective recompute must save, so that it never repeats one."""
 
 
 class Pending(Generic[T]):
