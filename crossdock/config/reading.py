@@ -58,8 +58,9 @@ _RENAMED: Mapping[str, str] = MappingProxyType({"training.max_skipped_steps": "f
 def load_config(path: Path | None, overrides: Sequence[str] = (), *, command: str = "train") -> Config:
     """The settings of a TOML file (or the defaults), with `--section.key value` overrides; `-` and `_` are alike.
 
-    A bare name such as `debug` is that of a file, or of a configuration that comes with crossdock. Without a file, a `job.dump_folder` that holds a run gives that run's settings. A flavor with the suffix `-deepep`
-    sets `moe.dispatcher`. Paths that belong to the run become absolute. The page of help is that of `command`.
+    A bare name such as `debug` is that of a file, or of a configuration that comes with crossdock. Without a file, a
+    `job.dump_folder` that holds a run gives that run's settings. A flavor with the suffix `-deepep` sets
+    `moe.dispatcher`. Paths that belong to the run become absolute. The page of help is that of `command`.
 
     Raises:
         ConfigError: for a file that cannot be read, an unknown key or a value of the wrong type.
