@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 import keras
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -124,7 +125,7 @@ class MoELayer(keras.Layer):
         """After an optimizer step of a layer with an expert bias: moves the bias, and starts counting anew."""
         bias, own = self._expert_bias, self.module.router.expert_bias
         if bias is not None:
-            own.copy_(torch.from_numpy(keras.ops.convert_to_numpy(bias).copy()))  # a file may have been loaded
+            own.copy_(torch.from_numpy(np.array(keras.ops.convert_to_numpy(bias))))  # which may be of a file
         finish_step(self.module)
         if bias is not None:
             bias.assign(own.cpu().numpy())
