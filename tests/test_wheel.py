@@ -78,6 +78,15 @@ def test_the_wheel_says_what_it_is_and_what_it_needs(wheel: Path) -> None:
     }
 
 
+def test_version_of_citation_and_changelog_is_that_of_the_project() -> None:
+    citation = (ROOT / "CITATION.cff").read_text()
+    (version,) = re.findall(r"^version: (\S+)$", citation, re.MULTILINE)
+    (date,) = re.findall(r"^date-released: (\S+)$", citation, re.MULTILINE)
+    assert version == PROJECT["version"]
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[headings[0] == "Unreleased"] == f"{version}, {date}"
+
+
 @pytest.mark.slow
 def test_the_wheel_in_an_empty_environment_trains(wheel: Path, tmp_path: Path) -> None:
     """With the declared dependencies and no file of the checkout but constraints.txt."""
