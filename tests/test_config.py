@@ -100,6 +100,33 @@ def test_the_command_line_beats_the_file_beats_the_default_and_the_last_word_cou
     assert config.training.seq_len == Config().training.seq_len
 
 
+PRESETS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_configuration_that_comes_with_crossdock_is_found_by_its_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()  # a folder of that name is no configuration
+    assert load_config(Path(name)) == load_config(Path(__file__).parents[1] / "configs" / f"{name}.toml")
+
+
+def test_a_file_comes_before_a_configuration_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("debug").write_text("[training]\nsteps = 7\n")
+    assert load_config(Path("debug")).training.steps == 7
+
+
+@pytest.mark.parametrize("path", ["debgu", "configs/debug.toml", "debug.toml"])
+def test_a_path_is_never_taken_for_a_name(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as raised:
+        load_config(Path(path))
+    assert "No such file" in raised.value.valid
+    assert f"comes with crossdock: {', '.join(PRESETS)}" in raised.value.valid
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -20,7 +20,7 @@ def test_an_install_that_broke_off_is_made_again_and_a_whole_one_is_left_alone(t
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     for name in filter(None, names):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, checkout / name)
+        shutil.copy(ROOT / name, checkout / name, follow_symlinks=False)
     script, stamp = checkout / "scripts/setup.sh", checkout / ".venv/setup.stamp"
 
     broken = subprocess.Popen([script], start_new_session=True)

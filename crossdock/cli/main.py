@@ -54,12 +54,13 @@ Ranks are started here, one per GPU or two on a machine without. Several machine
   --master-addr A    name or address of machine 0
   --master-port P    a free port there (29500)
 
-crossdock train --help lists all settings; --profile is short for --profiling.enable-profiling. Without CONFIG.toml, a
---job.dump-folder that holds a run goes on with that run's settings. config checks the layout as well where --nproc
-tells the number of ranks.
+CONFIG.toml may be the name of a configuration that comes with crossdock: debug, qwen3_10b_a1b, qwen3_30b_a3b,
+qwen3_235b_a22b; `crossdock config debug` prints it. crossdock train --help lists all settings; --profile is short for
+--profiling.enable-profiling. Without CONFIG.toml, a --job.dump-folder that holds a run goes on with that run's
+settings. config checks the layout as well where --nproc tells the number of ranks.
 
 examples
-  crossdock train configs/debug.toml --training.steps 20
+  crossdock train debug --training.steps 20
   crossdock train configs/debug.toml --nproc 4 --parallelism.expert-parallel-degree 4
 """
 
@@ -101,7 +102,7 @@ def _main(arguments: list[str]) -> NoReturn:
 def _config(arguments: list[str], options: argparse.Namespace) -> int:
     from crossdock.config import check_settings, load_config, ranks_per_group, to_toml, validate
 
-    config = load_config(*split_path(arguments))
+    config = load_config(*split_path(arguments), command="config")
     if options.nproc is None:
         check_settings(config)
     else:

@@ -37,6 +37,17 @@ logger = logging.getLogger(__name__)
 # The resolved settings in a run folder.
 RUN_CONFIG_FILE = "config.toml"
 """In a run folder: the settings that the run has."""
+# Configurations that a person runs by name, wherever crossdock is installed; the checkout's folder configs.
+_PRESETS = Path(__file__).parents[1] / "configs"
+# Above all settings, in the help of the commands that have no options of their own.
+_HELP: Mapping[str, str] = MappingProxyType(
+    {
+        "train": "Train. All settings of a run, with their defaults, or what CONFIG.toml says in their place. "
+        "Example: crossdock train debug --training.steps 20",
+        "config": "Print what a configuration resolves to, as TOML, without training. "
+        "Example: crossdock config debug --training.steps 20 > mine.toml",
+    }
+)
 # Its first line; elsewhere, as in a copy that somebody edits, it is a comment and no more.
 _FIRST_LINE = re.compile(rf"# checksum of what follows: ([0-9a-f]{{32}}|{UNCHECKED})\n".encode())
 _WRITTEN_BY = "# Written by crossdock "
@@ -44,11 +55,12 @@ _WRITTEN_BY = "# Written by crossdock "
 _RENAMED: Mapping[str, str] = MappingProxyType({"training.max_skipped_steps": "fault_tolerance.max_skipped_steps"})
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | None, overrides: Sequence[str] = (), *, command: str = "train") -> Config:
     """The settings of a TOML file (or the defaults), with `--section.key value` overrides; `-` and `_` are alike.
 
-    Without a file, a `job.dump_folder` that holds a run gives that run's settings. A flavor with the suffix `-deepep`
-    sets `moe.dispatcher`. Paths that belong to the run become absolute.
+    A bare name such as `debug` is that of a file, or of a configuration that comes with crossdock. Without a file, a
+    `job.dump_folder` that holds a run gives that run's settings. A flavor with the suffix `-deepep` sets
+    `moe.dispatcher`. Paths that belong to the run become absolute. The page of help is that of `command`.
 
     Raises:
         ConfigError: for a file that cannot be read, an unknown key or a value of the wrong type.
@@ -58,7 +70,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     if "--help" in overrides or "-h" in overrides:
         import tyro  # The page of help alone needs it, and takes a quarter of a second to load it.
 
-        tyro.cli(Config, prog="crossdock train [CONFIG.toml]", default=base, args=["--help"])
+        tyro.cli(
+            Config, prog=f"crossdock {command} [CONFIG.toml]", description=_HELP[command], default=base, args=["--help"]
+        )
     config = _override(base, overrides)
     folder = absolute(config.job.dump_folder)
     if path is None and folder and os.path.isfile(os.path.join(folder, RUN_CONFIG_FILE)):
@@ -111,8 +125,11 @@ def _absolute_source(source: str) -> str:
 
 
 def read_toml(path: Path) -> Config:
-    """The settings of a TOML file; what it leaves out has its default. Raises ConfigError."""
-    return _parse_toml(path, _read(path))
+    """The settings of a TOML file, or of a preset; what it leaves out has its default. Raises ConfigError."""
+    presets = {preset.stem: preset for preset in sorted(_PRESETS.glob("*.toml"))}
+    if str(path) in presets and not path.is_file():
+        path = presets[str(path)]
+    return _parse_toml(path, _read(path, f", or the name of one that comes with crossdock: {', '.join(presets)}"))
 
 
 def read_run_settings(folder: Path) -> Config:
@@ -156,11 +173,12 @@ def _other_version(data: bytes) -> str:
     return f"crossdock {found[1]} has written it, this is {ours}" if found is not None and found[1] != ours else ""
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, or_else: str = "") -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError("config file", str(path), f"must be a readable TOML file ({error.strerror})") from None
+        valid = f"must be a readable TOML file ({error.strerror}){or_else}"
+        raise ConfigError("config file", str(path), valid) from None
 
 
 def _parse_toml(path: Path, data: bytes) -> Config:

@@ -281,6 +281,14 @@ def test_the_page_opens_cleanly_at_any_width(browser: Browser, tmp_path: Path, d
     assert page.evaluate(flat) == 0
     fills = "[...new Set([...document.querySelectorAll('rect')].map((one) => getComputedStyle(one).fill))].length"
     assert page.evaluate(fills) == 3, "dispatch, experts and combine"
+    rows = "[...document.querySelectorAll('details tbody tr')].filter((one) => one.checkVisibility()).length"
+    assert page.evaluate(rows) == 0
+    page.evaluate("document.querySelector('summary').focus()")
+    for event in ("keyDown", "keyUp"):
+        page.call("Input.dispatchKeyEvent", type=event, key="Enter", code="Enter", text="\r", windowsVirtualKeyCode=13)
+    assert page.evaluate(rows) > 0, "the figures open by keyboard"
+    links = "[...document.querySelectorAll('nav a')].map((one) => document.querySelector(one.getAttribute('href')))"
+    assert page.evaluate(f"{links}.length > 2 && {links}.every(Boolean)")
     assert page.complaints() == []
     assert [url for url in page.requests()[1:] if not url.startswith("data:")] == []
     page.close()

@@ -21,11 +21,15 @@ from crossdock.tools.plan import (
     Device,
     DeviceError,
     Estimator,
+    Plan,
+    PlanOptions,
     SkewError,
     advice,
     calibrate,
     extended_run,
     find_device,
+    make_plan,
+    picture,
     plan_model,
     read_devices,
     read_model,
@@ -38,6 +42,7 @@ from crossdock.tools.report.load import LOAD_FILE, LoadLog
 from crossdock.train.dry_run import dry_run
 from crossdock.train.flops import model_flops_per_token, peak_tflops
 from crossdock.train.planned import memory_warning
+from tests.browser import Browser
 from tests.tiny import write_assets
 from tests.tools.plan_runs import SIZES, cache_beside, layout_of, predicted, sent_by_dimension, settings
 
@@ -288,6 +293,42 @@ def test_the_command_prints_tables_and_writes_json_and_a_picture(
     )
     assert data["training"]["days"] > 0
     assert ElementTree.fromstring(drawn.read_text()).tag.endswith("svg")
+
+
+HOSTILE = "</script></title><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+
+
+@pytest.fixture(scope="module")
+def small_plan() -> Plan:
+    return make_plan(_config("--training.seq-len", "64"), PlanOptions(2, replace(B200, name=HOSTILE)), dry_run)
+
+
+def test_nothing_of_a_plan_is_taken_for_markup(small_plan: Plan) -> None:
+    tree = ElementTree.fromstring(picture(small_plan))  # raises for a quote, `<` or `&` that is not escaped
+    tags = {element.tag.rpartition("}")[2] for element in tree.iter()}
+    assert tags == {"svg", "title", "style", "text", "rect", "line"}
+    assert HOSTILE in tree.attrib["aria-label"]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_picture_opens_cleanly_at_any_width(browser: Browser, small_plan: Plan, tmp_path: Path, dark: bool) -> None:
+    path = tmp_path / "plan.svg"
+    path.write_text(picture(replace(small_plan, options=replace(small_plan.options, device=B200))))
+    page = browser.open(path, dark=dark)
+    boxes = "[...document.querySelectorAll('text, rect, line')].map((one) => one.getBoundingClientRect())"
+    for width in (1400, 400):
+        page.resize(width)
+        assert page.evaluate(f"{boxes}.every((box) => box.left >= 0 && box.right <= {width})")
+        texts = "[...document.querySelectorAll('text')].map((one) => one.getBoundingClientRect().height)"
+        assert page.evaluate(f"Math.min(...{texts})") > 12, "pixels"
+    colours = "['text', 'svg'].map((one) => getComputedStyle(document.querySelector(one)))"
+    text, ground = page.evaluate(f"(([text, svg]) => [text.fill, svg.backgroundColor])({colours})")
+    grey = (238, 24) if dark else (26, 255)
+    assert [text, ground] == [f"rgb({one}, {one}, {one})" for one in grey]
+    assert page.complaints() == []
+    assert page.requests()[1:] == []
+    page.close()
 
 
 @pytest.mark.parametrize(

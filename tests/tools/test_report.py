@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,32 @@ def test_names_from_files_are_text(tmp_path: Path) -> None:
     assert "<i>" not in html
     assert "<h1>&lt;i&gt;run&amp;</h1>" in html
     assert "<b>&_loss" not in html
+
+
+def test_links_out_of_the_run_folder_are_not_followed(tmp_path: Path) -> None:
+    """A folder that somebody else has made, whose report is handed on."""
+    secret = tmp_path / "secret"
+    secret.write_text("private key")
+    folder = write_metrics(tmp_path / "run", [metrics_of(1, 1)])
+    (folder / "faults").mkdir()
+    for name in (LOAD_FILE, RANK_LOAD_FILE, "events.jsonl", "config.toml", "faults/1.txt"):
+        (folder / name).symlink_to(secret)
+    os.mkfifo(folder / "faults" / "2.txt")  # whoever opened it would wait for ever
+    (folder / "faults" / "3.txt").write_text("of this run")
+    html = _html(folder)
+    assert "private key" not in html
+    assert "of this run" in html
+    assert html.count("is a link that leads out of the run folder, and is not followed.") == 5
+    (folder / "faults" / "1.txt").unlink()
+    (folder / "faults" / "1.txt").symlink_to(folder / "faults" / "3.txt")
+    assert _html(folder).count("of this run") == 2, "a link within is"
+    whole = tmp_path / "link to a run"
+    whole.symlink_to(write_metrics(tmp_path / "other", [metrics_of(1, 1)]))
+    assert "leads out" not in _html(whole)
+    (tmp_path / "other" / "metrics.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    (tmp_path / "other" / "metrics.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
+    with pytest.raises(ReportError, match="leads out of the run folder"):
+        _html(whole)
 
 
 def test_the_maps_show_load_over_mean(tmp_path: Path) -> None:

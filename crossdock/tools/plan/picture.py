@@ -12,10 +12,11 @@ __all__ = ["picture"]
 
 # Colours that differ for eyes that tell few colours apart (Okabe and Ito), and in grey.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
-_WIDTH, _BAR, _LEFT = 760, 34, 20
+# On a phone, 400 pixels wide, text is still read.
+_WIDTH, _BAR, _LEFT = 480, 34, 20
 _STYLE = (
     "text{font:14px system-ui,sans-serif;fill:#1a1a1a}.title{font-weight:600;font-size:16px}.edge{stroke:#1a1a1a}"
-    "svg{background:#fff}@media(prefers-color-scheme:dark){text{fill:#eee}.edge{stroke:#eee}svg{background:#181818}}"
+    "svg{background:#fff;max-width:760px}@media(prefers-color-scheme:dark){text{fill:#eee}.edge{stroke:#eee}svg{background:#181818}}"
 )
 
 
@@ -25,17 +26,17 @@ def picture(plan: Plan) -> str:
     limit = plan.estimate.limit / 2**30
     memory = {name: value / 2**30 for name, value in data["memory_bytes"].items() if name != "peak"}
     seconds = {name: 1e3 * value for name, value in data["seconds"].items() if name != "step"}
-    title = f"{plan.options.ranks} x {plan.options.device.name}: {data['layout']}"
+    title = f"{plan.options.ranks} x {plan.options.device.name}"
     rate = f"{data['tokens_per_second_per_gpu']:,.0f} tokens per second and GPU, MFU {data['mfu']:.1f} %"
-    body = [_text(_LEFT, 30, title, "title"), _text(_LEFT, 52, rate)]
-    parts, y = _bar(memory, 90, "GiB at the peak", "memory", limit)
+    body = [_text(_LEFT, 30, title, "title"), _text(_LEFT, 52, data["layout"]), _text(_LEFT, 74, rate)]
+    parts, y = _bar(memory, 112, "GiB at the peak", "memory", limit)
     body += parts
     parts, y = _bar(seconds, y + 40, "ms of a step", "time", None)
     body += parts
-    height = y + 20
+    height, name = y + 20, f"{title}: {data['layout']}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img" '
-        f'aria-label="{escape(title)}"><title>{escape(title)}</title><style>{_STYLE}</style>{"".join(body)}</svg>\n'
+        f'aria-label="{escape(name)}"><title>{escape(name)}</title><style>{_STYLE}</style>{"".join(body)}</svg>\n'
     )
 
 
@@ -45,7 +46,7 @@ def _bar(values: Mapping[str, float], y: int, unit: str, name: str, limit: float
     scale = (_WIDTH - 2 * _LEFT) / (max(total, limit or 0.0) or 1.0)
     parts = [_text(_LEFT, y - 8, f"{name}: {total:,.1f} {unit}" + (f" of {limit:,.1f}" if limit else ""))]
     x = float(_LEFT)
-    for (part, value), colour in zip(values.items(), _COLOURS, strict=False):
+    for (part, value), colour in zip(values.items(), _COLOURS[: len(values)], strict=True):
         width = value * scale
         label = escape(f"{part}: {value:,.2f}")
         parts.append(
@@ -59,13 +60,11 @@ def _bar(values: Mapping[str, float], y: int, unit: str, name: str, limit: float
             f'<line class="edge" x1="{at:.1f}" x2="{at:.1f}" y1="{y - 4}" y2="{y + _BAR + 4}" stroke-width="2"/>'
         )
     y += _BAR + 24
-    for index, (part, value) in enumerate(values.items()):
-        row, column = divmod(index, 2)
-        left, top = _LEFT + column * 360, y + row * 22
-        colour = _COLOURS[index % len(_COLOURS)]
-        parts.append(f'<rect x="{left}" y="{top - 11}" width="12" height="12" fill="{colour}"/>')
-        parts.append(_text(left + 20, top, f"{part}: {value:,.2f}"))
-    return parts, y + (len(values) + 1) // 2 * 22
+    for (part, value), colour in zip(values.items(), _COLOURS[: len(values)], strict=True):
+        parts.append(f'<rect x="{_LEFT}" y="{y - 11}" width="12" height="12" fill="{colour}"/>')
+        parts.append(_text(_LEFT + 20, y, f"{part}: {value:,.2f}"))
+        y += 22
+    return parts, y
 
 
 def _text(x: float, y: float, text: str, kind: str = "") -> str:

@@ -110,6 +110,8 @@ def read_run(folder: Path) -> RunRecords:
         raise ReportError(f"{folder} is no folder; a report is made of a run's, such as runs/debug/20261121-101622")
     if not path.is_file():
         raise ReportError(f"{folder} holds no run: {METRICS_FILE} is not in it")
+    if _leads_out(path, folder):
+        raise ReportError(f"{path} {_LEADS_OUT}")
     try:
         lines, broken = read_metrics(path)
         ended = datetime.fromtimestamp(path.stat().st_mtime, UTC)
@@ -127,11 +129,30 @@ def read_run(folder: Path) -> RunRecords:
     records = RunRecords(folder, steps, columns, skipped, ended)
     if broken:
         records.notes.append(f"{METRICS_FILE}: {_damaged(broken)}.")
-    records.expert_loads = _loads(folder / LOAD_FILE, records.notes)
-    records.rank_loads = _loads(folder / RANK_LOAD_FILE, records.notes)
+    if _is_there(LOAD_FILE, records):
+        records.expert_loads = _loads(folder / LOAD_FILE, records.notes)
+    if _is_there(RANK_LOAD_FILE, records):
+        records.rank_loads = _loads(folder / RANK_LOAD_FILE, records.notes)
     _add_faults(records)
     _add_settings(records)
     return records
+
+
+# A run folder may be somebody else's, and its report is handed on: it must not show what else lies on this machine.
+_LEADS_OUT = "is a link that leads out of the run folder, and is not followed"
+
+
+def _leads_out(path: Path, folder: Path) -> bool:
+    return not path.resolve().is_relative_to(folder.resolve())
+
+
+def _is_there(name: str, records: RunRecords) -> bool:
+    """Whether there is such a file in the run folder; a link that leads out of it is noted."""
+    path = records.folder / name
+    if not _leads_out(path, records.folder):
+        return path.is_file()
+    records.notes.append(f"{name} {_LEADS_OUT}.")
+    return False
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
@@ -183,8 +204,6 @@ def _number(value: float | None) -> float:
 
 def _loads(path: Path, notes: list[str]) -> Loads | None:
     """What a file of loads holds; what is wrong with it goes to `notes`."""
-    if not path.is_file():
-        return None
     try:
         *read, damaged = read_load(path)
     except LoadFileError as error:
@@ -204,12 +223,16 @@ def _loads(path: Path, notes: list[str]) -> Loads | None:
 
 def _add_faults(records: RunRecords) -> None:
     try:
-        records.events, damaged = read_events(records.folder)
+        damaged = 0
+        if _is_there(EVENTS_FILE, records):
+            records.events, damaged = read_events(records.folder)
         if damaged:
             records.notes.append(f"{EVENTS_FILE}: {damaged} line{'s' * (damaged > 1)} left out: damaged.")
     except OSError as error:
         records.notes.append(f"{EVENTS_FILE} could not be read: {error.strerror}.")
     for path in sorted(records.folder.glob(f"{FAULTS_FOLDER}/*.txt"))[-_MOST_REPORTS:]:
+        if not _is_there(f"{FAULTS_FOLDER}/{path.name}", records):
+            continue
         try:
             with open(path, encoding="utf-8", errors="replace") as file:
                 records.reports.append(FaultReport(path.name, file.read(_LONGEST_REPORT)))
@@ -218,8 +241,7 @@ def _add_faults(records: RunRecords) -> None:
 
 
 def _add_settings(records: RunRecords) -> None:
-    path = records.folder / RUN_CONFIG_FILE
-    if path.is_file():
+    if _is_there(RUN_CONFIG_FILE, records):
         try:
             records.config = read_run_settings(records.folder)
         except ConfigError as error:
