@@ -131,7 +131,7 @@ def test_out_of_memory_is_told_once_by_its_rank_with_what_would_need_less(tmp_pa
         "training.local_batch_size = 2",
         "training.seq_len = 32",
         "activation_checkpoint.mode = none",
-        "moe.capacity_factor = 0:",
+        "moe.capacity_factor = 0",
     ):
         assert message.count(f"  {setting}: ") == 1
     assert said.count("out of memory") == 1
