@@ -47,7 +47,9 @@ def bench_command(arguments: list[str], options: argparse.Namespace) -> int:
         from crossdock.train.launch import start_ranks
 
         return start_ranks(["bench", *arguments], machines)
-    except (BenchError, ReportError) as error:
+    except ReportError as error:
+        fail(str(error))
+    except BenchError as error:
         fail(str(error), exit_code=1)
 
 
