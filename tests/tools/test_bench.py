@@ -255,6 +255,8 @@ def test_the_command_measures_on_this_machine(tmp_path: Path) -> None:
         ("--simulate --ranks 1024 --tokens 100000", "67,108,864 routes are the most"),
         ("--simulate --skew zipf", "'zipf' must be uniform, or zipf:S"),
         ("--simulate --tflops 0", "--tflops must be a positive number"),
+        ("--simulate --within 1e-320", "--within must be a positive number"),
+        ("--simulate --latency nan", "--latency must be a positive number"),
         ("--simulate --tokens 16 --output .", "cannot write .: it is a folder"),
         ("--nproc 4 --ranks-per-node 3", "--ranks-per-node must divide the 4 ranks (--nproc)"),
         ("--simulat", "--simulat"),
