@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from pathlib import Path
@@ -20,6 +19,8 @@ __all__ = ["bench_command"]
 
 _DTYPES = ("float32", "bfloat16")
 _TOKENS, _TOKENS_ON_CPU = 1024, 256
+# Of a speed that is assumed.
+_LEAST, _MOST = 1e-6, 1e9
 # What a simulated cluster can have: counting takes memory for every pair of ranks.
 _MOST_RANKS, _MOST_EXPERTS, _MOST_ROUTES = 1024, 4096, 2**26
 
@@ -47,7 +48,9 @@ def bench_command(arguments: list[str], options: argparse.Namespace) -> int:
         from crossdock.train.launch import start_ranks
 
         return start_ranks(["bench", *arguments], machines)
-    except (BenchError, ReportError) as error:
+    except ReportError as error:
+        fail(str(error))
+    except BenchError as error:
         fail(str(error), exit_code=1)
 
 
@@ -113,8 +116,8 @@ def _check(parser: Parser, parsed: argparse.Namespace, options: argparse.Namespa
         parser.error(f"argument --tokens: {_MOST_ROUTES:,} routes are the most that are drawn; fewer tokens, please")
     for name in ("within", "between", "tflops", "latency"):
         value = getattr(parsed, name)
-        if not (math.isfinite(value) and (value > 0 or (name == "latency" and value == 0))):
-            parser.error(f"argument --{name} must be a positive number")
+        if not (_LEAST <= value <= _MOST or (name == "latency" and value == 0)):
+            parser.error(f"argument --{name} must be a positive number, {_LEAST:g} to {_MOST:g}")
     try:
         parsed.skew = parse_skew(parsed.skew)
     except ValueError as error:

@@ -96,6 +96,11 @@ def test_counting_is_by_definition() -> None:
         assert [traffic.within, traffic.between] == [4 * row * rows for rows in expected[case.name]], case.name
 
 
+def test_rare_experts_are_drawn_where_tokens_need_all() -> None:
+    workload = Workload(2, 2, 64, 64, 8, 8, 16, torch.float32, Skew(4.0))
+    assert (np.sort(workload.draw(), axis=2) == np.arange(64)).all()
+
+
 def test_routes_are_distinct_and_follow_the_law() -> None:
     workload = replace(SMALL, tokens=20_000, num_experts=7, top_k=2, skew=Skew(1.0), num_ranks=1, ranks_per_node=1)
     routes = workload.draw()
@@ -250,6 +255,8 @@ def test_the_command_measures_on_this_machine(tmp_path: Path) -> None:
         ("--simulate --ranks 1024 --tokens 100000", "67,108,864 routes are the most"),
         ("--simulate --skew zipf", "'zipf' must be uniform, or zipf:S"),
         ("--simulate --tflops 0", "--tflops must be a positive number"),
+        ("--simulate --within 1e-320", "--within must be a positive number"),
+        ("--simulate --latency nan", "--latency must be a positive number"),
         ("--simulate --tokens 16 --output .", "cannot write .: it is a folder"),
         ("--nproc 4 --ranks-per-node 3", "--ranks-per-node must divide the 4 ranks (--nproc)"),
         ("--simulat", "--simulat"),

@@ -353,6 +353,50 @@ def test_mistakes_are_one_message(arguments: tuple[str, ...], capsys: pytest.Cap
     assert errors.count("╭") == 1
 
 
+@pytest.mark.parametrize(
+    ("gpu", "overrides"),
+    [
+        ("b200", ("--model.attn-implementation", "flash_attention_2")),
+        ("b200", ("--moe.experts", "triton")),
+        ("b200", ("--moe.experts", "eager")),
+        ("cpu", ("--moe.experts", "eager")),
+        ("cpu", ("--training.dtype", "float64")),
+        ("b200", ("--lora.rank", "4")),
+    ],
+)
+def test_what_train_takes_there_is_a_plan_of(gpu: str, overrides: tuple[str, ...]) -> None:
+    assert _command("plan", "configs/debug.toml", "--gpus", 4, "--gpu", gpu, *overrides) == 0
+
+
+def test_names_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    devices = tmp_path / "devices.toml"
+    devices.write_text('["[/x] [red]y"]\nbased_on = "cpu"\n')
+    assert _command("plan", "--gpus", 4, "--gpu", "[/x] [red]y", "--devices", devices) == 0
+    assert "4 x [/x] [red]y: " in capsys.readouterr().out
+
+
+def test_offload_leaves_parameters_and_states_to_the_host(tmp_path: Path) -> None:
+    written = tmp_path / "plan.json"
+    assert _command("plan", "--gpus", 4, "--gpu", "cpu", "--training.enable-cpu-offload", "--json", written) == 0
+    memory = json.loads(written.read_text())["plan"]["memory_bytes"]
+    assert (memory["parameters"], memory["gradients"], memory["optimizer"]) == (0, 0, 0)
+    assert memory["activations"] > 0
+
+
+@pytest.mark.parametrize("wire", ["same", "fp8"])
+@pytest.mark.parametrize("skew", ["uniform", "zipf:1"])
+def test_bytes_of_the_table_are_those_of_routes_and_wire(skew: str, wire: str) -> None:
+    config = _config(*LARGE, "--moe.wire-dtype", wire, "--parallelism.expert-parallel-degree", "8")
+    facts = read_model(plan_model(config))
+    estimator = Estimator(facts, B200, read_skew(skew, config, facts))
+    estimate = estimator.estimate(config, ParallelDims(8, dp_shard=8, ep=8))
+    # The mean over ranks: of eight, each keeps an eighth of all rows; there and back, and the gradients of both.
+    rows = sum(estimate.routes.rows) * 7 / 8
+    there = facts.hidden_size * 2 if wire == "same" else facts.hidden_size + facts.hidden_size // 128 * 4
+    expected = facts.num_layers * estimate.micro_batches * rows * (there + 3 * facts.hidden_size * 2)
+    assert estimate.flows["expert exchange"].nvlink == pytest.approx(expected)
+
+
 # Layout rules that a config may break, on so many ranks.
 IMPOSSIBLE = {
     "ep does not divide": (6, ["--parallelism.expert-parallel-degree", "4"]),
@@ -362,6 +406,11 @@ IMPOSSIBLE = {
     "too few micro-batches": (
         2,
         ["--parallelism.pipeline-parallel-degree", "2", "--training.global-batch-size", "4"],
+    ),
+    "replica groups": (8, ["--fault-tolerance.replica-groups", "3"]),
+    "ep over a replica group": (
+        8,
+        ["--fault-tolerance.replica-groups", "2", "--parallelism.expert-parallel-degree", "8"],
     ),
     "global batch": (2, ["--training.global-batch-size", "9"]),
     "cp does not divide": (2, ["--parallelism.context-parallel-degree", "2", "--training.seq-len", "255"]),

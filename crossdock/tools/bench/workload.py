@@ -10,6 +10,9 @@ import torch
 
 __all__ = ["Skew", "Workload", "parse_skew"]
 
+# Times that repeated routes are drawn again before a token's are completed, and of how many tokens at once.
+_ROUNDS, _AT_ONCE = 64, 1024
+
 
 @dataclass(frozen=True)
 class Skew:
@@ -90,14 +93,32 @@ class Workload:
         shape = (self.num_ranks * self.tokens, self.top_k)
         routes = fresh(shape[0] * shape[1]).reshape(shape)
         rows = np.arange(len(routes))
-        while len(rows):
+        for _ in range(_ROUNDS if self.top_k > 1 else 0):
             repeated = _repeats(routes[rows])
             rows, repeated = rows[repeated.any(axis=1)], repeated[repeated.any(axis=1)]
             if len(rows):
                 again = routes[rows]
                 again[repeated] = fresh(int(repeated.sum()))
                 routes[rows] = again
+        for first in range(0, len(rows), _AT_ONCE):
+            self._complete(routes, rows[first : first + _AT_ONCE], popularity[np.argsort(order)], random)
         return routes.reshape(self.num_ranks, self.tokens, self.top_k)
+
+    def _complete(
+        self, routes: np.ndarray, rows: np.ndarray, popularity: np.ndarray, random: np.random.Generator
+    ) -> None:
+        """Draw what is repeated in some `rows` of `routes` among the experts that they lack, which is as good.
+
+        Where a token needs nearly all experts, the rare ones would not turn up in any time. The smallest of times that
+        are exponential with rates `popularity` `[E]` are drawn as one after another without replacement.
+        """
+        chosen = routes[rows]
+        repeated = _repeats(chosen)
+        times = random.exponential(size=(len(rows), self.num_experts)) / popularity
+        np.put_along_axis(times, chosen, np.inf, axis=1)
+        soonest = np.argsort(times, axis=1)
+        chosen[repeated] = np.take_along_axis(soonest, repeated.cumsum(axis=1) - 1, axis=1)[repeated]
+        routes[rows] = chosen
 
 
 def _repeats(routes: np.ndarray) -> np.ndarray:

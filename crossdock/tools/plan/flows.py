@@ -118,24 +118,29 @@ def dispatch_plan(config: Config, dims: ParallelDims, facts: ModelFacts, tokens:
 def expert_flow(
     config: Config, dims: ParallelDims, facts: ModelFacts, routes: RankRoutes, device: Device, plan: DispatchPlan
 ) -> Flow:
-    """One exchange of one layer, tokens or results, of all chunks together.
+    """One exchange of one layer, the mean of tokens, results and gradients of both, of all chunks together.
 
     All wait for the rank that gets most rows. Metadata, a few per cent, is not in it.
     """
     name = "expert exchange"
     if dims.ep == 1:
         return Flow(name, 0.0, 0.0, 0.0, 0)
-    row = facts.hidden_size * getattr(torch, config.training.dtype).itemsize
+    dtype, wire = getattr(torch, config.training.dtype), config.moe.dispatch_options().wire
+    token, result = (each.row_bytes(facts.hidden_size, dtype) for each in (wire, wire.back))
+    # Forward passes send tokens and results, twice where they are recomputed; backward passes the gradients of both.
+    forwards = 2 if config.activation_checkpoint.mode == "full" else 1
+    row = (forwards * (token + result) + 2 * result) / (2 * forwards + 2)
     inside = spans(dims)["ep"].in_node(device.node_size)
     nodes = -(-dims.ep // inside)
     rows = (routes.tokens,) * dims.ep if plan.dispatcher == "allgather" else routes.rows
-    # Of rank 0, like every rank's; a rank keeps its own.
-    here, there = sum(rows[1:inside]), sum(rows[inside:])
+    # Every rank sends alike; what a rank keeps is its own share, so that the mean over ranks is taken.
+    total = sum(rows)
+    here, there = total * (inside - 1) / dims.ep, total * (dims.ep - inside) / dims.ep
     hops = 1
     if plan.dispatcher == "hierarchical" and nodes > 1:
-        there, hops = sum(routes.node_rows(inside)[1:]), 2
+        there, hops = sum(routes.node_rows(inside)) * (nodes - 1) / nodes, 2
         here *= nodes
-    mean = sum(rows) / len(rows)
+    mean = total / len(rows)
     worst = max(rows) / mean if mean else 1.0
     chunks = plan.overlap_chunks
     seconds = device.seconds(

@@ -115,7 +115,7 @@ def plan_model(config: Config) -> PreTrainedModel:
         resolve_hf_config(config.run_model),
         config.moe,
         torch.float64 if training.dtype == "float64" else torch.float32,
-        attn_implementation=config.model.attn_implementation,
+        attn_implementation="sdpa",  # of the same parameters, and here everywhere
         force_load_balance=training.debug_moe_force_load_balance,
     )
 

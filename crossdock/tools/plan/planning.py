@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from crossdock.config import Config, validate
+from crossdock.config import Config, ranks_per_group, validate
 from crossdock.parallel import ParallelDims
 from crossdock.tools.plan.advice import advice
 from crossdock.tools.plan.auto import settle
@@ -21,6 +21,7 @@ from crossdock.tools.plan.search import Found, ScaleRow, scale, search
 __all__ = ["Plan", "PlanOptions", "make_plan"]
 
 _CHECKED = 2
+_KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, BUFFERS)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Plan:
         options: what was asked for.
         facts: of the model.
         estimate: of the layout that the settings have.
-        run: the dry run of its busiest rank; `None` for a pipeline.
+        run: the dry run of its busiest rank; `None` where there is none, as for a pipeline.
         warnings: what experience warns of.
         chosen: settings that were open, and why they are so.
         skew, calibration: where these are from.
@@ -92,17 +93,19 @@ def make_plan(config: Config, options: PlanOptions, run: Runner) -> Plan:
     device = options.device
     if options.achieved is not None:
         device = replace(device, achieved=options.achieved)
-    config, chosen = settle(config, options.ranks, device)
-    dims = validate(config, options.ranks, device.node_size, elsewhere=True)
+    ranks = ranks_per_group(config, options.ranks)
+    config, chosen = settle(config, ranks, device)
+    dims = validate(config, ranks, device.node_size, elsewhere=True)
     facts = read_model(plan_model(config))
     skew = read_skew(options.skew, config, facts)
     runner = _remembering(run, device)
     estimator = Estimator(facts, device, skew)
-    estimator.calibration = calibrate(estimator, runner, config, dims)
+    if _has_dry_run(config, device):
+        estimator.calibration = calibrate(estimator, runner, config, dims)
     estimate, counted = checked(estimator, runner, config, dims)
     found = None
     if options.search:
-        found = search(estimator, config, options.ranks)
+        found = search(estimator, config, ranks)
         best = [checked(estimator, runner, each.config, each.dims)[0] for each in found.ranked[:_CHECKED]]
         ranked = [each for each in best if each.fits] + found.ranked[_CHECKED:]
         found = replace(found, ranked=sorted(ranked, key=lambda each: -each.tokens_per_second))
@@ -126,20 +129,31 @@ def make_plan(config: Config, options: PlanOptions, run: Runner) -> Plan:
 
 
 def checked(estimator: Estimator, run: Runner, config: Config, dims: ParallelDims) -> tuple[Estimate, DryRun | None]:
-    """An estimate whose memory is what a dry run of the busiest rank counts; of a pipeline, the formulas'."""
+    """An estimate whose memory is what a dry run of the busiest rank counts; of a pipeline, of adapters and of
+    eager experts on a CPU, the formulas'."""
     estimate = estimator.estimate(config, dims)
-    if dims.pp > 1:
+    if dims.pp > 1 or not _has_dry_run(config, estimator.device):
         return estimate, None
     few = min(num_micro_batches(config, dims), 2)  # More of them hold no more.
     batch = config.training.local_batch_size * dims.dp_replicate * dims.dp_shard * few
     short = with_layout(config, dims, config.training.local_batch_size, batch)
     routes = estimator.routes(config, dims)
     counted = extended_run(run, short, dims, routes.busiest, estimator.facts, routes)
-    peaks = counted.counted.peaks
-    phase = max(peaks, key=peaks.__getitem__)
-    kinds = counted.counted.kinds[phase]
-    memory = Memory(*(float(kinds.get(k, 0)) for k in (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, BUFFERS)))
+    # With offload these are the host's; a dry run has one memory for all.
+    elsewhere = (PARAMETERS, GRADIENTS, OPTIMIZER) if config.training.enable_cpu_offload else ()
+    held = {
+        phase: {name: 0 if name in elsewhere else kinds.get(name, 0) for name in _KINDS}
+        for phase, kinds in counted.counted.kinds.items()
+    }
+    phase = max(held, key=lambda phase: sum(held[phase].values()))
+    memory = Memory(*(float(held[phase][name]) for name in _KINDS))
     return replace(estimate, memory=memory, measured=phase), counted
+
+
+def _has_dry_run(config: Config, device: Device) -> bool:
+    """Whether experts can run with fake tensors: the shapes of the eager ones and of adapters depend on counts."""
+    eager = config.training.dtype == "float64" or (config.moe.experts == "eager" and device.name == "cpu")
+    return not config.lora.rank and not eager
 
 
 def _remembering(run: Runner, device: Device) -> Runner:
@@ -163,7 +177,7 @@ def _without_hardware(config: Config, device: Device) -> Config:
     moe = config.moe
     if moe.dispatcher in ("deepep", "symmetric"):
         moe = replace(moe, dispatcher="alltoall", **_plain_deepep())
-    if moe.experts == "auto" and device.name != "cpu":
+    if moe.experts in ("auto", "triton", "eager") and device.name != "cpu":
         moe = replace(moe, experts="grouped_mm")
     if not moe.ranks_per_node:
         moe = replace(moe, ranks_per_node=device.node_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from crossdock.config import Config, ConfigError, check_layout, expert_parallel_degrees, validate
+from crossdock.config import Config, ConfigError, check_layout, expert_parallel_degrees, ranks_per_group, validate
 from crossdock.models import ExpertSizes, resolve_hf_config
 from crossdock.moe_config import MoEConfig
 from crossdock.parallel import ParallelDims, check_microbatches, stages_per_rank
@@ -216,7 +216,7 @@ def _row(estimator: Estimator, config: Config, ranks: int, ep: int, batch: int) 
     training = replace(config.training, local_batch_size=batch, global_batch_size=-1)
     config = replace(config, parallelism=parallelism, training=training, moe=moe)
     try:
-        dims = validate(config, ranks, estimator.device.node_size, elsewhere=True)
+        dims = validate(config, ranks_per_group(config, ranks), estimator.device.node_size, elsewhere=True)
     except ConfigError as error:
         return ScaleRow(ranks, ep, batch, None, f"{error.field} = {error.value!r}: {error.valid}")
     estimate = estimator.estimate(config, dims)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from crossdock.tools.plan.figures import Estimate, Memory
@@ -31,22 +32,26 @@ def show(plan: Plan, console: Console) -> None:
         f"{facts.num_parameters / 1e9:,.2f} B parameters, {facts.active_parameters / 1e9:,.2f} B of them for a token; "
         f"{facts.num_layers} layers, {facts.num_experts} experts, top {facts.top_k}",
         highlight=False,
+        markup=False,
     )
     training = estimate.config.training
     console.print(
         f"{options.ranks} x {options.device.name}: {estimate.dims}; local batch {training.local_batch_size} x "
         f"{training.seq_len} tokens, {estimate.micro_batches} micro-batch{'es' * (estimate.micro_batches > 1)} a step",
         highlight=False,
+        markup=False,
     )
     for sentence in plan.chosen:
-        console.print(sentence, highlight=False)
-    console.print(f"dispatcher: {estimate.dispatcher}", highlight=False)
-    console.print(f"tokens over experts: {plan.skew}; busiest rank {estimate.routes.imbalance:.2f} x mean")
+        console.print(sentence, highlight=False, markup=False)
+    console.print(f"dispatcher: {estimate.dispatcher}", highlight=False, markup=False)
+    console.print(
+        f"tokens over experts: {plan.skew}; busiest rank {estimate.routes.imbalance:.2f} x mean", markup=False
+    )
     console.print(_memory_table(plan))
     console.print(_traffic_table(estimate))
     console.print(_time_table(plan))
     for warning in plan.warnings:
-        console.print(f"warning: {warning}", highlight=False)
+        console.print(f"warning: {warning}", highlight=False, markup=False)
     if plan.found is not None:
         _show_found(plan, console)
     for title, rows in (
@@ -60,7 +65,7 @@ def show(plan: Plan, console: Console) -> None:
 def _memory_table(plan: Plan) -> Table:
     estimate = plan.estimate
     memory, mode = estimate.memory, estimate.config.activation_checkpoint.mode
-    of = "the busiest rank, by a dry run" if plan.run is not None else "the fullest stage, by formulas"
+    of = "the busiest rank, by a dry run" if plan.run is not None else "the fullest rank, by formulas"
     table = Table(title=f"memory at the peak ({of})", title_justify="left")
     for name in ("kind", "GiB", ""):
         table.add_column(name, justify="right" if name == "GiB" else "left")
@@ -138,7 +143,9 @@ def _show_found(plan: Plan, console: Console) -> None:
     if not found.ranked:
         least = found.least
         if least is not None:
-            console.print(f"none fits: the least is {least.memory.total / _GIB:.1f} GiB, with {least.dims}")
+            console.print(
+                f"none fits: the least is {least.memory.total / _GIB:.1f} GiB, with {least.dims}", markup=False
+            )
         return
     table = Table(title="best layouts", title_justify="left")
     for name in ("layout", "batch x micro", "chunks", "reduced per", "tok/s/GPU", "GiB", "by", "why not better"):
@@ -163,7 +170,7 @@ def _scale_table(title: str, rows: list[ScaleRow]) -> Table:
     for name in ("GPUs", "ep", "batch", "tok/s/GPU", "TFLOPS", "GiB", "%", "fails"):
         table.add_column(name, justify="left" if name == "fails" else "right")
     for row in rows:
-        table.add_row(str(row.ranks), str(row.ep), str(row.local_batch), *_scale_cells(row), row.problem)
+        table.add_row(str(row.ranks), str(row.ep), str(row.local_batch), *_scale_cells(row), escape(row.problem))
     return table
 
 
