@@ -39,6 +39,7 @@ if ((${#failed[@]})); then
     printf ' [%s]' "${failed[@]}"
     printf '\n'
 fi
-step "pytest" "$bin/python" -m pytest ${pytest_args[@]+"${pytest_args[@]}"}
+# Two at a time, each with files of its own: most tests wait for processes that they have started.
+step "pytest" "$bin/python" -m pytest --numprocesses 2 --dist loadfile ${pytest_args[@]+"${pytest_args[@]}"}
 
 ((${#failed[@]} == 0))

@@ -30,7 +30,7 @@ DENSE = "model.layers.0.mlp.down_proj.weight"
 @pytest.fixture(autouse=True)
 def _no_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is refused is refused before ranks are started, on a machine without GPUs."""
-    monkeypatch.setattr(launch, "start_ranks", lambda arguments, machines, max_restarts=0: 0)
+    monkeypatch.setattr(launch, "start_ranks", lambda *arguments: 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setenv("COLUMNS", "2000")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):

@@ -196,10 +196,12 @@ def test_two_groups_train_as_two_replicas_in_one_world(start: Callable[..., Run]
     replicas = ("--nproc", "4", "--parallelism.data-parallel-replicate-degree", "2")
     one_world = start("one-world", *replicas, *common).finish()
     assert all(line["replica_groups"] == 2 for line in together)
-    timed = {"memory_gib", "memory_percent", "tflops", "mfu", "tokens_per_second_per_gpu", "imbalance_seconds"}
+    timed = {"memory_gib", "memory_percent", "tflops", "mfu", "tokens_per_second_per_gpu"}
     timed |= {"slowest_rank", "slowest_rank_ratio", "checksum"}
     for line, alike in zip(together, one_world, strict=True):
         for name in line.keys() & alike.keys() - timed:
+            if name.endswith("_seconds"):
+                continue
             assert line[name] == pytest.approx(alike[name], rel=1e-9), (name, line["step"])
 
 

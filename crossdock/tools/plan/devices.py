@@ -6,7 +6,6 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def read_devices(path: Path | None = None) -> dict[str, Device]:
     Raises:
         DeviceError: for a file that cannot be read, or an entry that is no device.
     """
-    text = files("crossdock.tools.plan").joinpath("devices.toml").read_text()
+    text = Path(__file__).with_name("devices.toml").read_text()
     devices = _parse(text, "devices.toml", {})
     if path is None:
         return devices
