@@ -100,6 +100,9 @@ def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("train", "--moe.disp"), {"--moe.dispatcher"}, {"--moe.experts"}),
         (("train", "--moe.dispatcher", ""), {"alltoall", "hierarchical"}, {"--moe.dispatcher"}),
         (("train", "--n"), {"--nproc", "--nnodes"}, set()),
+        (("train", "--prof"), {"--profile"}, set()),
+        (("bench", "--n"), {"--nproc"}, set()),
+        (("plan", "--moe.disp"), {"--moe.dispatcher"}, set()),
         (("eval", "--max"), {"--max-samples"}, set()),
         (("doctor", "--"), {"--no-test", "--json", "--help"}, {"--moe.dispatcher"}),
     ],
@@ -139,6 +142,12 @@ def test_a_command_s_help_goes_to_stdout_without_colours(command: str) -> None:
     assert done.returncode == 0, done.stderr
     assert f"crossdock {command}" in done.stdout
     assert "\x1b[" not in done.stdout
+    if command in ("train", "config"):
+        assert f"Example: crossdock {command} debug" in " ".join(done.stdout.replace("│", " ").split())
+    else:
+        examples = done.stdout.partition("\nexamples\n")[2]
+        assert examples
+        assert all(f"crossdock {command}" in example for example in examples.splitlines())
 
 
 def test_whoever_reads_may_stop_reading() -> None:

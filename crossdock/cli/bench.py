@@ -61,6 +61,10 @@ def _parser() -> Parser:
         "once per node, in fp8, in chunks, to experts that are placed by their loads. On real ranks of this machine "
         "(--nproc), forward and backward; or with --simulate, for a cluster whose bytes are counted and whose times "
         "are computed from assumed speeds. Writes a page, prints a table.",
+        examples=(
+            "crossdock bench --nproc 2 --experts 32 --rounds 9",
+            "crossdock bench --simulate --ranks 64 --hidden-size 2048 --intermediate-size 768 --tokens 4096",
+        ),
         allow_abbrev=False,
     )
     add = parser.add_argument

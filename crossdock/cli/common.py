@@ -7,8 +7,9 @@ import difflib
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from crossdock.train.launch import Machines
@@ -48,7 +49,22 @@ def machine_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
 
 
 class Parser(argparse.ArgumentParser):
-    """One message for a mistake, as everywhere."""
+    """One message for a mistake, as everywhere; help that ends with examples.
+
+    Args:
+        *arguments: of `argparse.ArgumentParser`.
+        examples: whole commands.
+        **settings: of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, *arguments: Any, examples: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._examples = examples
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        # Not as an epilog, whose lines argparse joins.
+        return text + "".join(("\nexamples\n", *(f"  {each}\n" for each in self._examples))) if self._examples else text
 
     def error(self, message: str) -> NoReturn:
         fail(message)

@@ -18,12 +18,12 @@ __all__ = ["completion_command"]
 _Commands = Mapping[str, Callable[[list[str], argparse.Namespace], int]]
 
 # Which commands take settings, and which ranks; a first word that is no option is a file or folder everywhere.
-_WITH_SETTINGS = ("train", "config", "tune")
-_WITH_RANKS = (*_WITH_SETTINGS, "generate", "eval", "export", "convert", "doctor")
+_WITH_SETTINGS = ("train", "config", "tune", "plan")
+_WITH_RANKS = ("train", "config", "tune", "generate", "eval", "export", "convert", "bench", "doctor")
 _OTHERS = ("--help", "--version")
 
 _BASH = """\
-# bash completion of crossdock; put `eval "$(crossdock completion bash)"` into ~/.bashrc
+# completion of crossdock, by `crossdock completion`; to source from ~/.bashrc
 _crossdock() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} words=''
     if ((COMP_CWORD == 1)); then
@@ -53,8 +53,12 @@ def completion_command(arguments: list[str], commands: _Commands) -> int:
     parser = Parser(
         prog="crossdock completion",
         description="Print a script that completes crossdock's commands, options and settings.",
-        epilog='bash: eval "$(crossdock completion bash)"   zsh: eval "$(crossdock completion zsh)", after compinit   '
-        "fish: crossdock completion fish | source",
+        examples=(
+            'eval "$(crossdock completion bash)"    # in this shell; making the script takes some seconds',
+            "crossdock completion bash > ~/.crossdock-completion    # once, to source from ~/.bashrc",
+            "crossdock completion zsh > ~/.crossdock-completion     # once, to source from ~/.zshrc after compinit",
+            "crossdock completion fish > ~/.config/fish/completions/crossdock.fish",
+        ),
         allow_abbrev=False,
     )
     parser.add_argument("shell", choices=("bash", "zsh", "fish"))
@@ -67,15 +71,18 @@ def completion_command(arguments: list[str], commands: _Commands) -> int:
 
 def _options(name: str, command: Callable[[list[str], argparse.Namespace], int]) -> list[str]:
     """What a command takes, by its own help; settings by their classes, since their help is a page."""
-    found = set(MACHINE_OPTIONS if name in _WITH_RANKS else ())
+    found: set[str] = set(MACHINE_OPTIONS if name in _WITH_RANKS else ())
     if name in _WITH_SETTINGS:
         found |= {option for option, _ in _settings()}
+    if name == "train":
+        found.add("--profile")
     if name not in ("train", "config"):
         shown = io.StringIO()
         with redirect_stdout(shown), suppress(SystemExit):
             command(["--help"], argparse.Namespace())
+        shown_options, _, _ = shown.getvalue().partition("\nexamples\n")
         # Words of prose are not options: those stand in the usage or begin a line.
-        found |= set(re.findall(r"(?<![\w\"'`-])(--[a-z][a-z0-9-]*)(?=[\s,\]])", shown.getvalue()))
+        found |= set(re.findall(r"(?<![\w\"'`-])(--[a-z][a-z0-9-]*)(?=[\s,\]])", shown_options))
     return sorted(found | {"--help"})
 
 

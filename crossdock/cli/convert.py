@@ -18,6 +18,11 @@ def convert_command(arguments: list[str], options: argparse.Namespace) -> int:
     parser = Parser(
         prog="crossdock convert",
         description="Write a model in another format, in one process, without a GPU or memory for all of it.",
+        examples=(
+            "crossdock convert Qwen3-30B-A3B runs/start",
+            "crossdock convert runs/debug/20261121-101622 exported --dtype bfloat16",
+            "crossdock convert Qwen3-1.7B runs/moe --upcycle 8,2",
+        ),
         allow_abbrev=False,
     )
     kinds = "folder in Hugging Face's format, run folder, checkpoint, or folder of torch's distributed checkpoint"

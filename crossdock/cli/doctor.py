@@ -31,6 +31,7 @@ def doctor_command(arguments: list[str], options: argparse.Namespace) -> int:
         "machine with every dispatcher that works, compare its numbers with those of one process, and time an "
         "all-to-all; that takes some ten seconds.",
         epilog="Exit code: 0 where the test passed, 1 where it did not, 2 for a mistake in the command.",
+        examples=("crossdock doctor", "crossdock doctor --nproc 4", "crossdock doctor --json > machine.json"),
         allow_abbrev=False,
     )
     parser.add_argument("--no-test", dest="test", action="store_false", help="look, but start no ranks")

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,14 @@ _DTYPES = ("float32", "bfloat16")
 
 def generate_command(arguments: list[str], options: argparse.Namespace) -> int:
     """`crossdock generate MODEL --prompt TEXT`."""
-    parser = _parser("generate", "Continue a text. The experts are spread over the ranks, which all keep in step.")
+    parser = _parser(
+        "generate",
+        "Continue a text. The experts are spread over the ranks, which all keep in step.",
+        (
+            'crossdock generate runs/debug/20261121-101622 --prompt "Fellow citizens" --temperature 0.8 --top-p 0.9',
+            'crossdock generate Qwen3-30B-A3B --nproc 8 --chat --prompt "What is a cross-dock?"',
+        ),
+    )
     parser.add_argument(
         "--prompt", action="append", help="the text; several are continued in turn; else standard input"
     )
@@ -86,7 +93,11 @@ def _generate(arguments: list[str], options: argparse.Namespace, parsed: argpars
 
 def evaluate_command(arguments: list[str], options: argparse.Namespace) -> int:
     """`crossdock eval MODEL --data FILE`."""
-    parser = _parser("eval", "Loss and perplexity on a text. The text is split among the ranks.")
+    parser = _parser(
+        "eval",
+        "Loss and perplexity on a text. The text is split among the ranks.",
+        ("crossdock eval runs/debug/20261121-101622 --data speech.txt --max-samples 100",),
+    )
     parser.add_argument("--data", required=True, help="a source, as in data.source: a file, a folder, datasets:NAME")
     parser.add_argument("--format", choices=("text", "chat"), help="what the source holds (what the run has read)")
     parser.add_argument("--text-field", default="text", help="field or column that holds a document (text)")
@@ -178,7 +189,11 @@ def _data_of(parsed: argparse.Namespace, source: ModelSource) -> DataConfig:
 def export_command(arguments: list[str], options: argparse.Namespace) -> int:
     """`crossdock export RUN DESTINATION`."""
     about = "Write a folder that transformers' from_pretrained loads; of a LoRA run, one that PEFT's loads."
-    parser = _parser("export", about, has_dtype=False)
+    examples = (
+        "crossdock export runs/debug/20261121-101622 exported --dtype bfloat16",
+        "crossdock export runs/lora merged --merge",
+    )
+    parser = _parser("export", about, examples, has_dtype=False)
     parser.add_argument("destination", help="a folder that does not exist yet")
     choices = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", default="", choices=choices, help="of the weights; else as they were loaded")
@@ -215,8 +230,8 @@ def _read_text(path: Path) -> str:
         raise ConfigError("--prompt-file", str(path), f"must be text in UTF-8 ({error})") from None
 
 
-def _parser(command: str, description: str, *, has_dtype: bool = True) -> Parser:
-    parser = Parser(prog=f"crossdock {command}", description=description, allow_abbrev=False)
+def _parser(command: str, description: str, examples: Sequence[str], *, has_dtype: bool = True) -> Parser:
+    parser = Parser(prog=f"crossdock {command}", description=description, examples=examples, allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint, or folder in Hugging Face's format")
     if has_dtype:
         parser.add_argument("--dtype", default=_DTYPES[0], choices=_DTYPES, help=f"of the computation ({_DTYPES[0]})")

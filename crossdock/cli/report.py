@@ -16,6 +16,11 @@ def report_command(arguments: list[str], options: argparse.Namespace) -> int:
         prog="crossdock report",
         description="Write the report of a run, or one that compares several: a file that needs no network. With "
         "--watch, serve it on this machine's loopback address instead, and keep it up to date while the run goes on.",
+        examples=(
+            "crossdock report runs/debug/20261121-101622",
+            "crossdock report runs/plain runs/balanced --output comparison.html",
+            "crossdock report runs/debug/20261121-101622 --watch --port 0",
+        ),
         allow_abbrev=False,
     )
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folder of a run; up to 8")

@@ -28,6 +28,10 @@ def tune_command(arguments: list[str], options: argparse.Namespace) -> int:
         description="Measure settings that a run leaves open, on one layer of its model over its ranks, and write "
         "which are fastest to a file that `crossdock train` takes them from. Settings, and --nproc and the like, are "
         "those of `crossdock train`.",
+        examples=(
+            "crossdock tune debug --seconds 60",
+            "crossdock tune configs/debug.toml --nproc 2 --moe.dispatcher alltoall --output tuned.json",
+        ),
         allow_abbrev=False,
     )
     parser.add_argument("--seconds", type=float, default=300.0, help="for all settings together (300)")
