@@ -13,7 +13,7 @@ COPY configs configs
 COPY crossdock crossdock
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
 
-# devel: its nvcc compiles DeepEP, for those who add it (docs/moe.md). torch brings its own CUDA libraries.
+# devel: its nvcc compiles DeepEP, for those who add it (docs/howto/deepep.md). torch brings its own CUDA libraries.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 # gcc and Python.h: Triton compiles the launchers of its kernels. ibverbs: NCCL over InfiniBand and RoCE.
 RUN apt-get update \
