@@ -155,3 +155,17 @@ def test_whoever_reads_may_stop_reading() -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=SECONDS, check=True)
     assert done.stdout.startswith("usage: crossdock train")
     assert done.stderr == ""
+
+
+def test_the_command_line_is_there_before_torch() -> None:
+    """So that Ctrl-C is answered by it while torch is imported, and what needs no torch is quick."""
+    program = "import sys, crossdock.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=SECONDS, check=False).returncode == 0
+
+
+def test_all_names_of_the_package_are_there() -> None:
+    import crossdock as package
+
+    assert {name for name in package.__all__ if not hasattr(package, name)} == set()
+    with pytest.raises(AttributeError, match=r"module 'crossdock' has no attribute 'Moe'"):
+        _ = package.Moe
