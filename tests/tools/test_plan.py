@@ -447,3 +447,43 @@ def test_the_shipped_table_is_what_the_page_says() -> None:
     shipped = tomllib.loads(Path("crossdock/tools/plan/devices.toml").read_text())
     for name in shipped:
         assert f"`{name}`" in page
+
+
+# What the formulas leave out: counts and places that dispatchers send, and uneven rows of the busiest rank.
+FORMULAS = {
+    "ep 4": (),
+    "ep 2, bfloat16": ("--parallelism.expert-parallel-degree", "2", "--training.dtype", "bfloat16"),
+    "full recompute, 3 micro-batches": (
+        *("--activation-checkpoint.mode", "full", "--training.global-batch-size", "24"),
+    ),
+    "3 micro-batches, reduced once, parameters kept": (
+        *("--training.global-batch-size", "24", "--parallelism.gradient-reduction", "step"),
+        *("--parallelism.reshard-after-forward", "never", "--parallelism.expert-parallel-degree", "2"),
+    ),
+    "replicas": ("--parallelism.data-parallel-replicate-degree", "2", "--parallelism.expert-parallel-degree", "2"),
+    "nodes of 2, hierarchical": ("--moe.dispatcher", "hierarchical", "--moe.ranks-per-node", "2"),
+    "nodes of 1, hierarchical": ("--moe.dispatcher", "hierarchical", "--moe.ranks-per-node", "1"),
+    "frozen experts": ("--training.freeze-experts", "--parallelism.expert-parallel-degree", "2"),
+}
+
+
+@pytest.mark.parametrize("node_size", [2, 4])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formulas_send_what_dry_runs_count(name: str, node_size: int, tmp_path: Path) -> None:
+    assets = write_assets(tmp_path / "assets", **SIZES)
+    config = _config(
+        *("--model.hf-assets-path", str(assets), "--training.seq-len", "64", "--training.local-batch-size", "2"),
+        *("--parallelism.expert-parallel-degree", "4", "--training.debug-moe-force-load-balance", *FORMULAS[name]),
+    )
+    plan = make_plan(config, PlanOptions(4, replace(DEVICES["cpu"], node_size=node_size)), dry_run)
+    assert plan.run is not None
+    counted = dict(plan.estimate.flows)
+    numbers = counted.pop("norm and metrics")
+    assert numbers.nvlink + numbers.network < 1e5
+    formulas = Estimator(plan.facts, plan.options.device, read_skew("uniform", plan.estimate.config, plan.facts))
+    expected = formulas.estimate(plan.estimate.config, plan.estimate.dims).flows
+    assert counted.keys() == expected.keys()
+    for kind, flow in expected.items():
+        near = 0.05 if kind == "expert exchange" else 0.002
+        assert counted[kind].nvlink == pytest.approx(flow.nvlink, rel=near), kind
+        assert counted[kind].network == pytest.approx(flow.network, rel=near), kind

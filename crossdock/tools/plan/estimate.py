@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
-from crossdock.config import Config, default_global_batch_size, expert_parallel_degrees
+from crossdock.config import Config, expert_parallel_degrees
 from crossdock.models import ExpertSizes
 from crossdock.parallel import ParallelDims, stages_per_rank
 from crossdock.tools.plan.devices import Device
 from crossdock.tools.plan.figures import Calibration, Estimate, Memory, Work
-from crossdock.tools.plan.flows import Flow, dispatch_plan, expert_flow, ring, spans
+from crossdock.tools.plan.flows import Flow, dispatch_plan, expert_flow
 from crossdock.tools.plan.model import BlockFacts, ModelFacts
 from crossdock.tools.plan.routes import RankRoutes, Skew
+from crossdock.tools.plan.sizes import (
+    end_parameters,
+    gathered_parameters,
+    local_parameters,
+    local_tokens,
+    num_micro_batches,
+    over_blocks,
+    slots_per_rank,
+    value_sizes,
+)
+from crossdock.tools.plan.traffic import edge_seconds, formula_flows
 
-__all__ = ["Estimator", "local_tokens", "num_micro_batches", "with_layout"]
+__all__ = ["Estimator", "with_layout"]
 
 # Rows at which a grouped product reaches half of what it could: half a tile of 128.
 _HALF_ROWS = 64
@@ -66,7 +77,7 @@ class Estimator:
         plan = dispatch_plan(config, dims, self.facts, routes.tokens, self.device)
         micro_batches = num_micro_batches(config, dims)
         exchange = expert_flow(config, dims, self.facts, routes, self.device, plan)
-        flows = self._flows(config, dims, exchange, micro_batches)
+        flows = formula_flows(config, dims, self.facts, self.device, exchange, micro_batches)
         work = self._work(config, dims, routes, flows, exchange, plan.overlap_chunks, micro_batches)
         return Estimate(
             config,
@@ -112,13 +123,13 @@ class Estimator:
         self, config: Config, dims: ParallelDims, routes: RankRoutes, micro_batches: int, stage: int
     ) -> Memory:
         facts, calibration = self.facts, self.calibration
-        wide, item = _sizes(config)
-        blocks = self._blocks(dims)
-        ends = _ends(facts, dims, stage)
+        wide, item = value_sizes(config)
+        blocks = over_blocks(facts, dims)
+        ends = end_parameters(facts, dims, stage)
         fsdp, tp = dims.dp_shard * dims.cp, dims.tp
-        held = blocks(lambda kind: self._local(kind, dims)) + ends / tp / fsdp
-        gathered = blocks(lambda kind: self._gathered(kind, dims))
-        block = max(self._gathered(kind, dims) for kind in facts.kinds)
+        held = blocks(lambda kind: local_parameters(kind, facts, dims)) + ends / tp / fsdp
+        gathered = blocks(lambda kind: gathered_parameters(kind, facts, dims))
+        block = max(gathered_parameters(kind, facts, dims) for kind in facts.kinds)
         parallelism = config.parallelism
         step_reduction = dims.pp > 1 or (parallelism.gradient_reduction == "step" and micro_batches > 1)
         buffers = (2 * block if parallelism.reshards else gathered) * item + ends / tp * item
@@ -134,7 +145,7 @@ class Estimator:
         if config.optimizer.name == "muon":
             vectors = ends / tp / fsdp + blocks(lambda kind: kind.rest / fsdp)
             adam = (held + vectors) / max(held, 1) * wide
-        trained = blocks(lambda kind: self._slots(dims) * kind.slot / dims.ep_shard)
+        trained = blocks(lambda kind: slots_per_rank(facts, dims) * kind.slot / dims.ep_shard)
         trained = 0.0 if config.lora.rank else held - (trained if config.training.freeze_experts else 0.0)
         state = held * wide, trained * wide, trained * adam
         if config.training.enable_cpu_offload:
@@ -145,24 +156,6 @@ class Estimator:
         begins = Memory(state[0], state[1] if micro_batches > 1 else 0.0, state[2], kept + max(working, head), buffers)
         ends_with = Memory(*state, working, buffers)
         return max(begins, ends_with, key=lambda memory: memory.total)
-
-    def _blocks(self, dims: ParallelDims) -> Callable[[Callable[[BlockFacts], float]], float]:
-        """The sum over the blocks of a stage, of as many as the largest has."""
-        largest = -(-self.facts.num_layers // dims.pp)
-        share = largest / self.facts.num_layers
-        return lambda of: share * sum(kind.count * of(kind) for kind in self.facts.kinds)
-
-    def _local(self, kind: BlockFacts, dims: ParallelDims) -> float:
-        """Parameters of a block that a rank keeps."""
-        fsdp = dims.dp_shard * dims.cp
-        return (kind.matrices / dims.tp + kind.rest) / fsdp + self._slots(dims) * kind.slot / dims.ep_shard
-
-    def _gathered(self, kind: BlockFacts, dims: ParallelDims) -> float:
-        """Parameters of a block that a rank computes with."""
-        return kind.matrices / dims.tp + kind.rest + self._slots(dims) * kind.slot
-
-    def _slots(self, dims: ParallelDims) -> int:
-        return -(-self.facts.num_experts // dims.ep)
 
     def _in_flight(self, config: Config, dims: ParallelDims, stage: int, micro_batches: int) -> float:
         if dims.pp == 1:
@@ -181,7 +174,7 @@ class Estimator:
         In values of the activations' dtype: `none` keeps what norms, attention, router and exchanges have read;
         `selective` the outputs of products, attention and exchanges; `full` the block's input.
         """
-        _, item = _sizes(config)
+        _, item = value_sizes(config)
         hidden = self.facts.hidden_size
         if config.activation_checkpoint.mode == "full":
             return routes.tokens * hidden * item
@@ -189,7 +182,7 @@ class Estimator:
 
     def working(self, kind: BlockFacts, config: Config, dims: ParallelDims, routes: RankRoutes) -> float:
         """Bytes that a block's backward pass needs beside what is kept: what it computes again, and gradients."""
-        _, item = _sizes(config)
+        _, item = value_sizes(config)
         live = self._live(kind, config, dims, routes, all_of_it=True)
         again = live if config.activation_checkpoint.mode != "none" else 0.0
         return again + 0.5 * live + 4 * routes.tokens * self.facts.hidden_size * item
@@ -197,7 +190,7 @@ class Estimator:
     def _live(
         self, kind: BlockFacts, config: Config, dims: ParallelDims, routes: RankRoutes, *, all_of_it: bool
     ) -> float:
-        facts, (_, item) = self.facts, _sizes(config)
+        facts, (_, item) = self.facts, value_sizes(config)
         busiest = routes.busiest
         heads = (facts.num_heads + 2 * facts.num_key_value_heads) * facts.head_dim
         # Attention has whole sequences for a share of the heads: as many values either way.
@@ -218,69 +211,10 @@ class Estimator:
 
     def head(self, config: Config, dims: ParallelDims) -> float:
         """Bytes of the logits, in the activations' dtype and in float32, and of their gradients."""
-        wide = max(_sizes(config)[1], 4)
-        _, item = _sizes(config)
+        wide = max(value_sizes(config)[1], 4)
+        _, item = value_sizes(config)
         rows = config.training.local_batch_size * config.training.seq_len // dims.cp
         return rows * self.facts.vocab_size / dims.tp * (item + 3 * wide)
-
-    def _flows(self, config: Config, dims: ParallelDims, exchange: Flow, micro_batches: int) -> dict[str, Flow]:
-        """All of a step, of the rank of the stage with most blocks."""
-        facts, device = self.facts, self.device
-        wide, item = _sizes(config)
-        span = spans(dims)
-        blocks = self._blocks(dims)
-        full = config.activation_checkpoint.mode == "full"
-        reshards = config.parallelism.reshards
-        per_step = dims.pp > 1 and not reshards
-        gathers = 1 if per_step else micro_batches * (2 if reshards else 1)
-        by_step = dims.pp > 1 or config.parallelism.gradient_reduction == "step"
-        reductions = 1 if by_step else micro_batches
-        reduced = 4 if item < wide else wide
-        ends = (facts.embedding + facts.head + facts.ends_rest) / dims.tp / min(dims.pp, 2)
-
-        def collective(name: str, dense_bytes: float, expert_bytes: float, of_ends: float) -> Flow:
-            total = ring(name, span["fsdp"], of_ends, device)
-            for kind in facts.kinds:
-                count = kind.count / dims.pp
-                dense = (kind.matrices / dims.tp + kind.rest) * dense_bytes
-                total = total.plus(ring(name, span["fsdp"], dense, device).times(count))
-                if kind.slot:
-                    experts = self._slots(dims) * kind.slot * expert_bytes
-                    total = total.plus(ring(name, span["ep_shard"], experts, device).times(count))
-            return total
-
-        gather = collective("parameter gather", item, item, ends * item).times(gathers)
-        reduce = collective("gradient reduction", reduced, reduced, ends * reduced).times(reductions)
-        local = blocks(lambda kind: (kind.matrices / dims.tp + kind.rest) / (dims.dp_shard * dims.cp))
-        local_experts = blocks(lambda kind: self._slots(dims) * kind.slot / dims.ep_shard)
-        replicas = ring("replica sums", span["dp_replicate"], 2 * local * reduced, device)
-        replicas = replicas.plus(ring("replica sums", span["ep_replicate"], 2 * local_experts * wide, device))
-        layers = facts.num_moe_layers / dims.pp
-        exchanges = exchange.times(micro_batches * layers * (6 if full else 4))
-        hidden = local_tokens(config, dims) * facts.hidden_size * item
-        tensor = ring("tensor parallel", span["tp"], hidden * dims.tp, device)
-        heads = (2 * facts.num_heads + 2 * facts.num_key_value_heads) * facts.head_dim * item
-        per_layer = heads * local_tokens(config, dims)
-        context = ring("context parallel", span["cp"], per_layer, device)
-        times = micro_batches * facts.num_layers / dims.pp
-        pipeline = Flow("pipeline", 0.0, 0.0, 0.0, 0)
-        if dims.pp > 1:
-            inside = span["pp"].in_node(device.node_size) > 1
-            nbytes = 2.0 * hidden * micro_batches
-            seconds = device.seconds(nbytes if inside else 0.0, 0.0 if inside else nbytes, 0, 2 * micro_batches)
-            pipeline = Flow(
-                "pipeline", nbytes if inside else 0.0, 0.0 if inside else nbytes, seconds, 2 * micro_batches
-            )
-        found = [
-            exchanges,
-            gather,
-            reduce,
-            replicas,
-            tensor.times(times * (6 if full else 4)),
-            context.times(times * (3 if full else 2)),
-            pipeline,
-        ]
-        return {flow.name: flow for flow in found if flow.calls}
 
     def _work(
         self,
@@ -298,7 +232,7 @@ class Estimator:
         if config.training.dtype != "bfloat16" and device.name != "cpu":
             speed /= 16  # float32 without tensor cores, about
         again = 4 / 3 if config.activation_checkpoint.mode == "full" else 1.0
-        rows = max(routes.routes) * dims.ep / max(self._slots(dims), 1)
+        rows = max(routes.routes) * dims.ep / max(slots_per_rank(facts, dims), 1)
         products = rows / (rows + _HALF_ROWS)
         dense = experts = 0.0
         for kind in facts.kinds:
@@ -315,7 +249,7 @@ class Estimator:
         hidden = 0.0 if chunks == 1 else min(travelling, micro_batches * of_experts) * (chunks - 1) / chunks
         quiet = [flows[name] for name in ("parameter gather", "gradient reduction", "replica sums") if name in flows]
         beside = sum(flow.seconds for flow in quiet)
-        edges = min(beside, self._edges(config, dims))
+        edges = min(beside, edge_seconds(config, dims, facts, device))
         over = max(0.0, beside - edges - compute)
         taken = device.collective_share * min(beside - edges, compute)
         layout = sum(flows[name].seconds for name in ("tensor parallel", "context parallel") if name in flows)
@@ -325,46 +259,9 @@ class Estimator:
             stages = stages_per_rank(schedule, config.parallelism.pipeline_parallel_stages_per_rank)
             waits = (dims.pp - 1) / stages * (0.5 if schedule in ("zero_bubble", "zbv") else 1.0)
             bubble = (compute + travelling - hidden + layout) * waits / micro_batches
-        held = self._blocks(dims)(lambda kind: self._local(kind, dims))
+        held = over_blocks(facts, dims)(lambda kind: local_parameters(kind, facts, dims))
         update = held * _OPTIMIZER_BYTES / (device.hbm_gbytes * 1e9)
         return Work(compute, travelling - hidden, edges + over + taken, layout, bubble, update)
-
-    def _edges(self, config: Config, dims: ParallelDims) -> float:
-        """What no compute hides: the first gather of a step and the last reduction, of the ends and of one block."""
-        facts, device, span = self.facts, self.device, spans(dims)
-        wide, item = _sizes(config)
-        reduced = 4 if item < wide else wide
-        kind = facts.kinds[0]
-        ends = (facts.embedding + facts.head) / dims.tp
-        seconds = ring("", span["fsdp"], ends * (item + reduced), device).seconds
-        seconds += ring("", span["fsdp"], (kind.matrices / dims.tp + kind.rest) * (item + reduced), device).seconds
-        return seconds + ring("", span["ep_shard"], self._slots(dims) * kind.slot * (item + reduced), device).seconds
-
-
-def local_tokens(config: Config, dims: ParallelDims) -> int:
-    """Tokens of a micro-batch that one rank has between the modules that `tp` splits."""
-    return config.training.local_batch_size * config.training.seq_len // (dims.cp * dims.tp)
-
-
-def num_micro_batches(config: Config, dims: ParallelDims) -> int:
-    """Of a step."""
-    total = config.training.global_batch_size
-    if total == -1:
-        total = default_global_batch_size(config, dims)
-    return max(1, total // (config.training.local_batch_size * dims.dp_replicate * dims.dp_shard))
-
-
-def _ends(facts: ModelFacts, dims: ParallelDims, stage: int) -> float:
-    """Parameters of embedding, norm and head that a stage has."""
-    first = facts.embedding if stage == 0 else 0
-    last = (facts.head + facts.ends_rest) if stage == dims.pp - 1 else 0
-    return first + last
-
-
-def _sizes(config: Config) -> tuple[int, int]:
-    """Bytes of a parameter that is kept, and of one that is computed with."""
-    dtype = getattr(torch, config.training.dtype)
-    return (8 if dtype == torch.float64 else 4), dtype.itemsize
 
 
 def with_layout(config: Config, dims: ParallelDims, local_batch_size: int, global_batch_size: int) -> Config:

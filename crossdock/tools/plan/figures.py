@@ -91,7 +91,8 @@ class Estimate:
         routes: of a micro-batch.
         device: of the table.
         limit: bytes that a rank may hold.
-        measured: the phase of the step that holds most, of a dry run that memory is from; empty for formulas.
+        measured: the phase of the step that holds most, of a dry run that memory and bytes sent are from; empty for
+            formulas.
     """
 
     config: Config

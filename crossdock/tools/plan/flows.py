@@ -131,22 +131,38 @@ def expert_flow(
     forwards = 2 if config.activation_checkpoint.mode == "full" else 1
     row = (forwards * (token + result) + 2 * result) / (2 * forwards + 2)
     inside = spans(dims)["ep"].in_node(device.node_size)
-    nodes = -(-dims.ep // inside)
     rows = (routes.tokens,) * dims.ep if plan.dispatcher == "allgather" else routes.rows
     # Every rank sends alike; what a rank keeps is its own share, so that the mean over ranks is taken.
     total = sum(rows)
     here, there = total * (inside - 1) / dims.ep, total * (dims.ep - inside) / dims.ep
     hops = 1
-    if plan.dispatcher == "hierarchical" and nodes > 1:
-        there, hops = sum(routes.node_rows(inside)) * (nodes - 1) / nodes, 2
-        here *= nodes
+    if plan.dispatcher == "hierarchical":
+        here, there, hops = *_two_hops(dims.ep, config.moe.ranks_per_node or inside, inside, routes), 2
     mean = total / len(rows)
     worst = max(rows) / mean if mean else 1.0
     chunks = plan.overlap_chunks
     seconds = device.seconds(
         here * row * worst,
         there * row * worst,
-        chunks * (inside > 1),
-        chunks * hops * (nodes > 1),
+        chunks * hops * (here > 0),
+        chunks * hops * (there > 0),
     )
     return Flow(name, here * row, there * row, seconds, chunks)
+
+
+def _two_hops(ranks: int, group: int, inside: int, routes: RankRoutes) -> tuple[float, float]:
+    """Rows on NVLink and on the network where a token goes once to each group, and from there to ranks of it.
+
+    Args:
+        ranks: `ep`.
+        group: ranks of what the dispatcher takes for a node; divides `ranks`.
+        inside: ranks that really share one.
+        routes: of a rank's tokens.
+    """
+    groups = ranks // group
+    near = max(inside // group, 1) - 1  # other groups on the same node
+    first = sum(routes.node_rows(group)) / groups
+    # Every group passes on what came to it: of each rank the rows for its members, as many as the rank's own.
+    second = sum(routes.rows) * groups / ranks
+    beside = min(group, inside) - 1  # other members on the same node
+    return first * near + second * beside, first * (groups - 1 - near) + second * (group - 1 - beside)

@@ -11,12 +11,14 @@ from crossdock.tools.plan.advice import advice
 from crossdock.tools.plan.auto import settle
 from crossdock.tools.plan.counting import ACTIVATIONS, BUFFERS, GRADIENTS, OPTIMIZER, PARAMETERS
 from crossdock.tools.plan.devices import Device
-from crossdock.tools.plan.estimate import Estimator, num_micro_batches, with_layout
+from crossdock.tools.plan.estimate import Estimator, with_layout
 from crossdock.tools.plan.extended import DryRun, Runner, calibrate, extended_run
 from crossdock.tools.plan.figures import Estimate, Memory
 from crossdock.tools.plan.model import ModelFacts, plan_model, read_model
 from crossdock.tools.plan.routes import RankRoutes, read_skew
 from crossdock.tools.plan.search import Found, ScaleRow, scale, search
+from crossdock.tools.plan.sizes import num_micro_batches
+from crossdock.tools.plan.traffic import counted_flows
 
 __all__ = ["Plan", "PlanOptions", "make_plan"]
 
@@ -129,16 +131,22 @@ def make_plan(config: Config, options: PlanOptions, run: Runner) -> Plan:
 
 
 def checked(estimator: Estimator, run: Runner, config: Config, dims: ParallelDims) -> tuple[Estimate, DryRun | None]:
-    """An estimate whose memory is what a dry run of the busiest rank counts; of a pipeline, of adapters and of
-    eager experts on a CPU, the formulas'."""
+    """An estimate whose memory and bytes sent are what a dry run of the busiest rank counts; of a pipeline, of adapters
+    and of eager experts on a CPU, the formulas'."""
     estimate = estimator.estimate(config, dims)
     if dims.pp > 1 or not _has_dry_run(config, estimator.device):
         return estimate, None
-    few = min(num_micro_batches(config, dims), 2)  # More of them hold no more.
-    batch = config.training.local_batch_size * dims.dp_replicate * dims.dp_shard * few
-    short = with_layout(config, dims, config.training.local_batch_size, batch)
     routes = estimator.routes(config, dims)
-    counted = extended_run(run, short, dims, routes.busiest, estimator.facts, routes)
+
+    def of_micro_batches(count: int) -> DryRun:
+        size = config.training.local_batch_size
+        short = with_layout(config, dims, size, size * dims.dp_replicate * dims.dp_shard * count)
+        return extended_run(run, short, dims, routes.busiest, estimator.facts, routes)
+
+    count = num_micro_batches(config, dims)
+    counted = of_micro_batches(min(count, 2))  # More of them hold no more.
+    one = of_micro_batches(1) if count > 2 else counted
+    flows = counted_flows(estimate.flows, one.counted, counted.counted, count, routes.busiest, estimator.device)
     # With offload these are the host's; a dry run has one memory for all.
     elsewhere = (PARAMETERS, GRADIENTS, OPTIMIZER) if config.training.enable_cpu_offload else ()
     held = {
@@ -147,7 +155,7 @@ def checked(estimator: Estimator, run: Runner, config: Config, dims: ParallelDim
     }
     phase = max(held, key=lambda phase: sum(held[phase].values()))
     memory = Memory(*(float(held[phase][name]) for name in _KINDS))
-    return replace(estimate, memory=memory, measured=phase), counted
+    return replace(estimate, memory=memory, flows=flows, measured=phase), counted
 
 
 def _has_dry_run(config: Config, device: Device) -> bool:

@@ -10,9 +10,10 @@ from crossdock.models import ExpertSizes, resolve_hf_config
 from crossdock.moe_config import MoEConfig
 from crossdock.parallel import ParallelDims, check_microbatches, stages_per_rank
 from crossdock.tools.plan.auto import batch_sizes
-from crossdock.tools.plan.estimate import Estimator, num_micro_batches, with_layout
+from crossdock.tools.plan.estimate import Estimator, with_layout
 from crossdock.tools.plan.figures import Estimate
 from crossdock.tools.plan.model import ModelFacts
+from crossdock.tools.plan.sizes import num_micro_batches
 
 __all__ = ["Found", "ScaleRow", "scale", "search", "why"]
 

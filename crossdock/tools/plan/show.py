@@ -80,7 +80,8 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _traffic_table(estimate: Estimate) -> Table:
-    table = Table(title="bytes that a rank sends in a step", title_justify="left")
+    of = "the busiest rank sends in a step, by a dry run" if estimate.measured else "a rank sends, mean, by formulas"
+    table = Table(title=f"bytes that {of}", title_justify="left")
     table.add_column("kind")
     for name in ("NVLink GiB", "network GiB", "ms by itself"):
         table.add_column(name, justify="right")
@@ -209,6 +210,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     if plan.run is not None:
         counted = plan.run.counted
         result["dry_run"] = {
+            "micro_batches": min(plan.estimate.micro_batches, 2),
             "peaks": dict(counted.peaks),
             "sent": {f"{op} {dim}": each.total for (op, dim), each in counted.sent.items()},
             "dispatchers": {n: getattr(plan.run, n) for n in ("within", "between", "metadata")},
@@ -251,6 +253,7 @@ def _estimate_json(estimate: Estimate) -> dict[str, Any]:
         "memory_bytes": {name: getattr(memory, name) for name in Memory.__dataclass_fields__} | {"peak": memory.total},
         "memory_percent": estimate.memory_percent,
         "memory_from": "dry run" if estimate.measured else "formulas",
+        "sent_from": "dry run" if estimate.measured else "formulas",
         "sent_bytes": {flow.name: {"nvlink": flow.nvlink, "network": flow.network} for flow in estimate.flows.values()},
         "seconds": _work(estimate) | {"step": estimate.work.step},
         "tokens_per_second_per_gpu": estimate.tokens_per_second,
