@@ -20,6 +20,7 @@ from crossdock.parallel import ParallelDims
 from crossdock.tools.plan import (
     Device,
     DeviceError,
+    Estimate,
     Estimator,
     Plan,
     PlanOptions,
@@ -487,3 +488,27 @@ def test_formulas_send_what_dry_runs_count(name: str, node_size: int, tmp_path: 
         near = 0.05 if kind == "expert exchange" else 0.002
         assert counted[kind].nvlink == pytest.approx(flow.nvlink, rel=near), kind
         assert counted[kind].network == pytest.approx(flow.network, rel=near), kind
+
+
+def _estimated(config: Config, ranks: int = 8) -> Estimate:
+    """By formulas alone."""
+    dims = ParallelDims.from_config(config.parallelism, ranks)
+    return Estimator(read_model(plan_model(config)), B200).estimate(config, dims)
+
+
+def test_adapters_alone_have_gradients_and_states() -> None:
+    asked = ("--parallelism.expert-parallel-degree", "4")
+    whole, low = (
+        _estimated(_config(*LARGE, *asked, *lora))
+        for lora in ((), ("--lora.rank", "8", "--lora.targets", "attention"))
+    )
+    # Of 48 layers: A and B of queries and outputs, keys and values, sharded over 8 ranks.
+    sizes = 2048 + 4096, 4096 + 2048, 2048 + 512, 2048 + 512
+    adapters = 48 * 8 * sum(sizes) / 8
+    assert low.memory.gradients == pytest.approx(4 * adapters)
+    assert low.memory.optimizer == pytest.approx(8 * adapters)
+    reductions = [each.flows["gradient reduction"].nvlink for each in (whole, low)]
+    assert reductions[1] == pytest.approx(4 * 7 * adapters)
+    assert reductions[1] < reductions[0] / 100
+    assert low.work.compute < whole.work.compute
+    assert low.work.optimizer < whole.work.optimizer / 100

@@ -23,6 +23,7 @@ from crossdock.tools.plan.sizes import (
     num_micro_batches,
     over_blocks,
     slots_per_rank,
+    trained_locally,
     value_sizes,
 )
 from crossdock.tools.plan.traffic import edge_seconds, formula_flows
@@ -145,8 +146,7 @@ class Estimator:
         if config.optimizer.name == "muon":
             vectors = ends / tp / fsdp + blocks(lambda kind: kind.rest / fsdp)
             adam = (held + vectors) / max(held, 1) * wide
-        trained = blocks(lambda kind: slots_per_rank(facts, dims) * kind.slot / dims.ep_shard)
-        trained = 0.0 if config.lora.rank else held - (trained if config.training.freeze_experts else 0.0)
+        trained = blocks(lambda kind: trained_locally(kind, facts, dims)) + facts.trains_ends * ends / tp / fsdp
         state = held * wide, trained * wide, trained * adam
         if config.training.enable_cpu_offload:
             state = 0.0, 0.0, 0.0
@@ -237,13 +237,14 @@ class Estimator:
         dense = experts = 0.0
         for kind in facts.kinds:
             of_dense, of_experts = facts.block_flops(kind, seq_len)
-            dense += kind.count * of_dense
-            experts += kind.count * of_experts
+            no_dense, no_experts = facts.frozen_flops(kind)
+            dense += kind.count * (again * of_dense - no_dense)
+            experts += kind.count * (again * of_experts - no_experts)
         tokens = local_tokens(config, dims)
-        ends = 6 * (facts.head or facts.embedding)
+        ends = (6 if facts.trains_ends else 4) * (facts.head or facts.embedding)
         # The stage with the head does more; cut_blocks gives it fewer blocks for that.
-        per_batch = tokens * again * dense / dims.pp / speed + tokens * ends / dims.pp / speed
-        of_experts = tokens * again * experts / dims.pp / speed * routes.imbalance / products
+        per_batch = tokens * dense / dims.pp / speed + tokens * ends / dims.pp / speed
+        of_experts = tokens * experts / dims.pp / speed * routes.imbalance / products
         compute = micro_batches * (per_batch + of_experts)
         travelling = flows["expert exchange"].seconds if "expert exchange" in flows else 0.0
         hidden = 0.0 if chunks == 1 else min(travelling, micro_batches * of_experts) * (chunks - 1) / chunks
@@ -259,8 +260,8 @@ class Estimator:
             stages = stages_per_rank(schedule, config.parallelism.pipeline_parallel_stages_per_rank)
             waits = (dims.pp - 1) / stages * (0.5 if schedule in ("zero_bubble", "zbv") else 1.0)
             bubble = (compute + travelling - hidden + layout) * waits / micro_batches
-        held = over_blocks(facts, dims)(lambda kind: local_parameters(kind, facts, dims))
-        update = held * _OPTIMIZER_BYTES / (device.hbm_gbytes * 1e9)
+        trained = over_blocks(facts, dims)(lambda kind: trained_locally(kind, facts, dims))
+        update = trained * _OPTIMIZER_BYTES / (device.hbm_gbytes * 1e9)
         return Work(compute, travelling - hidden, edges + over + taken, layout, bubble, update)
 
 

@@ -13,7 +13,7 @@ from crossdock.tools.plan.devices import Device
 from crossdock.tools.plan.model import ModelFacts
 from crossdock.tools.plan.routes import RankRoutes
 
-__all__ = ["Flow", "Span", "dispatch_plan", "expert_flow", "ring", "spans"]
+__all__ = ["Flow", "Span", "dispatch_plan", "exchanges", "expert_flow", "ring", "spans"]
 
 CPU = "cpu"
 """The device of the table that stands for processes without a GPU."""
@@ -115,6 +115,24 @@ def dispatch_plan(config: Config, dims: ParallelDims, facts: ModelFacts, tokens:
     return plan_dispatch(moe.dispatcher, moe.overlap_chunks, situation, options)
 
 
+def exchanges(config: Config) -> tuple[int, int]:
+    """How often a layer sends tokens in a micro-batch; and results, and the gradients of both.
+
+    Recompute of whole blocks sends tokens again. It stops where nothing further is needed: before the results, unless
+    a loss of the router is attached to them.
+    """
+    if config.activation_checkpoint.mode != "full":
+        return 1, 3
+    moe = config.moe
+    losses = (
+        moe.sequence_aux_loss_coeff,
+        moe.batch_aux_loss_coeff,
+        moe.global_aux_loss_coeff,
+        moe.z_loss_coeff,
+    )
+    return 2, 4 if any(losses) else 3
+
+
 def expert_flow(
     config: Config, dims: ParallelDims, facts: ModelFacts, routes: RankRoutes, device: Device, plan: DispatchPlan
 ) -> Flow:
@@ -127,9 +145,8 @@ def expert_flow(
         return Flow(name, 0.0, 0.0, 0.0, 0)
     dtype, wire = getattr(torch, config.training.dtype), config.moe.dispatch_options().wire
     token, result = (each.row_bytes(facts.hidden_size, dtype) for each in (wire, wire.back))
-    # Forward passes send tokens and results, twice where they are recomputed; backward passes the gradients of both.
-    forwards = 2 if config.activation_checkpoint.mode == "full" else 1
-    row = (forwards * (token + result) + 2 * result) / (2 * forwards + 2)
+    tokens, others = exchanges(config)
+    row = (tokens * token + others * result) / (tokens + others)
     inside = spans(dims)["ep"].in_node(device.node_size)
     rows = (routes.tokens,) * dims.ep if plan.dispatcher == "allgather" else routes.rows
     # Every rank sends alike; what a rank keeps is its own share, so that the mean over ranks is taken.

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from crossdock.config import Config
+from crossdock.config import Config, ConfigError
+from crossdock.lora import LoRAError, add_lora
 from crossdock.models import FAMILIES, build_model, resolve_hf_config
 from crossdock.moe import moe_layers
 from crossdock.parallel import transformer_blocks
@@ -28,6 +29,7 @@ class BlockFacts:
         slot: of one expert; 0 without experts.
         products: parameters that a token is multiplied by, but experts.
         first: the number of the first block of this kind.
+        frozen, frozen_slot, frozen_products: of `dense`, `slot` and `products` those that are not trained.
     """
 
     count: int
@@ -36,6 +38,9 @@ class BlockFacts:
     slot: int
     products: int
     first: int
+    frozen: int = 0
+    frozen_slot: int = 0
+    frozen_products: int = 0
 
     @property
     def dense(self) -> int:
@@ -55,6 +60,7 @@ class ModelFacts:
         hidden_size, intermediate_size, shared_size: `H`, `I`, and that of experts that every token passes.
         num_heads, num_key_value_heads, head_dim: of attention.
         vocab_size: `V`.
+        trains_ends: whether embedding, norm and head are trained.
     """
 
     kinds: tuple[BlockFacts, ...]
@@ -70,6 +76,7 @@ class ModelFacts:
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
+    trains_ends: bool = True
 
     @property
     def num_layers(self) -> int:
@@ -101,6 +108,10 @@ class ModelFacts:
         attention = 12 * self.num_heads * self.head_dim * seq_len / 2
         return 6 * kind.products + attention, 6 * kind.slot * self.top_k
 
+    def frozen_flops(self, kind: BlockFacts) -> tuple[float, float]:
+        """Of these, what products for gradients of weights that are not trained would take, and nobody computes."""
+        return 2 * kind.frozen_products, 2 * kind.frozen_slot * self.top_k
+
     def flops_per_token(self, seq_len: int) -> float:
         """Model FLOPs of a token, forward and backward."""
         blocks = sum(kind.count * sum(self.block_flops(kind, seq_len)) for kind in self.kinds)
@@ -108,9 +119,13 @@ class ModelFacts:
 
 
 def plan_model(config: Config) -> PreTrainedModel:
-    """The model of a run, whole, on the meta device."""
+    """The model of a run, whole, on the meta device: with its adapters, and what is frozen.
+
+    Raises:
+        ConfigError: for adapters that it cannot have.
+    """
     training = config.training
-    return build_model(
+    model = build_model(
         FAMILIES[config.model.name],
         resolve_hf_config(config.run_model),
         config.moe,
@@ -118,6 +133,16 @@ def plan_model(config: Config) -> PreTrainedModel:
         attn_implementation="sdpa",  # of the same parameters, and here everywhere
         force_load_balance=training.debug_moe_force_load_balance,
     )
+    for layer in moe_layers(model).values():
+        if layer.router is not None:
+            layer.router.requires_grad_(not training.freeze_router)
+        layer.experts.requires_grad_(not training.freeze_experts)
+    if config.lora.rank:
+        try:
+            add_lora(model, config.lora, FAMILIES[config.model.name].attention)
+        except LoRAError as error:
+            raise ConfigError(f"lora.{error.field}", error.value, error.valid) from None
+    return model
 
 
 def read_model(model: PreTrainedModel) -> ModelFacts:
@@ -151,6 +176,7 @@ def read_model(model: PreTrainedModel) -> ModelFacts:
         num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         vocab_size=text.vocab_size,
+        trains_ends=embedding.requires_grad,
     )
 
 
@@ -167,4 +193,15 @@ def _block_facts(block: nn.Module, indices: list[int]) -> BlockFacts:
     matrices = sum(p.numel() for p in dense if p.ndim > 1 and id(p) not in routers)
     products = sum(p.numel() for p in dense if p.ndim > 1)
     slot = sum(p.numel() // p.shape[0] for p in experts.values())
-    return BlockFacts(len(indices), matrices, sum(p.numel() for p in dense) - matrices, slot, products, indices[0])
+    frozen = [p for p in dense if not p.requires_grad]
+    return BlockFacts(
+        len(indices),
+        matrices,
+        sum(p.numel() for p in dense) - matrices,
+        slot,
+        products,
+        indices[0],
+        sum(p.numel() for p in frozen),
+        sum(p.numel() // p.shape[0] for p in experts.values() if not p.requires_grad),
+        sum(p.numel() for p in frozen if p.ndim > 1),
+    )

@@ -18,6 +18,8 @@ __all__ = [
     "num_micro_batches",
     "over_blocks",
     "slots_per_rank",
+    "trained_locally",
+    "trained_parameters",
     "value_sizes",
 ]
 
@@ -34,6 +36,12 @@ def slots_per_rank(facts: ModelFacts, dims: ParallelDims) -> int:
     return -(-facts.num_experts // dims.ep)
 
 
+def trained_locally(kind: BlockFacts, facts: ModelFacts, dims: ParallelDims) -> float:
+    """Of these, those that have gradients and a state of the optimizer on this rank."""
+    dense, experts = trained_parameters(kind, facts, dims)
+    return dense / (dims.dp_shard * dims.cp) + experts / dims.ep_shard
+
+
 def local_parameters(kind: BlockFacts, facts: ModelFacts, dims: ParallelDims) -> float:
     """Of a block, those that a rank keeps."""
     fsdp = dims.dp_shard * dims.cp
@@ -43,6 +51,12 @@ def local_parameters(kind: BlockFacts, facts: ModelFacts, dims: ParallelDims) ->
 def gathered_parameters(kind: BlockFacts, facts: ModelFacts, dims: ParallelDims) -> float:
     """Of a block, those that a rank computes with."""
     return kind.matrices / dims.tp + kind.rest + slots_per_rank(facts, dims) * kind.slot
+
+
+def trained_parameters(kind: BlockFacts, facts: ModelFacts, dims: ParallelDims) -> tuple[float, float]:
+    """Of a block, those that a rank has gradients of before they are reduced: dense ones, and its experts'."""
+    dense = kind.matrices / dims.tp + kind.rest - kind.frozen  # `tp` splits no model of which matrices are frozen
+    return dense, slots_per_rank(facts, dims) * (kind.slot - kind.frozen_slot)
 
 
 def end_parameters(facts: ModelFacts, dims: ParallelDims, stage: int) -> float:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from crossdock.config import Config
 from crossdock.parallel import ParallelDims
 from crossdock.tools.plan.counting import Counted, Sent
 from crossdock.tools.plan.devices import Device
-from crossdock.tools.plan.flows import Flow, ring, spans
-from crossdock.tools.plan.model import ModelFacts
-from crossdock.tools.plan.sizes import local_tokens, over_blocks, slots_per_rank, value_sizes
+from crossdock.tools.plan.flows import Flow, exchanges, ring, spans
+from crossdock.tools.plan.model import BlockFacts, ModelFacts
+from crossdock.tools.plan.sizes import local_tokens, over_blocks, slots_per_rank, trained_parameters, value_sizes
 
 __all__ = ["counted_flows", "edge_seconds", "formula_flows"]
 
@@ -59,24 +59,30 @@ def formula_flows(
     reduced = 4 if item < wide else wide
     ends = (facts.embedding + facts.head + facts.ends_rest) / dims.tp / min(dims.pp, 2)
 
-    def over_all(name: str, nbytes: int) -> Flow:
-        """Of the parameters of all blocks once, with so many bytes each."""
+    def over_all(name: str, of: Callable[[BlockFacts], tuple[float, float]], nbytes: int) -> Flow:
+        """Of these parameters of all blocks once, dense ones and experts', with so many bytes each."""
         total = Flow(name, 0.0, 0.0, 0.0, 0)
         for kind in facts.kinds:
-            count = kind.count / dims.pp
-            dense = (kind.matrices / dims.tp + kind.rest) * nbytes
-            total = total.plus(ring(name, span["fsdp"], dense, device).times(count))
-            if kind.slot:
-                experts = slots_per_rank(facts, dims) * kind.slot * nbytes
-                total = total.plus(ring(name, span["ep_shard"], experts, device).times(count))
+            for dimension, parameters in zip(("fsdp", "ep_shard"), of(kind), strict=True):
+                if parameters:
+                    each = ring(name, span[dimension], parameters * nbytes, device)
+                    total = total.plus(each.times(kind.count / dims.pp))
         return total
 
-    gather = over_all(GATHER, item).times(gathers)
+    def gathered(kind: BlockFacts) -> tuple[float, float]:
+        return kind.matrices / dims.tp + kind.rest, slots_per_rank(facts, dims) * kind.slot
+
+    def trained(kind: BlockFacts) -> tuple[float, float]:
+        return trained_parameters(kind, facts, dims)
+
+    gather = over_all(GATHER, gathered, item).times(gathers)
     gather = gather.plus(ring(GATHER, span["fsdp"], ends * item, device).times(of_ends))
-    reduce = over_all(REDUCTION, reduced).plus(ring(REDUCTION, span["fsdp"], ends * reduced, device))
-    local = blocks(lambda kind: (kind.matrices / dims.tp + kind.rest) / (dims.dp_shard * dims.cp))
-    local += ends / (dims.dp_shard * dims.cp)
-    local_experts = blocks(lambda kind: slots_per_rank(facts, dims) * kind.slot / dims.ep_shard)
+    trained_ends = ends if facts.trains_ends else 0.0
+    reduce = over_all(REDUCTION, trained, reduced)
+    if trained_ends:
+        reduce = reduce.plus(ring(REDUCTION, span["fsdp"], trained_ends * reduced, device))
+    local = (blocks(lambda kind: trained(kind)[0]) + trained_ends) / (dims.dp_shard * dims.cp)
+    local_experts = blocks(lambda kind: trained(kind)[1]) / dims.ep_shard
     replicas = ring(REPLICAS, span["dp_replicate"], 2 * local * reduced, device)
     replicas = replicas.plus(ring(REPLICAS, span["ep_replicate"], 2 * local_experts * wide, device))
     layers = facts.num_moe_layers / dims.pp
@@ -86,7 +92,7 @@ def formula_flows(
     context = ring(CONTEXT, span["cp"], heads * local_tokens(config, dims), device)
     times = micro_batches * facts.num_layers / dims.pp
     found = [
-        exchange.times(micro_batches * layers * (6 if full else 4)),
+        exchange.times(micro_batches * layers * sum(exchanges(config))),
         gather,
         reduce.times(reductions),
         replicas,
