@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from crossdock.placement import PLANNERS, PlanningSituation, max_mean
-from crossdock.tools.report import LOAD_FILE, read_load
+from crossdock.tools.report import LOAD_FILE, LoadFileError, read_load
 
 
 def made_up(steps: int, layers: int, experts: int) -> Tensor:
@@ -41,8 +41,13 @@ def main() -> None:
     if parsed.run is None:
         trace = made_up(steps=120, layers=4, experts=64)
     else:
-        trace = torch.from_numpy(read_load(parsed.run / LOAD_FILE)[1].copy())
+        try:
+            trace = torch.from_numpy(read_load(parsed.run / LOAD_FILE)[1].copy())
+        except (LoadFileError, OSError) as error:
+            parser.error(f"RUN = {parsed.run}: {error}")
     steps, layers, experts = trace.shape
+    if min(parsed.ranks, parsed.every, parsed.redundant + 1) < 1:
+        parser.error("--ranks and --every must be 1 or more, --redundant 0 or more")
     if (experts + parsed.redundant) % parsed.ranks or experts % parsed.ranks or steps <= parsed.every:
         parser.error(f"{experts} experts, and with --redundant, must divide over --ranks; {steps} steps, --every less")
     situation = PlanningSituation(num_ranks=parsed.ranks, slots_per_rank=(experts + parsed.redundant) // parsed.ranks)

@@ -2,7 +2,7 @@
 
 from crossdock.balance.assign import Assignment, assign, assignment
 from crossdock.balance.balancer import Balancer
-from crossdock.balance.checks import BalanceError, check_sizes
+from crossdock.balance.checks import BalanceError, check_sizes, copies_per_rank
 from crossdock.balance.choice import CopyRule, CopyTable, choose, copy_table
 from crossdock.balance.config import BalanceConfig, BalanceStrategy
 from crossdock.balance.costs import Rates, SpillCosts
@@ -37,6 +37,7 @@ __all__ = [
     "borrowed_slots_needed",
     "check_sizes",
     "choose",
+    "copies_per_rank",
     "copy_table",
     "even_pieces",
     "level",

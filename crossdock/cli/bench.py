@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crossdock.cli.common import Parser, check_gpus, fail, is_rank, machines_of
+from crossdock.cli.common import Parser, check_gpus, check_output, fail, is_rank, machines_of
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +90,7 @@ def _parser() -> Parser:
 def _check(parser: Parser, parsed: argparse.Namespace, options: argparse.Namespace) -> None:
     from crossdock.tools.bench import parse_skew
 
+    check_output(parser, "--output", parsed.output)
     if parsed.ranks is not None and not parsed.simulate:
         parser.error("argument --ranks goes with --simulate; --nproc is the number of ranks that are measured")
     if parsed.simulate and options.nproc is not None:
@@ -172,5 +172,4 @@ def _write(bench: Bench, output: Path) -> None:
     from crossdock.tools.report import write_page
 
     path = write_page(output, lambda: bench_page(bench))
-    sys.stdout.write(f"{bench_table(bench)}\n{path}\n")
-    sys.stdout.flush()
+    print(f"{bench_table(bench)}\n{path}", flush=True)

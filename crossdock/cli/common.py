@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from crossdock.train.launch import Machines
 
 __all__ = [
     "MACHINE_OPTIONS",
     "Parser",
     "check_gpus",
+    "check_output",
     "fail",
     "is_rank",
     "machine_options",
     "machines_of",
     "parse_bytes",
+    "shell_console",
     "split_path",
 ]
 
@@ -99,6 +103,29 @@ def check_gpus(machines: Machines, dtype: str = "") -> None:
         raise ConfigError("--nproc", machines.nproc, f"at most {gpus}, the GPUs of this machine")
     if gpus and dtype == "float64":
         raise ConfigError("training.dtype", "float64", "is for CPU alone; CUDA_VISIBLE_DEVICES= hides the GPUs")
+
+
+def check_output(parser: Parser, name: str, path: Path | None) -> None:
+    """One message, before any work, for a file that cannot be written."""
+    if path is None:
+        return
+    if path.is_dir() or not path.name:
+        parser.error(f"argument {name} = {path}: is a folder; name a file")
+    if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        parser.error(f"argument {name} = {path}: {path.absolute().parent} must be a folder that can be written to")
+
+
+def shell_console(width: int) -> Console:
+    """Of a terminal's width, or of this one where there is no terminal. Whoever stops reading is no mistake: it raises
+    BrokenPipeError, as `print` does, for the exit code that shells expect."""
+    from rich.console import Console
+
+    class ShellConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    console = ShellConsole()
+    return console if console.is_terminal else ShellConsole(width=width)
 
 
 def parse_bytes(text: str) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from crossdock import __version__
 from crossdock.cli.bench import bench_command
@@ -77,6 +78,20 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # Whoever reads has seen enough, as in `crossdock train --help | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or not _is_full(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fail(f"the output cannot be written: {error.strerror}")
+
+
+def _is_full(stream: TextIO) -> bool:
+    """Whether it is the stream that has no space left, and not some file of the command's."""
+    try:
+        print(file=stream, flush=True)
+    except OSError:
+        return True
+    return False
 
 
 def _main(arguments: list[str]) -> NoReturn:

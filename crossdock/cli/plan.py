@@ -8,7 +8,7 @@ import math
 import re
 from pathlib import Path
 
-from crossdock.cli.common import Parser, fail, split_path
+from crossdock.cli.common import Parser, check_output, fail, machine_options, shell_console, split_path
 
 __all__ = ["plan_command"]
 
@@ -51,14 +51,16 @@ def plan_command(arguments: list[str], options: argparse.Namespace) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it there")
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw memory and time there")
     parsed, rest = parser.parse_known_args(arguments)
+    if options != machine_options([])[0]:
+        parser.error("argument --nproc or its like: a plan starts no ranks; --gpus is their number")
+    check_output(parser, "--json", parsed.json)
+    check_output(parser, "--picture", parsed.picture)
     if parsed.gpus < 1:
         parser.error(f"argument --gpus = {parsed.gpus}: must be 1 or more")
     if parsed.achieved is not None and not 0 < parsed.achieved <= 1:
         parser.error(f"argument --achieved = {parsed.achieved}: must be a share, above 0 and at most 1")
     if parsed.ep and not parsed.scale:
         parser.error("argument --ep: needs --scale")
-
-    from rich.console import Console
 
     from crossdock.config import load_config
     from crossdock.tools.plan import (
@@ -90,8 +92,7 @@ def plan_command(arguments: list[str], options: argparse.Namespace) -> int:
         plan = make_plan(config, asked, dry_run)
     except (DeviceError, SkewError) as error:
         fail(str(error))
-    console = Console()
-    show(plan, console if console.is_terminal else Console(width=160))
+    show(plan, shell_console(160))
     for path, text in (
         (parsed.json, lambda: json.dumps(as_json(plan), indent=1) + "\n"),
         (parsed.picture, lambda: picture(plan)),

@@ -2,7 +2,7 @@
 
 from crossdock.config.elastic import fit, with_settled_batch
 from crossdock.config.group_checks import default_global_batch_size, ranks_per_group
-from crossdock.config.layout_checks import AUTO_BATCH, check_layout, expert_parallel_degrees
+from crossdock.config.layout_checks import AUTO_BATCH, check_layout, check_ring, expert_parallel_degrees
 from crossdock.config.reading import (
     RUN_CONFIG_FILE,
     load_config,
@@ -44,6 +44,7 @@ __all__ = [
     "TunedFileError",
     "ValidationConfig",
     "check_layout",
+    "check_ring",
     "check_settings",
     "check_writable",
     "default_global_batch_size",

@@ -28,7 +28,7 @@ from crossdock.parallel import (
     stages_per_rank,
 )
 
-__all__ = ["AUTO_BATCH", "check_layout", "expert_parallel_degrees"]
+__all__ = ["AUTO_BATCH", "check_layout", "check_ring", "expert_parallel_degrees"]
 
 AUTO_BATCH = -1
 """Of `training.local_batch_size`: chosen when a run starts."""
@@ -37,7 +37,9 @@ _TP = "parallelism.tensor_parallel_degree"
 _PP = "parallelism.pipeline_parallel_degree"
 
 
-def check_layout(config: Config, dims: ParallelDims, model: PreTrainedConfig, ranks_per_machine: int) -> None:
+def check_layout(
+    config: Config, dims: ParallelDims, model: PreTrainedConfig, ranks_per_machine: int, *, elsewhere: bool = False
+) -> None:
     """Everything that depends on the number of ranks.
 
     Args:
@@ -45,6 +47,7 @@ def check_layout(config: Config, dims: ParallelDims, model: PreTrainedConfig, ra
         dims: degrees that fit one another.
         model: its configuration.
         ranks_per_machine: see `validate`.
+        elsewhere: see `check_settings`.
 
     Raises:
         ConfigError: with the rule that is broken and what would fit.
@@ -63,7 +66,7 @@ def check_layout(config: Config, dims: ParallelDims, model: PreTrainedConfig, ra
     valid = f"-1 or a multiple of {step} (local_batch_size {batch} x data-parallel ranks)"
     require(config, "training.global_batch_size", total == -1 or (total > 0 and total % step == 0), valid)
     if dims.cp > 1:
-        _check_context(config, model, dims)
+        _check_context(config, model, dims, elsewhere=elsewhere)
     if dims.pp > 1:
         _check_pipeline(config, dims, model)
 
@@ -164,7 +167,7 @@ def _check_pipeline(config: Config, dims: ParallelDims, model: PreTrainedConfig)
         require(config, "parallelism.reshard_after_forward", not parallelism.reshards, valid)
 
 
-def _check_context(config: Config, model: PreTrainedConfig, dims: ParallelDims) -> None:
+def _check_context(config: Config, model: PreTrainedConfig, dims: ParallelDims, *, elsewhere: bool) -> None:
     """Ranks that share sequences."""
     cp, seq_len = dims.cp, config.training.seq_len
     fitting = [nearby * cp for nearby in (seq_len // cp, seq_len // cp + 1) if 0 < nearby * cp <= most_positions(model)]
@@ -177,7 +180,7 @@ def _check_context(config: Config, model: PreTrainedConfig, dims: ParallelDims) 
     require(config, "data.attend_within_documents", not blind, valid)
     method = config.parallelism.context_parallel_method
     if method == "ring":
-        _check_ring(config)
+        check_ring(config, on_gpu=elsewhere or torch.cuda.is_available())
     family = FAMILIES[config.model.name]
     built = build_model(family, model, config.moe, torch.float32, attn_implementation=attention)
     field = "parallelism.context_parallel_degree"
@@ -189,11 +192,11 @@ def _check_context(config: Config, model: PreTrainedConfig, dims: ParallelDims) 
         raise ConfigError(field, cp, error.valid) from None
 
 
-def _check_ring(config: Config) -> None:
-    """What torch's ring attention computes."""
+def check_ring(config: Config, *, on_gpu: bool) -> None:
+    """What torch's ring attention computes, and where. Raises ConfigError."""
     name, instead = "parallelism.context_parallel_method", "use ulysses"
     valid = f"torch's ring attention needs a GPU: on a CPU it saves nothing and merges parts in float32; {instead}"
-    require(config, name, torch.cuda.is_available(), valid)
+    require(config, name, on_gpu, valid)
     valid = f"torch's ring attention needs training.dtype = bfloat16; {instead}"
     require(config, name, config.training.dtype == "bfloat16", valid)
     valid = f"torch's ring attention does not see the ends of documents (data.attend_within_documents); {instead}"

@@ -58,7 +58,7 @@ def validate(config: Config, world_size: int, ranks_per_machine: int = 0, *, els
         dims = ParallelDims.from_config(config.parallelism, world_size)
     except LayoutError as error:
         raise ConfigError(f"parallelism.{error.field}", error.value, error.valid) from None
-    check_layout(config, dims, model, ranks_per_machine)
+    check_layout(config, dims, model, ranks_per_machine, elsewhere=elsewhere)
     check_group_layout(config, dims)
     return dims
 

@@ -34,6 +34,7 @@ class DispatchSituation:
         device: where tokens are.
         tokens_per_rank: `T`, of a forward pass; `None` where it is not known.
         ranks: of the group, in the world; 0 to `R - 1` if `None`.
+        elsewhere: it is planned for a device that this machine may not have.
     """
 
     num_ranks: int
@@ -44,6 +45,7 @@ class DispatchSituation:
     device: torch.device
     tokens_per_rank: int | None = None
     ranks: tuple[int, ...] | None = None
+    elsewhere: bool = False
 
     def nodes(self, options: DispatchOptions) -> Nodes:
         return find_nodes(self.ranks or range(self.num_ranks), options.ranks_per_node)
@@ -110,6 +112,8 @@ def _dispatcher(situation: DispatchSituation, options: DispatchOptions) -> tuple
         if problem is None:
             return "deepep", "its library is installed and takes these sizes"
         without = f", without deepep ({problem})"
+        if situation.elsewhere:
+            without = f", without deepep (here: {problem}; moe.dispatcher = deepep plans with it)"
     else:
         without = ""
     if node in (None, 1, ranks):

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from crossdock.config import AUTO_BATCH, Config, ConfigError
 from crossdock.parallel import ParallelDims
-from crossdock.tools.plan import Estimator, found_device, is_open, plan_model, read_model, read_skew, settle
+from crossdock.tools.plan import (
+    Estimator,
+    UnknownModel,
+    found_device,
+    is_open,
+    plan_model,
+    read_model,
+    read_skew,
+    settle,
+)
 
 __all__ = ["memory_warning", "settled_config"]
 
@@ -38,7 +47,7 @@ def memory_warning(config: Config, dims: ParallelDims, ranks_here: int) -> str:
     try:
         facts = read_model(plan_model(config))
         estimate = Estimator(facts, device, read_skew("uniform", config, facts), spare=0.0).estimate(config, dims)
-    except (AttributeError, KeyError, TypeError):  # a configuration that names its sizes otherwise
+    except UnknownModel:  # a configuration that names its sizes otherwise
         return ""
     if estimate.fits:
         return ""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -25,10 +28,13 @@ from crossdock.tools.plan import (
     Plan,
     PlanOptions,
     SkewError,
+    UnknownModel,
     advice,
+    as_json,
     calibrate,
     extended_run,
     find_device,
+    known_device,
     make_plan,
     picture,
     plan_model,
@@ -220,6 +226,10 @@ WARNINGS = {
     "imbalance: the busiest rank computes": ("b200", 8, "zipf:1", []),
     "few rows per product": ("b200", 8, "uniform", ["--training.seq-len", "64", "--training.local-batch-size", "1"]),
     "more traffic than compute": ("cpu", 16, "uniform", []),
+    "in gathers and reductions that nothing hides": (
+        *("b200", 128, "uniform"),
+        ["--training.local-batch-size", "1", "--parallelism.expert-parallel-degree", "8"],
+    ),
     "expert parallelism is not needed": ("b200", 8, "zipf:1", ["--training.local-batch-size", "8"]),
 }
 
@@ -232,7 +242,9 @@ def test_experience_warns(words: str) -> None:
     if name == "cpu":  # as fast as a GPU, with links of a CPU
         device = replace(B200, nvlink_gbytes=1.0, network_gbytes=0.5)
     estimator = Estimator(facts, device, read_skew(skew, config, facts))
-    found = advice(estimator.estimate(config, ParallelDims(ranks, ep=ranks)), estimator)
+    given = config.parallelism.expert_parallel_degree
+    degree = given if given > 1 else ranks
+    found = advice(estimator.estimate(config, ParallelDims(ranks, ep=degree)), estimator)
     assert any(words in warning for warning in found), found
 
 
@@ -332,6 +344,12 @@ def test_the_picture_opens_cleanly_at_any_width(browser: Browser, small_plan: Pl
     page.close()
 
 
+RING = (
+    *("--parallelism.context-parallel-degree", "2", "--parallelism.context-parallel-method", "ring"),
+    *("--training.dtype", "bfloat16"),
+)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -344,6 +362,10 @@ def test_the_picture_opens_cleanly_at_any_width(browser: Browser, small_plan: Pl
         ("--gpus", "8", "--gpu", "b200", "--devices", "nowhere.toml"),
         ("--gpus", "8", "--gpu", "b200", "--achieved", "2"),
         ("--gpu", "b200"),
+        ("--gpus", "8", "--gpu", "b200", "--nproc", "4"),
+        ("--gpus", "8", "--gpu", "b200", "--json", "nowhere/plan.json"),
+        ("--gpus", "8", "--gpu", "b200", "--picture", "docs"),
+        ("--gpus", "8", "--gpu", "cpu", *RING),
     ],
     ids=lambda arguments: " ".join(arguments).replace("/", "_"),
 )
@@ -363,6 +385,7 @@ def test_mistakes_are_one_message(arguments: tuple[str, ...], capsys: pytest.Cap
         ("cpu", ("--moe.experts", "eager")),
         ("cpu", ("--training.dtype", "float64")),
         ("b200", ("--lora.rank", "4")),
+        ("b200", RING),
     ],
 )
 def test_what_train_takes_there_is_a_plan_of(gpu: str, overrides: tuple[str, ...]) -> None:
@@ -499,16 +522,75 @@ def _estimated(config: Config, ranks: int = 8) -> Estimate:
 def test_adapters_alone_have_gradients_and_states() -> None:
     asked = ("--parallelism.expert-parallel-degree", "4")
     whole, low = (
-        _estimated(_config(*LARGE, *asked, *lora))
-        for lora in ((), ("--lora.rank", "8", "--lora.targets", "attention"))
+        _estimated(_config(*LARGE, *asked, *lora)) for lora in ((), ("--lora.rank", "8", "--lora.targets", "attention"))
     )
     # Of 48 layers: A and B of queries and outputs, keys and values, sharded over 8 ranks.
     sizes = 2048 + 4096, 4096 + 2048, 2048 + 512, 2048 + 512
     adapters = 48 * 8 * sum(sizes) / 8
-    assert low.memory.gradients == pytest.approx(4 * adapters)
     assert low.memory.optimizer == pytest.approx(8 * adapters)
     reductions = [each.flows["gradient reduction"].nvlink for each in (whole, low)]
     assert reductions[1] == pytest.approx(4 * 7 * adapters)
     assert reductions[1] < reductions[0] / 100
     assert low.work.compute < whole.work.compute
     assert low.work.optimizer < whole.work.optimizer / 100
+
+
+def test_copies_of_experts_are_in_memory(tmp_path: Path) -> None:
+    assets = write_assets(tmp_path / "assets", **SIZES)
+    sizes = ("--model.hf-assets-path", str(assets), "--training.seq-len", "64")
+    asked = (*sizes, "--parallelism.expert-parallel-degree", "4")
+    copies = ("--balance.strategy", "eplb", "--balance.num-redundant-experts", "8")
+    plain, more = (
+        make_plan(_config(*asked, *extra), PlanOptions(4, DEVICES["cpu"]), dry_run).estimate.memory
+        for extra in ((), copies)
+    )
+    # Two copies on each rank: their values in 3 layers, and of one layer their gradients, going and coming.
+    expert = 3 * SIZES["hidden_size"] * SIZES["moe_intermediate_size"]
+    assert more.buffers - plain.buffers == 2 * expert * 4 * (3 + 2)
+    assert more.total - more.buffers == plain.total - plain.buffers
+
+
+def test_a_plan_for_other_machines_says_how_to_plan_with_deepep() -> None:
+    moe = ("--parallelism.expert-parallel-degree", "8")
+    words = "(here: its library is not installed; moe.dispatcher = deepep plans with it)"
+    assert words in _estimated(_config(*LARGE, *moe)).dispatcher
+    assert _estimated(_config(*LARGE, *moe, "--moe.dispatcher", "deepep")).dispatcher.startswith("deepep, 2 chunks")
+
+
+def test_numbers_of_chunks_are_those_that_the_sentence_names() -> None:
+    plan = make_plan(_config("--training.seq-len", "64"), PlanOptions(2, B200), dry_run)
+    chunks = as_json(plan)["plan"]["overlap_chunks"]
+    assert f"{chunks} chunk" in plan.estimate.dispatcher
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA B200", "b200"),
+    ],
+)
+def test_a_device_is_known_by_whole_words_of_its_name(name: str, key: str | None) -> None:
+    assert known_device(name, DEVICES) == (None if key is None else DEVICES[key])
+
+
+def test_a_model_whose_sizes_are_named_otherwise_is_one_error() -> None:
+    config = _config("--training.seq-len", "64")
+    model = plan_model(config)
+    sizes = SimpleNamespace(vocab_size=512, hidden_size=256, model_type="foreign")
+    model.config = SimpleNamespace(get_text_config=lambda: sizes, name_or_path="somewhere")  # type: ignore[assignment]
+    with pytest.raises(UnknownModel, match="num_attention_heads"):
+        read_model(model)
+
+
+@pytest.mark.parametrize(("command", "code"), [("| head -1 >/dev/null", 141), ("> /dev/full", 2)])
+def test_a_shell_that_takes_no_more_gets_no_traceback(command: str, code: int) -> None:
+    plan = f"{sys.executable} -m crossdock plan --gpus 2 --gpu cpu --training.seq-len 64"
+    shell = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {plan} {command}"], capture_output=True, text=True, timeout=120
+    )
+    assert shell.returncode == code, shell.stderr
+    assert "Traceback" not in shell.stderr
+    assert ("cannot be written" in shell.stderr) == (code == 2)

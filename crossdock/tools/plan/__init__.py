@@ -2,14 +2,14 @@
 
 from crossdock.tools.plan.advice import advice
 from crossdock.tools.plan.assumed import Assumed, AssumedAgreement, assume_counts
-from crossdock.tools.plan.auto import found_device, is_open, settle
+from crossdock.tools.plan.auto import found_device, is_open, known_device, settle
 from crossdock.tools.plan.counting import Counted, Sent, StepCounter
 from crossdock.tools.plan.devices import Device, DeviceError, find_device, read_devices
 from crossdock.tools.plan.estimate import Estimator
 from crossdock.tools.plan.extended import DryRun, Runner, calibrate, extended_run, kept_blocks
 from crossdock.tools.plan.figures import Calibration, Estimate, Memory, Work
 from crossdock.tools.plan.measured import calibrated_on_run
-from crossdock.tools.plan.model import BlockFacts, ModelFacts, plan_model, read_model
+from crossdock.tools.plan.model import BlockFacts, ModelFacts, UnknownModel, plan_model, read_model
 from crossdock.tools.plan.picture import picture
 from crossdock.tools.plan.planning import Plan, PlanOptions, make_plan
 from crossdock.tools.plan.routes import RankRoutes, Skew, SkewError, read_skew
@@ -39,6 +39,7 @@ __all__ = [
     "Skew",
     "SkewError",
     "StepCounter",
+    "UnknownModel",
     "Work",
     "advice",
     "as_json",
@@ -50,6 +51,7 @@ __all__ = [
     "found_device",
     "is_open",
     "kept_blocks",
+    "known_device",
     "make_plan",
     "picture",
     "plan_model",

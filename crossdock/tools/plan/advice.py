@@ -34,6 +34,12 @@ def _advice(estimate: Estimate, estimator: Estimator) -> Iterator[str]:
             f"more traffic than compute: {1e3 * travels:.0f} ms of a step in exchanges that nothing hides, "
             f"{1e3 * work.compute:.0f} ms in products. Fewer expert-parallel ranks, or a longer micro-batch, help."
         )
+    elif travels + work.collectives > work.compute:
+        yield (
+            f"more traffic than compute: {1e3 * work.collectives:.0f} ms of a step in gathers and reductions that "
+            f"nothing hides, {1e3 * travels:.0f} in exchanges, {1e3 * work.compute:.0f} ms in products. "
+            f"{_less_gathered(estimate)}"
+        )
     if dims.ep > 1:
         inside = spans(dims)["ep"].in_node(device.node_size)
         exchange = estimate.flows.get("expert exchange")
@@ -70,6 +76,17 @@ def _remedy(config: Config) -> str:
         steps.append("a smaller training.local_batch_size")
     steps += ["more ranks", "a larger expert_parallel_degree or pipeline_parallel_degree"]
     return f"What helps: {', '.join(steps)}."
+
+
+def _less_gathered(estimate: Estimate) -> str:
+    """What makes gathers and reductions fewer, or smaller, for the same tokens."""
+    steps = ["a larger training.local_batch_size"]
+    parallelism, dims = estimate.config.parallelism, estimate.dims
+    if estimate.micro_batches > 1 and dims.pp == 1 and parallelism.gradient_reduction != "step":
+        steps.append("parallelism.gradient_reduction = step")
+    if dims.dp_shard > 1:
+        steps.append("shards within fewer ranks (a larger parallelism.data_parallel_replicate_degree)")
+    return f"What helps, where it fits: {', '.join(steps)}."
 
 
 def _imbalance(estimate: Estimate, estimator: Estimator) -> str:

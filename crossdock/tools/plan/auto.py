@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -16,7 +17,7 @@ from crossdock.tools.plan.figures import Estimate
 from crossdock.tools.plan.model import plan_model, read_model
 from crossdock.tools.plan.routes import read_skew
 
-__all__ = ["batch_sizes", "choose_batch", "choose_reduction", "found_device", "is_open", "settle"]
+__all__ = ["batch_sizes", "choose_batch", "choose_reduction", "found_device", "is_open", "known_device", "settle"]
 
 _LARGEST_BATCH = 64
 # An estimate has an error: so much of the memory stays free where nobody has looked.
@@ -127,6 +128,12 @@ def _with(config: Config, batch: int, reduction: str) -> Config:
     return replace(config, training=training, parallelism=parallelism)
 
 
+def known_device(name: str, table: Mapping[str, Device]) -> Device | None:
+    """Of a table the one that a device's own name names, as a whole word: an RTX A1000 is no A100."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    return next((device for key, device in table.items() if key in words), None)
+
+
 def found_device(ranks_here: int) -> Device:
     """What this machine has, for each of so many ranks: of the table by its name, with the memory that is there.
 
@@ -137,6 +144,6 @@ def found_device(ranks_here: int) -> Device:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks_here / 2**30
         return replace(table["cpu"], memory_gib=memory, node_size=ranks_here)
     name = torch.cuda.get_device_name()
-    known = next((device for key, device in table.items() if key in name.lower()), table["h100"])
+    known = known_device(name, table) or table["h100"]
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     return replace(known, memory_gib=memory, node_size=ranks_here)

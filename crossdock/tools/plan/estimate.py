@@ -16,6 +16,7 @@ from crossdock.tools.plan.flows import Flow, dispatch_plan, expert_flow
 from crossdock.tools.plan.model import BlockFacts, ModelFacts
 from crossdock.tools.plan.routes import RankRoutes, Skew
 from crossdock.tools.plan.sizes import (
+    copies_bytes,
     end_parameters,
     gathered_parameters,
     local_parameters,
@@ -89,6 +90,7 @@ class Estimator:
             work,
             self.facts.flops_per_token(config.training.seq_len),
             str(plan),
+            plan.overlap_chunks,
             routes,
             self.device,
             self.limit,
@@ -138,6 +140,7 @@ class Estimator:
         buffers += block * (item + 4 if item < wide else 2 * wide)
         if step_reduction:
             buffers += (gathered + ends / tp) * (4 if item < wide else wide)
+        buffers += copies_bytes(config, facts, dims)
         in_flight = self._in_flight(config, dims, stage, micro_batches)
         kept = in_flight * blocks(lambda kind: self.kept(kind, config, dims, routes)) * calibration.block
         working = max(self.working(kind, config, dims, routes) for kind in facts.kinds) * calibration.working

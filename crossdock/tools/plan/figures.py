@@ -88,6 +88,7 @@ class Estimate:
         work: in a step.
         flops: of the model, per token.
         dispatcher: which, and why.
+        chunks: parts of a rank's tokens that travel by themselves.
         routes: of a micro-batch.
         device: of the table.
         limit: bytes that a rank may hold.
@@ -103,6 +104,7 @@ class Estimate:
     work: Work
     flops: float
     dispatcher: str
+    chunks: int
     routes: RankRoutes
     device: Device
     limit: float

@@ -13,7 +13,7 @@ from crossdock.tools.plan.devices import Device
 from crossdock.tools.plan.model import ModelFacts
 from crossdock.tools.plan.routes import RankRoutes
 
-__all__ = ["Flow", "Span", "dispatch_plan", "exchanges", "expert_flow", "ring", "spans"]
+__all__ = ["CPU", "Flow", "Span", "dispatch_plan", "exchanges", "expert_flow", "ring", "spans"]
 
 CPU = "cpu"
 """The device of the table that stands for processes without a GPU."""
@@ -110,6 +110,7 @@ def dispatch_plan(config: Config, dims: ParallelDims, facts: ModelFacts, tokens:
         getattr(torch, config.training.dtype),
         torch.device("cpu" if device.name == CPU else "cuda"),
         tokens,
+        elsewhere=True,
     )
     options = replace(moe.dispatch_options(), ranks_per_node=moe.ranks_per_node or device.node_size)
     return plan_dispatch(moe.dispatcher, moe.overlap_chunks, situation, options)

@@ -15,7 +15,11 @@ from crossdock.models import FAMILIES, build_model, resolve_hf_config
 from crossdock.moe import moe_layers
 from crossdock.parallel import transformer_blocks
 
-__all__ = ["BlockFacts", "ModelFacts", "plan_model", "read_model"]
+__all__ = ["BlockFacts", "ModelFacts", "UnknownModel", "plan_model", "read_model"]
+
+
+class UnknownModel(ConfigError):
+    """A model whose configuration does not say what a plan needs to know."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,11 @@ def plan_model(config: Config) -> PreTrainedModel:
 
 
 def read_model(model: PreTrainedModel) -> ModelFacts:
-    """The facts of a model from `plan_model`."""
+    """The facts of a model from `plan_model`.
+
+    Raises:
+        UnknownModel: where its configuration has no number of heads or tokens, as the family names these.
+    """
     blocks = transformer_blocks(model)
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for index, block in enumerate(blocks):
@@ -160,6 +168,10 @@ def read_model(model: PreTrainedModel) -> ModelFacts:
     ends = {id(p): p.numel() for p in model.parameters() if id(p) not in in_blocks}
     layer = next(iter(moe_layers(model).values()))
     text: Any = model.config.get_text_config()
+    for name in ("num_attention_heads", "vocab_size", "hidden_size"):
+        if not isinstance(getattr(text, name, None), int):
+            valid = f"a plan needs {name}, which the configuration of a {text.model_type} has not"
+            raise UnknownModel("model.hf_assets_path", model.config.name_or_path, valid)
     heads = text.num_attention_heads
     rows = layer.experts.slot_parameters()
     return ModelFacts(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from crossdock.config import Config, ranks_per_group, validate
+from crossdock.config import Config, check_ring, ranks_per_group, validate
 from crossdock.parallel import ParallelDims
 from crossdock.tools.plan.advice import advice
 from crossdock.tools.plan.auto import settle
@@ -14,10 +14,11 @@ from crossdock.tools.plan.devices import Device
 from crossdock.tools.plan.estimate import Estimator, with_layout
 from crossdock.tools.plan.extended import DryRun, Runner, calibrate, extended_run
 from crossdock.tools.plan.figures import Estimate, Memory
+from crossdock.tools.plan.flows import CPU
 from crossdock.tools.plan.model import ModelFacts, plan_model, read_model
 from crossdock.tools.plan.routes import RankRoutes, read_skew
 from crossdock.tools.plan.search import Found, ScaleRow, scale, search
-from crossdock.tools.plan.sizes import num_micro_batches
+from crossdock.tools.plan.sizes import copies_bytes, num_micro_batches
 from crossdock.tools.plan.traffic import counted_flows
 
 __all__ = ["Plan", "PlanOptions", "make_plan"]
@@ -98,6 +99,8 @@ def make_plan(config: Config, options: PlanOptions, run: Runner) -> Plan:
     ranks = ranks_per_group(config, options.ranks)
     config, chosen = settle(config, ranks, device)
     dims = validate(config, ranks, device.node_size, elsewhere=True)
+    if dims.cp > 1 and config.parallelism.context_parallel_method == "ring":
+        check_ring(config, on_gpu=device.name != CPU)
     facts = read_model(plan_model(config))
     skew = read_skew(options.skew, config, facts)
     runner = _remembering(run, device)
@@ -131,8 +134,8 @@ def make_plan(config: Config, options: PlanOptions, run: Runner) -> Plan:
 
 
 def checked(estimator: Estimator, run: Runner, config: Config, dims: ParallelDims) -> tuple[Estimate, DryRun | None]:
-    """An estimate whose memory and bytes sent are what a dry run of the busiest rank counts; of a pipeline, of adapters
-    and of eager experts on a CPU, the formulas'."""
+    """An estimate whose memory and bytes sent are what a dry run of the busiest rank counts; of a pipeline, adapters,
+    a ring, and eager experts on a CPU, the formulas'."""
     estimate = estimator.estimate(config, dims)
     if dims.pp > 1 or not _has_dry_run(config, estimator.device):
         return estimate, None
@@ -155,13 +158,18 @@ def checked(estimator: Estimator, run: Runner, config: Config, dims: ParallelDim
     }
     phase = max(held, key=lambda phase: sum(held[phase].values()))
     memory = Memory(*(float(held[phase][name]) for name in _KINDS))
+    # A dry run balances nothing.
+    memory = replace(memory, buffers=memory.buffers + copies_bytes(config, estimator.facts, dims))
     return replace(estimate, memory=memory, flows=flows, measured=phase), counted
 
 
 def _has_dry_run(config: Config, device: Device) -> bool:
-    """Whether experts can run with fake tensors: the shapes of the eager ones and of adapters depend on counts."""
-    eager = config.training.dtype == "float64" or (config.moe.experts == "eager" and device.name == "cpu")
-    return not config.lora.rank and not eager
+    """Whether a step can run with fake tensors: shapes of eager experts and of adapters depend on counts, and torch's
+    ring attention needs a GPU."""
+    eager = config.training.dtype == "float64" or (config.moe.experts == "eager" and device.name == CPU)
+    parallelism = config.parallelism
+    ring = parallelism.context_parallel_degree > 1 and parallelism.context_parallel_method == "ring"
+    return not config.lora.rank and not eager and not ring
 
 
 def _remembering(run: Runner, device: Device) -> Runner:
@@ -185,7 +193,7 @@ def _without_hardware(config: Config, device: Device) -> Config:
     moe = config.moe
     if moe.dispatcher in ("deepep", "symmetric"):
         moe = replace(moe, dispatcher="alltoall", **_plain_deepep())
-    if moe.experts in ("auto", "triton", "eager") and device.name != "cpu":
+    if moe.experts in ("auto", "triton", "eager") and device.name != CPU:
         moe = replace(moe, experts="grouped_mm")
     if not moe.ranks_per_node:
         moe = replace(moe, ranks_per_node=device.node_size)

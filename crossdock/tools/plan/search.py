@@ -145,7 +145,7 @@ def _valid(found: Iterable[Estimate], estimator: Estimator, config: Config, most
         if each.dims in seen or each.dims in refused:
             continue
         try:
-            check_layout(each.config, each.dims, model, estimator.device.node_size)
+            check_layout(each.config, each.dims, model, estimator.device.node_size, elsewhere=True)
         except ConfigError:
             refused.add(each.dims)
             continue

@@ -12,6 +12,7 @@ from rich.table import Table
 from crossdock.tools.plan.figures import Estimate, Memory
 from crossdock.tools.plan.planning import Plan
 from crossdock.tools.plan.search import ScaleRow, why
+from crossdock.tools.plan.sizes import copies_bytes
 
 __all__ = ["as_json", "show"]
 
@@ -69,8 +70,11 @@ def _memory_table(plan: Plan) -> Table:
     table = Table(title=f"memory at the peak ({of})", title_justify="left")
     for name in ("kind", "GiB", ""):
         table.add_column(name, justify="right" if name == "GiB" else "left")
-    for name, note in _MEMORY.items():
-        note = f"recompute: {mode}" if name == "activations" else note
+    copies = copies_bytes(estimate.config, plan.facts, estimate.dims)
+    notes = _MEMORY | {"activations": f"recompute: {mode}"}
+    if copies:
+        notes["buffers"] += f"; {copies / _GIB:,.2f} for copies of experts (balance), by a formula"
+    for name, note in notes.items():
         table.add_row(_word(name), f"{getattr(memory, name) / _GIB:,.2f}", note)
     table.add_section()
     verdict = "fits" if estimate.fits else "does not fit"
@@ -156,7 +160,7 @@ def _show_found(plan: Plan, console: Console) -> None:
         table.add_row(
             str(each.dims),
             f"{each.config.training.local_batch_size} x {each.micro_batches}",
-            str(each.config.moe.overlap_chunks or 1),
+            str(each.chunks),
             each.config.parallelism.gradient_reduction.replace("_", "-"),
             f"{each.tokens_per_second:,.0f}",
             f"{each.memory.total / _GIB:,.1f}",
@@ -246,7 +250,7 @@ def _estimate_json(estimate: Estimate) -> dict[str, Any]:
         "layout": str(estimate.dims),
         "local_batch_size": config.training.local_batch_size,
         "micro_batches": estimate.micro_batches,
-        "overlap_chunks": config.moe.overlap_chunks,
+        "overlap_chunks": estimate.chunks,
         "gradient_reduction": config.parallelism.gradient_reduction,
         "dispatcher": estimate.dispatcher,
         "fits": estimate.fits,

@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import torch
 
+from crossdock.balance import copies_per_rank
 from crossdock.config import Config, default_global_batch_size
 from crossdock.parallel import ParallelDims
 from crossdock.tools.plan.model import BlockFacts, ModelFacts
 
 __all__ = [
+    "copies_bytes",
     "end_parameters",
     "gathered_parameters",
     "local_parameters",
@@ -51,6 +53,16 @@ def local_parameters(kind: BlockFacts, facts: ModelFacts, dims: ParallelDims) ->
 def gathered_parameters(kind: BlockFacts, facts: ModelFacts, dims: ParallelDims) -> float:
     """Of a block, those that a rank computes with."""
     return kind.matrices / dims.tp + kind.rest + slots_per_rank(facts, dims) * kind.slot
+
+
+def copies_bytes(config: Config, facts: ModelFacts, dims: ParallelDims) -> float:
+    """Of the copies of experts that `[balance]` lets a rank hold, as many as it may: values of all layers, kept from
+    step to step, and of one layer the gradients, which return to the primaries, as they leave and as they arrive.
+    """
+    slots = copies_per_rank(config.balance, dims.ep) if dims.ep > 1 else 0
+    item = value_sizes(config)[1]
+    kept = over_blocks(facts, dims)(lambda kind: kind.slot)
+    return slots * item * (kept + 2 * max(kind.slot - kind.frozen_slot for kind in facts.kinds))
 
 
 def trained_parameters(kind: BlockFacts, facts: ModelFacts, dims: ParallelDims) -> tuple[float, float]:
