@@ -18,7 +18,8 @@ EXAMPLES = ROOT / "examples"
 SECONDS = 240
 
 
-def run(name: str, *arguments: str, ranks: int = 0) -> str:
+def run(name: str, *arguments: str, ranks: int = 0, code: int = 0) -> str:
+    """What it prints; what it complains of where it shall end with another `code` than 0."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK")}
     done = subprocess.run(
@@ -29,8 +30,8 @@ def run(name: str, *arguments: str, ranks: int = 0) -> str:
         timeout=SECONDS,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.returncode == code, done.stderr
+    return done.stderr if code else done.stdout
 
 
 def losses(output: str) -> list[float]:
@@ -71,6 +72,9 @@ def test_a_trace_shows_what_balancing_would_gain(tmp_path: Path) -> None:
     def average(name: str, output: str) -> float:
         return float(re.findall(rf"^{name} +busiest rank / mean: ([\d.]+)", output, re.MULTILINE)[0])
 
+    for wrong in (("--ranks", "0"), ("--every", "0"), (str(tmp_path / "nowhere"),)):
+        errors = run("eplb_on_a_trace.py", *wrong, code=2)
+        assert "Traceback" not in errors
     made_up = run("eplb_on_a_trace.py")
     assert average("exchange", made_up) < average("no plan", made_up)
     log = LoadLog(tmp_path / LOAD_FILE, 2, 8, 0)

@@ -273,6 +273,24 @@ def test_a_mistake_gives_one_message(
     assert "Traceback" not in message
 
 
+@pytest.mark.parametrize(("output", "where"), [("nowhere/bench.html", ""), ("bench.html", "> /dev/full")])
+def test_what_cannot_be_written_is_one_message(output: str, where: str, tmp_path: Path) -> None:
+    bench = f"{sys.executable} -m crossdock bench --simulate --ranks 4 --tokens 16 --output {output} {where}"
+    shell = subprocess.run(["bash", "-c", bench], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert shell.returncode == 2, shell.stderr
+    assert "Traceback" not in shell.stderr
+    assert shell.stderr.count("╭") == 1
+
+
+def test_measuring_does_not_begin_where_the_page_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "--nproc", "2", "--output", str(tmp_path / "nowhere" / "bench.html")])
+    assert ended.value.code == 2
+    assert "--output" in capsys.readouterr().err
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("dark", [False, True])
 def test_the_page_opens_cleanly_at_any_width(browser: Browser, tmp_path: Path, dark: bool) -> None:
