@@ -113,7 +113,7 @@ def check_output(parser: Parser, name: str, path: Path | None) -> None:
         parser.error(f"argument {name}: cannot write {path}: it is a folder; name a file")
     if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
         parser.error(
-            f"argument {name}: cannot write {path}: {path.absolute().parent} is no folder that can be written to"
+            f"argument {name}: cannot write {path}: {path.absolute().parent} is no folder to write to"
         )
 
 
