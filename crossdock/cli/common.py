@@ -112,9 +112,7 @@ def check_output(parser: Parser, name: str, path: Path | None) -> None:
     if path.is_dir() or not path.name:
         parser.error(f"argument {name}: cannot write {path}: it is a folder; name a file")
     if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        parser.error(
-            f"argument {name}: cannot write {path}: {path.absolute().parent} is no folder to write to"
-        )
+        parser.error(f"argument {name}: cannot write {path}: {path.absolute().parent} is no folder to write to")
 
 
 def shell_console(width: int) -> Console:
