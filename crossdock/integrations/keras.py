@@ -122,7 +122,13 @@ class MoELayer(keras.Layer):
         return functional_call(self.module, dict(zip(self._names, values, strict=True)), (x,))
 
     def finish_step(self) -> None:
-        """After an optimizer step of a layer with an expert bias: moves the bias, and starts counting anew."""
+        """After an optimizer step of a layer with an expert bias: moves the bias, and starts counting anew.
+
+        Raises:
+            RuntimeError: for a layer that has not seen an input yet.
+        """
+        if not self.built:
+            raise RuntimeError(f"{self.name}: finish_step comes after a step, and the layer is not built yet")
         bias, own = self._expert_bias, self.module.router.expert_bias
         if bias is not None:
             own.copy_(torch.from_numpy(np.array(keras.ops.convert_to_numpy(bias))))  # which may be of a file

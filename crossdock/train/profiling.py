@@ -44,6 +44,7 @@ class StepProfiler:
         if device.type == "cuda":
             self._activities.append(ProfilerActivity.CUDA)
         self._begun = 0
+        self._has_traced = False
         self._profile: profile | None = None
         self._step = 0
         self._phase = _Range()
@@ -80,6 +81,8 @@ class StepProfiler:
             self._leave()
             self._profile.stop()
             self._profile = None
+        if self._begun and not self._has_traced:
+            logger.warning(f"no trace: this start ended before its step {_FIRST}, the first that is recorded")
 
     def _is_due(self, step: int) -> bool:
         return step % self._config.profile_freq == 0 or self._begun + 1 == _FIRST
@@ -100,6 +103,7 @@ class StepProfiler:
         self._phase = _Range()
 
     def _write(self, recorded: Any) -> None:
+        self._has_traced = True
         path = self._folder / TRACES_FOLDER / f"step-{self._step:08d}" / f"rank-{self._rank}.json.gz"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -78,6 +78,12 @@ from crossdock.integrations.keras import MoELayer
 
 rng = np.random.default_rng(0)
 layer = MoELayer(6, 2, 10, router={"score_function": "sigmoid"}, dtype="float64")
+try:
+    layer.finish_step()
+except RuntimeError as error:
+    assert "the layer is not built yet" in str(error)
+else:
+    raise AssertionError("a layer that was never called has no step to finish")
 x = rng.standard_normal((7, 8))
 layer.build(x.shape)
 start = [x, *(keras.ops.convert_to_numpy(weight).copy() for weight in layer.trainable_weights)]

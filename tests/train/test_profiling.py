@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from crossdock.comm import Place
+from crossdock.config import ProfilingConfig
+from crossdock.train.profiling import StepProfiler
 from tests.ranks import RankPool
 from tests.tiny import run_trainer, speeches, write_assets
 
@@ -86,3 +90,13 @@ def test_the_command_writes_traces(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f"step 3: trace of each rank: {tmp_path / 'run' / 'profile_traces' / 'step-00000003'}" in done.stdout
     assert {"dispatch model.layers.1.mlp", "forward"} <= {event["name"] for event in ranges(tmp_path / "run", 3, 1)}
+
+
+def test_a_run_too_short_for_a_trace_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    profiler = StepProfiler(ProfilingConfig(enable_profiling=True), tmp_path, Place(), 0, torch.device("cpu"))
+    for step in (1, 2):
+        profiler.begin(step)
+        profiler.end()
+    profiler.close()
+    assert caplog.messages == ["no trace: this start ended before its step 3, the first that is recorded"]
+    assert list(tmp_path.iterdir()) == []
