@@ -12,6 +12,10 @@ from crossdock.cli import main
 from tests.browser import MISSING, Browser, chromium
 from tests.ranks import RankPool
 
+# A suite that runs in the background is started with SIGINT ignored, and programs that it starts would be, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Threads that wait for busy cores make small operations hundreds of times slower.
 torch.set_num_threads(1)
 
