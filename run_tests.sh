@@ -39,8 +39,8 @@ if ((${#failed[@]})); then
     printf ' [%s]' "${failed[@]}"
     printf '\n'
 fi
-# Three files at a time, on two cores: most tests wait for processes that they have started.
-step "pytest" "$bin/python" -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder \
+# Two files at a time (three take as long on two cores): most tests wait for processes that they have started.
+step "pytest" "$bin/python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
     ${pytest_args[@]+"${pytest_args[@]}"}
 
 ((${#failed[@]} == 0))
