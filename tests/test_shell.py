@@ -13,6 +13,7 @@ import pytest
 
 from crossdock.cli.main import COMMANDS
 from crossdock.tools.doctor import checkup
+from tests.ranks import RankPool
 
 SECONDS = 120
 
@@ -51,7 +52,7 @@ def test_doctor_as_json_is_one_document() -> None:
     assert problems["alltoall"] == ""
 
 
-def test_a_dispatcher_that_computes_wrongly_fails_the_test(ranks, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_dispatcher_that_computes_wrongly_fails_the_test(ranks: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, error, problem in ranks.run(2, _test_with_wrong_sums)[0]:
         assert name == "alltoall"
         assert error > 0.01
