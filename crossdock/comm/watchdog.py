@@ -212,7 +212,7 @@ class Watchdog:
     def _is_ours(self, group: str) -> bool:
         """Whether torch knows a group by name: those of torchft, which come and go, have none and watch themselves.
 
-        What they broke off is never said to be complete.
+        What they broke off may stay incomplete by its count for ever: it ends in any order.
         """
         names = {str(name) for name in dist.distributed_c10d._world.pg_names.values()}
         return any(each.group in names for each in recorder.unfinished() if each.recorder_id == group)
