@@ -99,7 +99,7 @@ def make_plan(config: Config, options: PlanOptions, run: Runner) -> Plan:
     ranks = ranks_per_group(config, options.ranks)
     config, chosen = settle(config, ranks, device)
     dims = validate(config, ranks, device.node_size, elsewhere=True)
-    if dims.cp > 1 and config.parallelism.context_parallel_method == "ring":
+    if _has_ring(config):
         check_ring(config, on_gpu=device.name != CPU)
     facts = read_model(plan_model(config))
     skew = read_skew(options.skew, config, facts)
@@ -167,9 +167,12 @@ def _has_dry_run(config: Config, device: Device) -> bool:
     """Whether a step can run with fake tensors: shapes of eager experts and of adapters depend on counts, and torch's
     ring attention needs a GPU."""
     eager = config.training.dtype == "float64" or (config.moe.experts == "eager" and device.name == CPU)
+    return not config.lora.rank and not eager and not _has_ring(config)
+
+
+def _has_ring(config: Config) -> bool:
     parallelism = config.parallelism
-    ring = parallelism.context_parallel_degree > 1 and parallelism.context_parallel_method == "ring"
-    return not config.lora.rank and not eager and not ring
+    return parallelism.context_parallel_degree > 1 and parallelism.context_parallel_method == "ring"
 
 
 def _remembering(run: Runner, device: Device) -> Runner:

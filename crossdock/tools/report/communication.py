@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crossdock.tools.report.charts import Chart, Series, draw
+from crossdock.tools.report.charts import Series
+from crossdock.tools.report.curves import MIB, chart, series_of
 from crossdock.tools.report.markup import DASH, Bar, bars
 from crossdock.tools.report.numbers import size
 from crossdock.tools.report.records import RunRecords
 
 __all__ = ["LINKS", "communication_section"]
-
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,6 @@ LINKS: tuple[Link, ...] = (
 def communication_section(records: RunRecords) -> str:
     """Bars and curves; nothing for a run that sent nothing."""
     rows, drawn = [], []
-    span = (int(records.steps[0]), int(records.steps[-1]))
     for link in LINKS:
         sent = records.column(link.key)
         if not np.isfinite(sent).any() or not np.nanmax(sent) > 0:
@@ -57,11 +55,10 @@ def communication_section(records: RunRecords) -> str:
         rows.append(Bar(link.name, [mean], [size(mean), size(least_mean) if known else DASH, over, size(total)]))
         if link.key == "moved_bytes":
             continue
-        series = [Series.of("sent", records.steps, sent / _MIB)]
+        series = [series_of(records, link.key, "sent")]
         if known:
-            series.append(Series.of("the least", records.steps, least / _MIB))
-        title, unit = f"Sent: {link.name}", "MiB per step, all ranks"
-        drawn.append(draw(Chart(link.key, title, unit, series, span, 0.0, True)))
+            series.append(Series.of("the least", records.steps, least / MIB))
+        drawn.append(chart(link.key, series, records.span))
     if not rows:
         return ""
     caption = (

@@ -9,7 +9,8 @@ from html import escape
 
 import numpy as np
 
-from crossdock.tools.report.charts import COLUMNS, Chart, Series, draw
+from crossdock.tools.report.charts import COLUMNS
+from crossdock.tools.report.curves import chart, series_of
 from crossdock.tools.report.document import document
 from crossdock.tools.report.markup import DASH, Bar, bars, cell, section, table
 from crossdock.tools.report.numbers import count, size
@@ -19,24 +20,23 @@ from crossdock.tools.report.times import PARTS
 
 __all__ = ["comparison"]
 
-# Key, title, unit, where the axis starts, whether a logarithmic axis may help.
-_CHARTS: tuple[tuple[str, str, str, float | None, bool], ...] = (
-    ("loss", "Loss", "nats per token", None, True),
-    ("validation_loss", "Validation loss", "nats per token", None, True),
-    ("grad_norm", "Gradient norm", "before clipping", 0.0, True),
-    ("lr", "Learning rate", "", 0.0, False),
-    ("tokens_per_second_per_gpu", "Throughput", "tokens/s per rank", 0.0, False),
-    ("step_seconds", "Step time", "seconds", 0.0, True),
-    ("memory_gib", "Memory", "GiB, the rank with most", 0.0, False),
-    ("max_mean_load", "Busiest expert", "times the mean, the worst layer", 1.0, True),
-    ("load_entropy", "Entropy of loads", "1 is even, the worst layer", None, False),
-    ("dead_experts", "Dead experts", "all layers", 0.0, False),
-    ("dropped_routes", "Dropped routes", "per step, all layers", 0.0, False),
-    ("rank_max_mean", "Busiest rank", "times the mean of the ranks, the mean layer", 1.0, False),
-    ("imbalance_seconds", "Price of imbalance", "seconds per step", 0.0, True),
-    ("bytes_within_nodes", "Sent within nodes", "bytes per step", 0.0, False),
-    ("bytes_between_nodes", "Sent between nodes", "bytes per step", 0.0, False),
-    ("skipped_steps", "Skipped steps", "so far", 0.0, False),
+_CURVES = (
+    "loss",
+    "validation_loss",
+    "grad_norm",
+    "lr",
+    "tokens_per_second_per_gpu",
+    "step_seconds",
+    "memory_gib",
+    "max_mean_load",
+    "load_entropy",
+    "dead_experts",
+    "dropped_routes",
+    "rank_max_mean",
+    "imbalance_seconds",
+    "bytes_within_nodes",
+    "bytes_between_nodes",
+    "skipped_steps",
 )
 # Across a chart of one run; more runs share about as many points.
 _MOST_POINTS = 2 * COLUMNS
@@ -50,7 +50,7 @@ def comparison(runs: Sequence[RunRecords], live: tuple[str, float] | None = None
         live: see `document`.
     """
     names = _names(runs)
-    span = (min(int(run.steps[0]) for run in runs), max(int(run.steps[-1]) for run in runs))
+    span = (min(run.span[0] for run in runs), max(run.span[1] for run in runs))
     keys = "".join(f'<span class="key s{index}">{escape(name)}</span>' for index, name in enumerate(names))
     notes = [f"{name}: {note}" for name, run in zip(names, runs, strict=True) for note in run.notes]
     content = (
@@ -124,16 +124,15 @@ def _of(run: RunRecords, key: str, what: Callable[[np.ndarray], float]) -> str:
 def _curves(runs: Sequence[RunRecords], names: Sequence[str], span: tuple[int, int]) -> str:
     columns = min(COLUMNS, _MOST_POINTS // len(runs))
     drawn = []
-    for key, title, unit, base, logarithmic in _CHARTS:
+    for key in _CURVES:
         # A run keeps its colour where others have no such metric.
         series = [
-            Series.of(name, run.steps, run.column(key), columns, index)
+            series_of(run, key, name, columns, index)
             for index, (name, run) in enumerate(zip(names, runs, strict=True))
             if run.has(key)
         ]
         if any(one.points.high.max() > 0 for one in series):
-            height = 240 if key == "loss" else 150
-            drawn.append(draw(Chart(key, title, unit, series, span, base, logarithmic, height=height)))
+            drawn.append(chart(key, series, span, height=240 if key == "loss" else 150))
     return f'<div class="charts">{"".join(drawn)}</div>'
 
 

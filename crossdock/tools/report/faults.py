@@ -8,7 +8,7 @@ from html import escape
 
 import numpy as np
 
-from crossdock.tools.report.charts import Chart, Series, draw
+from crossdock.tools.report.curves import charts
 from crossdock.tools.report.markup import DASH, details, many, table
 from crossdock.tools.report.numbers import short, steps_text
 from crossdock.tools.report.records import RunRecords
@@ -17,12 +17,7 @@ __all__ = ["faults_section", "starts_figure"]
 
 _MOST_EVENTS = 200
 _MOST_RANGES = 12
-# Key, title, unit, where the axis starts.
-_CHARTS: tuple[tuple[str, str, str, float], ...] = (
-    ("replica_groups", "Replica groups", "that took part", 0.0),
-    ("stall_seconds", "Stalls between steps", "seconds until the step began for good", 0.0),
-    ("slowest_rank_ratio", "Slowest rank", "times the median of the others", 1.0),
-)
+_CURVES = ("replica_groups", "stall_seconds", "slowest_rank_ratio")
 _COUNTS = (
     ("skipped_steps", "steps that were not applied"),
     ("spikes", "of these, spikes of loss or gradient norm"),
@@ -69,12 +64,7 @@ def _ranges(steps: np.ndarray) -> str:
 
 
 def _charts(records: RunRecords) -> str:
-    span = (int(records.steps[0]), int(records.steps[-1]))
-    drawn = []
-    for key, title, unit, base in _CHARTS:
-        if records.has(key):
-            series = [Series.of(title, records.steps, records.column(key))]
-            drawn.append(draw(Chart(key, title, unit, series, span, base, key == "stall_seconds")))
+    drawn = charts(records, _CURVES)
     note = ""
     slowest = records.last("slowest_rank")
     if slowest is not None:

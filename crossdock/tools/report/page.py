@@ -13,9 +13,9 @@ import numpy as np
 from crossdock.config import to_toml
 from crossdock.parallel import LayoutError, ParallelDims
 from crossdock.tools.report.balance import Balance, warnings
-from crossdock.tools.report.charts import COLUMNS as CHART_COLUMNS
-from crossdock.tools.report.charts import Chart, Marks, Series, draw
+from crossdock.tools.report.charts import COLUMNS, Marks
 from crossdock.tools.report.communication import communication_section
+from crossdock.tools.report.curves import chart, charts, series_of
 from crossdock.tools.report.document import document
 from crossdock.tools.report.faults import faults_section, starts_figure
 from crossdock.tools.report.maps import load_maps
@@ -27,24 +27,10 @@ from crossdock.tools.report.times import times_section
 
 __all__ = ["footer", "page", "run_name"]
 
-# Key, title, unit, where the axis starts, whether a logarithmic axis may help. Loss has its validation beside it.
-_CHARTS: tuple[tuple[str, str, str, float | None, bool], ...] = (
-    ("loss", "Loss", "nats per token", None, True),
-    ("lr", "Learning rate", "", 0.0, False),
-    ("grad_norm", "Gradient norm", "before clipping", 0.0, True),
-    ("tokens_per_second_per_gpu", "Throughput", "tokens/s per rank", 0.0, False),
-    ("memory_gib", "Memory", "GiB, the rank with most", 0.0, False),
-    ("max_mean_load", "Busiest expert", "times the mean, the worst layer", 1.0, True),
-    ("tflops", "Model TFLOP/s", "per rank", 0.0, False),
-    ("mfu", "Model FLOPs utilisation", "% of the device's peak", 0.0, False),
-)
-# The same, beside the maps of loads.
-_LOAD_CHARTS: tuple[tuple[str, str, str, float | None, bool], ...] = (
-    ("load_entropy", "Entropy of loads", "1 is even, the worst layer", None, False),
-    ("load_variation", "Variation of loads", "standard deviation over mean, the worst layer", 0.0, False),
-    ("dead_experts", "Dead experts", "without a token in the step, all layers", 0.0, False),
-    ("dropped_routes", "Dropped routes", "beyond the capacity, per step, all layers", 0.0, False),
-)
+# Of the training; loss has its validation beside it.
+_CURVES = ("loss", "lr", "grad_norm", "tokens_per_second_per_gpu", "memory_gib", "max_mean_load", "tflops", "mfu")
+# Beside the maps of loads.
+_LOAD_CURVES = ("load_entropy", "load_variation", "dead_experts", "dropped_routes")
 _TABLE_ROWS = 40
 
 
@@ -63,7 +49,7 @@ def page(records: RunRecords, live: tuple[str, float] | None = None) -> str:
         f"{section('Faults and recoveries', faults_section(records))}"
         f"{_settings(records)}{footer(records.notes)}"
     )
-    return document(name, content, (int(records.steps[0]), int(records.steps[-1])), live=live)
+    return document(name, content, records.span, live=live)
 
 
 def run_name(records: RunRecords) -> str:
@@ -164,22 +150,17 @@ def _alert(balance: Balance | None) -> str:
 
 
 def _charts(records: RunRecords) -> str:
-    known = {key for key, *_ in _CHARTS}
-    others = [name for name in records.columns if name.endswith("_loss") and name not in known | {"validation_loss"}]
-    wanted = [*_CHARTS, *((name, _words(name), "before its coefficient", None, True) for name in others)]
-    span = (int(records.steps[0]), int(records.steps[-1]))
+    losses = (name for name in records.columns if name.endswith("_loss") and name != "validation_loss")
     marked = records.steps[records.skipped]
     drawn = []
-    for key, title, unit, base, logarithmic in wanted:
-        names = {key: title} if key != "loss" else {"loss": "training", "validation_loss": "validation"}
-        columns = [(name, records.column(own)) for own, name in names.items() if records.has(own)]
-        series = [Series.of(name, records.steps, values) for name, values in columns]
+    for key in (*_CURVES, *losses):
+        names = {key: ""} if key != "loss" else {"loss": "training", "validation_loss": "validation"}
+        series = [series_of(records, own, name) for own, name in names.items() if records.has(own)]
         if series:
             skipped = Marks(marked) if key in ("loss", "grad_norm") else None
-            height = 240 if key == "loss" else 150
-            drawn.append(draw(Chart(key, title, unit, series, span, base, logarithmic, skipped, height)))
+            drawn.append(chart(key, series, records.span, skipped, 240 if key == "loss" else 150))
     notes = []
-    if span[1] - span[0] >= CHART_COLUMNS:
+    if records.span[1] - records.span[0] >= COLUMNS:
         notes.append("Lines are means of neighbouring steps, the bands around them their least and greatest values.")
     if len(marked):
         notes.append("A triangle marks steps that were skipped: their loss or gradient norm was not finite.")
@@ -188,18 +169,10 @@ def _charts(records: RunRecords) -> str:
 
 
 def _load_charts(records: RunRecords) -> str:
-    span = (int(records.steps[0]), int(records.steps[-1]))
-    drawn = [
-        draw(Chart(key, title, unit, [Series.of(title, records.steps, records.column(key))], span, base, logarithmic))
-        for key, title, unit, base, logarithmic in _LOAD_CHARTS
-        # A run without capacity drops nothing, and there is nothing to see.
-        if records.has(key) and (key != "dropped_routes" or np.nanmax(records.column(key)) > 0)
-    ]
+    # A run without capacity drops nothing, and there is nothing to see.
+    drops = records.has("dropped_routes") and np.nanmax(records.column("dropped_routes")) > 0
+    drawn = charts(records, [key for key in _LOAD_CURVES if drops or key != "dropped_routes"])
     return f'<div class="charts even">{"".join(drawn)}</div>' if drawn else ""
-
-
-def _words(key: str) -> str:
-    return key.replace("_", " ").replace("aux", "auxiliary").capitalize()
 
 
 def _figures_table(records: RunRecords) -> str:

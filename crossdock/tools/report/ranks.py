@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from crossdock.tools.report.balance import Balance
-from crossdock.tools.report.charts import Chart, Marks, Series, draw
+from crossdock.tools.report.charts import Marks
+from crossdock.tools.report.curves import chart, charts, series_of
 from crossdock.tools.report.maps import load_maps
 from crossdock.tools.report.markup import cell, details, many, table
 from crossdock.tools.report.numbers import short
@@ -16,12 +17,8 @@ from crossdock.tools.report.records import RunRecords
 __all__ = ["Look", "looks", "rank_figure", "rank_section"]
 
 _BEFORE, _AFTER = "rank_max_mean_before", "rank_max_mean"
-# Key, title, unit, where the axis starts, whether a logarithmic axis may help; after that of the busiest rank.
-_CHARTS: tuple[tuple[str, str, str, float, bool], ...] = (
-    ("imbalance_seconds", "Price of imbalance", "seconds per step", 0.0, True),
-    ("node_max_mean", "Busiest node", "times the mean, the mean layer", 1.0, False),
-    ("borrowed_experts", "Borrowed experts", "per step, all layers and ranks", 0.0, False),
-)
+# After that of the busiest rank.
+_CURVES = ("imbalance_seconds", "node_max_mean", "borrowed_experts")
 _MOST_LOOKS = 100
 
 
@@ -85,22 +82,13 @@ def _is_relieved(records: RunRecords) -> bool:
 
 
 def _charts(records: RunRecords) -> str:
-    span = (int(records.steps[0]), int(records.steps[-1]))
     moved = records.steps[np.nan_to_num(records.column("moved_experts")) > 0]
-    drawn, series = [], []
     # Without relief the two curves are one.
     names = {_BEFORE: "before relief", _AFTER: "after"} if _is_relieved(records) else {_AFTER: "busiest rank"}
-    for key, name in names.items():
-        if records.has(key):
-            series.append(Series.of(name, records.steps, records.column(key)))
-    if series:
-        marks = Marks(moved, "experts moved", "moved")
-        unit = "times the mean of the ranks, the mean layer"
-        drawn.append(draw(Chart(_AFTER, "Busiest rank", unit, series, span, 1.0, True, marks, 200)))
-    for key, title, unit, base, logarithmic in _CHARTS:
-        if records.has(key):
-            series = [Series.of(title, records.steps, records.column(key))]
-            drawn.append(draw(Chart(key, title, unit, series, span, base, logarithmic)))
+    series = [series_of(records, key, name) for key, name in names.items() if records.has(key)]
+    marks = Marks(moved, "experts moved", "moved")
+    drawn = [chart(_AFTER, series, records.span, marks, 200)] if series else []
+    drawn += charts(records, _CURVES)
     note = '<p class="note">A triangle marks steps after which experts moved.</p>' if len(moved) else ""
     return f'<div class="charts">{"".join(drawn)}</div>{note}' if drawn else ""
 

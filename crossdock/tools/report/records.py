@@ -85,6 +85,11 @@ class RunRecords:
     world_size: int | None = None
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first step and the last."""
+        return int(self.steps[0]), int(self.steps[-1])
+
     def column(self, name: str) -> np.ndarray:
         """`[S]`; all NaN where no step has this metric."""
         return self.columns.get(name, np.full(len(self.steps), np.nan))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from crossdock.tools.report.charts import Chart, Series, draw
+from crossdock.tools.report.curves import charts
 from crossdock.tools.report.markup import Bar, bars
 from crossdock.tools.report.numbers import short
 from crossdock.tools.report.records import RunRecords
@@ -27,10 +27,7 @@ PARTS: tuple[tuple[str, str], ...] = (
 )
 _STEP = "step_seconds"
 # Not the pauses and stalls, which are in the parts above or are told of elsewhere.
-_CHARTS = (
-    (_STEP, "Step time", "seconds"),
-    ("replica_wait_seconds", "Waiting for replicas' gradients", "seconds per step, a rank's mean"),
-)
+_CURVES = (_STEP, "replica_wait_seconds")
 
 
 def times_section(records: RunRecords) -> str:
@@ -57,12 +54,5 @@ def times_section(records: RunRecords) -> str:
         if on_gpu
         else ""
     )
-    span = (int(records.steps[0]), int(records.steps[-1]))
-    drawn = [
-        draw(Chart(key, title, unit, [Series.of(title, records.steps, records.column(key))], span, 0.0, True))
-        for key, title, unit in _CHARTS
-        if records.has(key)
-    ]
     shown = bars(caption, ["part", "s per step", "%", "median s", "longest s"], rows)
-    said = f'<p class="note">{note}</p>' if note else ""
-    return f'{shown}{said}<div class="charts even">{"".join(drawn)}</div>'
+    return f'{shown}{note}<div class="charts even">{"".join(charts(records, _CURVES))}</div>'
