@@ -17,7 +17,8 @@ __all__ = ["completion_command"]
 
 _Commands = Mapping[str, Callable[[list[str], argparse.Namespace], int]]
 
-# Which commands take settings, and which ranks; a first word that is no option is a file or folder everywhere.
+# Which commands take settings, after the name of a preset or a file, and which ranks; elsewhere a first word that is no
+# option is a file or folder.
 _WITH_SETTINGS = ("train", "config", "tune", "plan")
 _WITH_RANKS = ("train", "config", "tune", "generate", "eval", "export", "convert", "bench", "doctor")
 _OTHERS = ("--help", "--version")
@@ -26,9 +27,15 @@ _BASH = """\
 # completion of crossdock, by `crossdock completion`; to source from ~/.bashrc
 _crossdock() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} words=''
+    COMPREPLY=()
     if ((COMP_CWORD == 1)); then
         COMPREPLY=($(compgen -W {commands} -- "$word"))
         return
+    fi
+    if [[ $word == = ]]; then # the shell takes --option=value for three words
+        word=''
+    elif [[ $before == = ]]; then
+        before=${{COMP_WORDS[COMP_CWORD-2]}}
     fi
     case $before in
 {values}
@@ -37,6 +44,12 @@ _crossdock() {{
         case ${{COMP_WORDS[1]}} in
 {options}
         esac
+    elif [[ -z $words && $COMP_CWORD == 2 ]]; then
+        case ${{COMP_WORDS[1]}} in
+        {with_settings}) COMPREPLY=($(compgen -W {presets} -- "$word")) ;;
+        esac
+        COMPREPLY+=($(compgen -f -- "$word"))
+        return
     fi
     if [[ -n $words ]]; then
         COMPREPLY=($(compgen -W "$words" -- "$word"))
@@ -104,12 +117,24 @@ def _settings() -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _values() -> dict[str, tuple[str, ...]]:
-    return {option: tuple(map(str, values)) for option, values in _settings() if values}
+    """By option, what may follow it."""
+    from crossdock.tools.plan import read_devices
+
+    restricted = {option: tuple(map(str, values)) for option, values in _settings() if values}
+    return {**restricted, "--gpu": tuple(read_devices())}
+
+
+def _presets() -> list[str]:
+    from crossdock.config import PRESETS
+
+    return list(PRESETS)
 
 
 def _bash(options: Mapping[str, list[str]], values: Mapping[str, tuple[str, ...]], *, zsh: bool) -> str:
     script = _BASH.format(
         commands=shlex.quote(" ".join((*options, *_OTHERS))),
+        with_settings="|".join(_WITH_SETTINGS),
+        presets=shlex.quote(" ".join(_presets())),
         values="\n".join(f"    {name}) words={shlex.quote(' '.join(each))} ;;" for name, each in values.items()),
         options="\n".join(f"        {name}) words={shlex.quote(' '.join(each))} ;;" for name, each in options.items()),
     )
@@ -122,8 +147,10 @@ def _fish(options: Mapping[str, list[str]], values: Mapping[str, tuple[str, ...]
         f"complete -c crossdock -n __fish_use_subcommand -f -a {shlex.quote(' '.join((*options, *_OTHERS)))}",
     ]
     for command, names in options.items():
+        condition = shlex.quote(f"__fish_seen_subcommand_from {command}")
+        if command in _WITH_SETTINGS:
+            lines.append(f"complete -c crossdock -n {condition} -a {shlex.quote(' '.join(_presets()))}")
         for name in names:
             of_values = f" -x -a {shlex.quote(' '.join(values[name]))}" if name in values else ""
-            condition = shlex.quote(f"__fish_seen_subcommand_from {command}")
             lines.append(f"complete -c crossdock -n {condition} -l {name.removeprefix('--')}{of_values}")
     return "\n".join(lines) + "\n"

@@ -4,6 +4,7 @@ from crossdock.config.elastic import fit, with_settled_batch
 from crossdock.config.group_checks import default_global_batch_size, ranks_per_group
 from crossdock.config.layout_checks import AUTO_BATCH, check_layout, check_ring, expert_parallel_degrees
 from crossdock.config.reading import (
+    PRESETS,
     RUN_CONFIG_FILE,
     load_config,
     read_run_settings,
@@ -31,6 +32,7 @@ from crossdock.config.validation import check_settings, validate
 __all__ = [
     "ASSETS_FOLDER",
     "AUTO_BATCH",
+    "PRESETS",
     "RUN_CONFIG_FILE",
     "Config",
     "ConfigError",

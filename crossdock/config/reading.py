@@ -37,8 +37,10 @@ logger = logging.getLogger(__name__)
 # The resolved settings in a run folder.
 RUN_CONFIG_FILE = "config.toml"
 """In a run folder: the settings that the run has."""
-# Configurations that a person runs by name, wherever crossdock is installed; the checkout's folder configs.
-_PRESETS = Path(__file__).parents[1] / "configs"
+PRESETS: Mapping[str, Path] = MappingProxyType(
+    {path.stem: path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))}
+)
+"""Configurations that a person runs by name, wherever crossdock is installed."""
 # Above all settings, in the help of the commands that have no options of their own.
 _HELP: Mapping[str, str] = MappingProxyType(
     {
@@ -126,10 +128,9 @@ def _absolute_source(source: str) -> str:
 
 def read_toml(path: Path) -> Config:
     """The settings of a TOML file, or of a preset; what it leaves out has its default. Raises ConfigError."""
-    presets = {preset.stem: preset for preset in sorted(_PRESETS.glob("*.toml"))}
-    if str(path) in presets and not path.is_file():
-        path = presets[str(path)]
-    return _parse_toml(path, _read(path, f", or the name of one that comes with crossdock: {', '.join(presets)}"))
+    if str(path) in PRESETS and not path.is_file():
+        path = PRESETS[str(path)]
+    return _parse_toml(path, _read(path, f", or the name of one that comes with crossdock: {', '.join(PRESETS)}"))
 
 
 def read_run_settings(folder: Path) -> Config:
