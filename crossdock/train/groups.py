@@ -19,12 +19,12 @@ import torch
 from crossdock.config import Config, ConfigError, ranks_per_group
 from crossdock.parallel import LOOPBACK, GroupPlace
 from crossdock.train.host_memory import memory_settings
-from crossdock.train.launch import Machines, tell, thread_settings
+from crossdock.train.launch import GROUP_NUMBER, Machines, tell, thread_settings
 from crossdock.train.progress import furthest_step
 
 __all__ = ["group_place", "is_in_group", "start_groups"]
 
-_NUMBER, _GROUPS, _LIGHTHOUSE = "CROSSDOCK_REPLICA_GROUP", "CROSSDOCK_REPLICA_GROUPS", "CROSSDOCK_LIGHTHOUSE"
+_GROUPS, _LIGHTHOUSE = "CROSSDOCK_REPLICA_GROUPS", "CROSSDOCK_LIGHTHOUSE"
 _HOST, _FOLDER = "CROSSDOCK_GROUP_HOST", "CROSSDOCK_GROUP_FOLDER"
 _TICK_MS = 50  # How often the lighthouse looks whether groups can go on.
 _POLL_SECONDS = 0.1
@@ -33,7 +33,7 @@ _USERS_MISTAKE = 2
 
 def is_in_group(environment: Mapping[str, str]) -> bool:
     """Whether this process belongs to a replica group that our launcher has started."""
-    return _NUMBER in environment
+    return GROUP_NUMBER in environment
 
 
 def group_place(config: Config, environment: Mapping[str, str]) -> GroupPlace | None:
@@ -49,7 +49,7 @@ def group_place(config: Config, environment: Mapping[str, str]) -> GroupPlace | 
         valid = "needs `crossdock train` to start the ranks, not torchrun"
         raise ConfigError("fault_tolerance.replica_groups", groups, valid)
     return GroupPlace(
-        int(environment[_NUMBER]),
+        int(environment[GROUP_NUMBER]),
         int(environment[_GROUPS]),
         environment[_LIGHTHOUSE],
         environment[_HOST],
@@ -155,7 +155,7 @@ class _Group:
         self._folder = self._folders / f"{self.number}-{self._starts}"
         self._folder.mkdir()
         self.code = None
-        place = {_NUMBER: str(self.number), _FOLDER: str(self._folder)}
+        place = {GROUP_NUMBER: str(self.number), _FOLDER: str(self._folder)}
         # In a session of its own: a terminal's Ctrl-C is passed on once, by this launcher.
         self._process = subprocess.Popen(
             self._command, env=os.environ | self._environment | place, start_new_session=True

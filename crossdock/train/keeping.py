@@ -154,6 +154,16 @@ class RunKeeper:
             self._pass_over(error)
             self._saved = None
 
+    def close(self) -> str:
+        """Wait for the checkpoint that is being written, and leave no snapshots; why it cannot be written, or empty."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            return str(error)
+        finally:
+            self.clear()
+        return ""
+
     def clear(self) -> None:
         """Leave no snapshots."""
         if self._snapshots is not None:

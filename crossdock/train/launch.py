@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ENDED_FOLDER",
+    "GROUP_NUMBER",
     "Machines",
     "default_nproc",
     "run_rank",
@@ -52,6 +53,8 @@ logger = logging.getLogger(__name__)
 _SHUTDOWN_SECONDS = 600
 # Names the folder where each rank leaves a file when it has ended well; the launcher sets it.
 ENDED_FOLDER = "CROSSDOCK_ENDED_FOLDER"
+# Set for a replica group, by the launcher of them all: its number.
+GROUP_NUMBER = "CROSSDOCK_REPLICA_GROUP"
 # The number of threads that the launcher has chosen, where nobody else had.
 _CHOSEN_THREADS = "CROSSDOCK_CHOSEN_THREADS"
 # Set by the launcher where the run may go on with fewer machines.
@@ -213,14 +216,18 @@ def _rendezvous_sentence(error: Exception, machines: Machines, command: str) -> 
 
 
 def tell(message: str) -> None:
-    """A line of the launcher's, on stderr."""
-    print(f"crossdock: {message}", file=sys.stderr, flush=True)
+    """A line of the launcher's, on stderr; that of a replica group says which."""
+    print(f"crossdock: {_of_group()}{message}", file=sys.stderr, flush=True)
+
+
+def _of_group() -> str:
+    return f"replica group {os.environ[GROUP_NUMBER]}: " if GROUP_NUMBER in os.environ else ""
 
 
 def _tell_of_failure(run_folder: Path | None, message: str) -> None:
     tell(message)
     if run_folder is not None:
-        note_event(run_folder, "failure", message)
+        note_event(run_folder, "failure", f"{_of_group()}{message}")
 
 
 def threads_are_open(environment: Mapping[str, str]) -> bool:

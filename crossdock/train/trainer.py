@@ -344,9 +344,9 @@ class Trainer:
         try:
             message = self.bad_steps.settle(self, self._go_back)
             self.replicas.after_step(self.step, self.config.fault_tolerance.replica_check_interval, self.keeper.folder)
-        except TrainingStopped:
-            self.keeper.wait()
-            self.keeper.clear()
+        except TrainingStopped as stopped:
+            if problem := self.keeper.close():
+                raise TrainingStopped(f"{stopped}; besides, {problem}") from None
             raise
         if message and record is not None:
             self._heed(record, record.rewind(self.step, message))

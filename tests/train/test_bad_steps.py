@@ -249,6 +249,17 @@ def test_a_policy_of_stop_ends_the_run_with_the_reason_and_leaves_the_checkpoint
     assert ended["lines"][-1]["spikes"] == 1
 
 
+def test_a_checkpoint_that_fails_meanwhile_does_not_hide_why_the_run_was_stopped(train: Runs) -> None:
+    settings = ["--fault-tolerance.on-spike", "stop", "--fault-tolerance.spike-window", "4", "--checkpoint.interval=6"]
+    settings += ["--checkpoint.async-mode", "async"]
+    train("stop-unwritten", settings, {}, stop_at=1)
+    in_the_way = train.folder / "stop-unwritten" / "checkpoint" / ".step-00000006.partial"
+    in_the_way.touch()
+    ended = train("stop-unwritten", settings, {7: 1e4})
+    assert "is more than 2 times the median" in ended["message"]
+    assert str(in_the_way) in ended["message"]
+
+
 def test_a_skipped_spike_leaves_no_trace_in_the_weights(train: Runs) -> None:
     settings = ["--fault-tolerance.on-spike", "skip", "--fault-tolerance.spike-window", "4"]
     spike, nan = (train(f"spike-{value}", settings, {7: value}) for value in (1e4, math.nan))
