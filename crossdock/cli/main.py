@@ -105,12 +105,13 @@ def _main(arguments: list[str]) -> NoReturn:
     if command not in COMMANDS:
         fail(f"command = {command!r}\none of {', '.join(COMMANDS)}, --version, --help")
     options, rest = machine_options(rest)
-
-    from crossdock.config import ConfigError
-
     try:
         sys.exit(COMMANDS[command](rest, options))
-    except ConfigError as error:
+    except ValueError as error:
+        from crossdock.config import ConfigError  # Takes seconds, which a page of help need not wait for.
+
+        if not isinstance(error, ConfigError):
+            raise
         fail(f"{error.field} = {error.value!r}\n{error.valid}")
 
 
