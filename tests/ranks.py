@@ -47,8 +47,9 @@ class RankPool:
         `function` and what it returns must pickle: module-level functions, no tensors that share memory (return
         numbers or numpy arrays).
 
-        About once in some thousand calls a worker crashes within torch's collectives, which no repetition has shown
-        yet; such a call is warned of, with the stacks of all threads, and made once more.
+        Torch's functional all-gather over gloo corrupts the heap now and then (`crossdock.comm.collectives.all_gather`
+        stays away from it, DTensor does not): where a worker crashes, the call is warned of, with the stacks of all
+        threads, and made once more.
 
         Raises:
             AssertionError: with the tracebacks, if a rank failed or did not return within `timeout` seconds.

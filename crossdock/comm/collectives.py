@@ -25,6 +25,7 @@ __all__ = [
     "Pending",
     "Splits",
     "Tally",
+    "all_gather",
     "attach_exchange",
     "await_gradient",
     "exchange",
@@ -227,11 +228,23 @@ class _Transfer(NamedTuple):
     finish: Callable[[Tensor, list[int]], Tensor]
 
 
+def all_gather(rows: Tensor, num_ranks: int, group_name: str) -> Tensor:
+    """All ranks' `rows` `[U, ...]`, of one shape, in rank order, `[num_ranks * U, ...]`; to be waited for.
+
+    On a CPU by an all-to-all of copies: torch's functional all-gather over gloo corrupts the heap where any other
+    collective of the group is under way (torch 2.13; tests/comm/test_collectives.py).
+    """
+    if rows.device.type != "cpu":
+        return _all_gather(rows, num_ranks, group_name)
+    per_rank = [len(rows)] * num_ranks
+    return _all_to_all(rows.repeat(num_ranks, *(1,) * (rows.dim() - 1)), per_rank, per_rank, group_name)
+
+
 def _start_gather(rows: Tensor, counts: list[int], group_name: str, tally: Tally | None) -> Tensor:
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     _tell(tally, [len(padded)] * len(counts), padded)
-    return _all_gather(padded, len(counts), group_name)
+    return all_gather(padded, len(counts), group_name)
 
 
 def _finish_gather(rows: Tensor, counts: list[int]) -> Tensor:

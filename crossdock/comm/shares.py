@@ -15,11 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from crossdock.comm.collectives import gather_rows, scatter_sum, sum_over_ranks
+from crossdock.comm.collectives import all_gather, gather_rows, scatter_sum, sum_over_ranks
 
 __all__ = ["enter_parts", "gather_parts", "join_parts", "scatter_terms", "sum_terms", "take_part"]
 
-_all_gather = torch.ops._c10d_functional.all_gather_into_tensor.default
 _wait = torch.ops._c10d_functional.wait_tensor.default
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -78,7 +77,7 @@ def scatter_terms(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
 
 def _joined(x: Tensor, dim: int, group_name: str, size: int) -> Tensor:
     rows = x.movedim(dim, 0).contiguous()
-    return _wait(_all_gather(rows, size, group_name)).movedim(0, dim)
+    return _wait(all_gather(rows, size, group_name)).movedim(0, dim)
 
 
 class _Enter(Function):
