@@ -26,8 +26,8 @@ def unbalanced(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dic
 @pytest.mark.parametrize(
     "balance",
     [
-        ("eplb", *OFTEN),
-        ("spill", *SPILLING),
+        pytest.param(("eplb", *OFTEN), marks=pytest.mark.slow),
+        pytest.param(("spill", *SPILLING), marks=pytest.mark.slow),
         ("eplb+spill", *OFTEN, *SPILLING, "--balance.copy-choice", "least_load"),
     ],
     ids=lambda balance: balance[0],
@@ -50,7 +50,7 @@ def test_losses_are_those_without(
 BOTH = ("--balance.strategy", "eplb+spill", *OFTEN, *SPILLING)
 
 
-@pytest.mark.parametrize("ep", [4, 2])
+@pytest.mark.parametrize("ep", [pytest.param(4, marks=pytest.mark.slow), 2])
 def test_a_checkpoint_between_two_migrations_resumes(
     ranks: RankPool, tmp_path: Path, unbalanced: dict[str, Any], ep: int
 ) -> None:
@@ -75,7 +75,7 @@ def test_losses_are_those_without_in_float32(ranks: RankPool, tmp_path: Path) ->
     ("model", "world_size", "layout", "settings"),
     [
         pytest.param("qwen3", 4, {"pp": 2, "ep": 2}, ("--training.global-batch-size", "16"), id="pp"),
-        pytest.param("qwen3", 4, {"dp_replicate": 2, "ep": 2}, (), id="replicas"),
+        pytest.param("qwen3", 4, {"dp_replicate": 2, "ep": 2}, (), id="replicas", marks=pytest.mark.slow),
         pytest.param("gpt_oss", 2, {"ep": 2}, ("--activation-checkpoint.mode", "selective"), id="gpt-oss-biases"),
         pytest.param("qwen3", 4, {"ep": 2}, ("--optimizer.name", "muon"), id="muon-ep-shard"),
     ],

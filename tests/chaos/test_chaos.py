@@ -44,6 +44,7 @@ def test_a_run_that_faults_befall_gives_what_an_undisturbed_one_gives(top: Path,
     assert outcome.output.count("from a snapshot in memory") == len(faults)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_cleanly_and_goes_on_with_equal_losses(top: Path, reference: Outcome) -> None:
     folder = top / "stopped"
     folder.mkdir()
@@ -64,17 +65,13 @@ def test_a_run_that_was_stopped_ends_cleanly_and_goes_on_with_equal_losses(top: 
     assert [json.loads(line)["loss"] for line in metrics.read_text().splitlines()] == reference.losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "settings", "ended_with"),
     [
-        pytest.param(1, (), "without a step done", marks=pytest.mark.slow),
+        (1, (), "without a step done"),
         # Each start but the first does steps again, and none that was not done before.
-        pytest.param(
-            6,
-            ("--fault-tolerance.snapshot-interval", "0"),
-            "that came no further than step 5",
-            marks=pytest.mark.slow,
-        ),
+        (6, ("--fault-tolerance.snapshot-interval", "0"), "that came no further than step 5"),
         (6, ("--fault-tolerance.snapshot-interval", "2"), "that came no further than step 5"),
     ],
     ids=["in the first step", "from the beginning", "from a snapshot"],

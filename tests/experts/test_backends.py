@@ -167,18 +167,27 @@ FORMULAS = {
 }
 
 
+FORMULA_CASES = ("missing routes", "most slots idle", "no tokens")
+
+
+def _is_quick(backend_name: str) -> bool:
+    """Not Triton's, where its kernels are interpreted: a hundred times the time."""
+    return not (runtime.INTERPRETED and backend_name.startswith("triton"))
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", FORMULAS)
 def test_every_formula_equals_the_oracle(name: str, bias: bool) -> None:
-    for case in ("missing routes", "most slots idle", "no tokens"):
+    for case in FORMULA_CASES:
         inputs = _inputs(case, torch.float64, formula=FORMULAS[name], bias=bias)
         for backend in (eager, cpu):
             _assert_close(_evaluate(backend, *inputs), _oracle(*inputs), 1e-12)
         for dtype, tolerance in ((torch.float32, 5e-6), (torch.bfloat16, 4e-2)):
             inputs = _inputs(case, dtype, formula=FORMULAS[name], bias=bias)
             expected = _oracle(*inputs)
-            for _, backend in BACKENDS:
-                _assert_close(_evaluate(backend, *inputs), expected, tolerance)
+            for backend_name, backend in BACKENDS:
+                if _is_quick(backend_name) or (case == FORMULA_CASES[0] and (dtype == torch.bfloat16) == bias):
+                    _assert_close(_evaluate(backend, *inputs), expected, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +286,7 @@ def poison() -> Iterator[None]:
 @pytest.mark.parametrize(("name", "backend"), BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_depends_on_uninitialised_memory(name: str, backend: ExpertsBackend, dtype: torch.dtype) -> None:
-    for case in CASES:
+    for case in CASES if _is_quick(name) else FORMULA_CASES:
         poisoned = _evaluate(backend, *_inputs(case, dtype))
         _deterministic.fill_uninitialized_memory = False
         plain = _evaluate(backend, *_inputs(case, dtype))

@@ -222,6 +222,7 @@ def listening_beyond_loopback(process: int) -> list[str]:
     return [address for address in own if address.rpartition(":")[0] not in LOOPBACK]
 
 
+@pytest.mark.slow
 def test_a_stop_ends_all_groups_and_a_start_with_others_resumes(start: Callable[..., Run]) -> None:
     common = ("--lr-scheduler.warmup-steps", "10", "--training.steps", "1000")
     run = start("stopped", *GROUPS, *common)
@@ -363,6 +364,7 @@ def test_a_rank_that_is_killed_comes_back_with_its_group(start: Callable[..., Ru
     assert re.search(r"crossdock: replica group 1: .*; starting all ranks again", run.output()), "its own agent says so"
 
 
+@pytest.mark.slow
 def test_too_few_groups_wait_and_end_with_a_checkpoint_when_asked(start: Callable[..., Run]) -> None:
     needs_both = ("--fault-tolerance.min-replica-groups", "2", "--fault-tolerance.max-restarts", "0")
     run = start("waiting", *GROUPS, *needs_both, "--training.steps", "1000", "--checkpoint.interval", "0")
@@ -377,6 +379,7 @@ def test_too_few_groups_wait_and_end_with_a_checkpoint_when_asked(start: Callabl
     assert [path.name for path in (run.folder / "checkpoint").iterdir()] == [f"step-{step:08d}"]
 
 
+@pytest.mark.slow
 def test_a_lighthouse_that_is_not_there_is_named(start: Callable[..., Run]) -> None:
     address = "http://127.0.0.1:9"
     run = start("dark", *GROUPS, "--fault-tolerance.lighthouse", address, "--fault-tolerance.max-restarts", "0")
