@@ -175,9 +175,14 @@ def _is_quick(backend_name: str) -> bool:
     return not (runtime.INTERPRETED and backend_name.startswith("triton"))
 
 
+# All cases for each backend, or a choice of them for those that are not quick.
+whole_or_choice = pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+
+
+@whole_or_choice
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", FORMULAS)
-def test_every_formula_equals_the_oracle(name: str, bias: bool) -> None:
+def test_every_formula_equals_the_oracle(name: str, bias: bool, whole: bool) -> None:
     for case in FORMULA_CASES:
         inputs = _inputs(case, torch.float64, formula=FORMULAS[name], bias=bias)
         for backend in (eager, cpu):
@@ -186,7 +191,8 @@ def test_every_formula_equals_the_oracle(name: str, bias: bool) -> None:
             inputs = _inputs(case, dtype, formula=FORMULAS[name], bias=bias)
             expected = _oracle(*inputs)
             for backend_name, backend in BACKENDS:
-                if _is_quick(backend_name) or (case == FORMULA_CASES[0] and (dtype == torch.bfloat16) == bias):
+                chosen = case == FORMULA_CASES[0] and (dtype == torch.bfloat16) == bias
+                if whole or chosen or _is_quick(backend_name):
                     _assert_close(_evaluate(backend, *inputs), expected, tolerance)
 
 
@@ -285,8 +291,11 @@ def poison() -> Iterator[None]:
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("name", "backend"), BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_depends_on_uninitialised_memory(name: str, backend: ExpertsBackend, dtype: torch.dtype) -> None:
-    for case in CASES if _is_quick(name) else FORMULA_CASES:
+@whole_or_choice
+def test_nothing_depends_on_uninitialised_memory(
+    name: str, backend: ExpertsBackend, dtype: torch.dtype, whole: bool
+) -> None:
+    for case in CASES if whole or _is_quick(name) else FORMULA_CASES:
         poisoned = _evaluate(backend, *_inputs(case, dtype))
         _deterministic.fill_uninitialized_memory = False
         plain = _evaluate(backend, *_inputs(case, dtype))
