@@ -132,7 +132,7 @@ def _curves(runs: Sequence[RunRecords], names: Sequence[str], span: tuple[int, i
             if run.has(key)
         ]
         if any(one.points.high.max() > 0 for one in series):
-            drawn.append(chart(key, series, span, height=240 if key == "loss" else 150))
+            drawn.append(chart(key, series, span))
     return f'<div class="charts">{"".join(drawn)}</div>'
 
 

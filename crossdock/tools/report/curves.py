@@ -22,6 +22,7 @@ class _Curve(NamedTuple):
         base: a value that the axis starts at; `None` fits it to the curve.
         logarithmic: draw on a logarithmic axis where the values ask for it.
         divisor: of the values, for the unit.
+        height: of the plot, pixels.
     """
 
     title: str
@@ -29,10 +30,11 @@ class _Curve(NamedTuple):
     base: float | None = 0.0
     logarithmic: bool = False
     divisor: float = 1.0
+    height: int = 150
 
 
 _CURVES: dict[str, _Curve] = {
-    "loss": _Curve("Loss", "nats per token", None, True),
+    "loss": _Curve("Loss", "nats per token", None, True, height=240),
     "validation_loss": _Curve("Validation loss", "nats per token", None, True),
     "lr": _Curve("Learning rate"),
     "grad_norm": _Curve("Gradient norm", "before clipping", logarithmic=True),
@@ -78,10 +80,11 @@ def series_of(
 
 
 def chart(
-    key: str, series: Sequence[Series], span: tuple[int, int], marks: Marks | None = None, height: int = 150
+    key: str, series: Sequence[Series], span: tuple[int, int], marks: Marks | None = None, height: int | None = None
 ) -> str:
-    """The chart of a metric; see `Chart`."""
+    """The chart of a metric; see `Chart`. Its height is the curve's own where none is given."""
     curve = _curve(key)
+    height = curve.height if height is None else height
     return draw(Chart(key, curve.title, curve.unit, series, span, curve.base, curve.logarithmic, marks, height))
 
 

@@ -158,7 +158,7 @@ def _charts(records: RunRecords) -> str:
         series = [series_of(records, own, name) for own, name in names.items() if records.has(own)]
         if series:
             skipped = Marks(marked) if key in ("loss", "grad_norm") else None
-            drawn.append(chart(key, series, records.span, skipped, 240 if key == "loss" else 150))
+            drawn.append(chart(key, series, records.span, skipped))
     notes = []
     if records.span[1] - records.span[0] >= COLUMNS:
         notes.append("Lines are means of neighbouring steps, the bands around them their least and greatest values.")

@@ -8,7 +8,7 @@ import numpy as np
 
 from crossdock.tools.report.balance import Balance
 from crossdock.tools.report.charts import Marks
-from crossdock.tools.report.curves import chart, charts, series_of
+from crossdock.tools.report.curves import MIB, chart, charts, series_of
 from crossdock.tools.report.maps import load_maps
 from crossdock.tools.report.markup import cell, details, many, table
 from crossdock.tools.report.numbers import short
@@ -102,7 +102,7 @@ def _looks_table(records: RunRecords) -> str:
             f"{look.step:,}",
             cell(look.predicted),
             cell(look.achieved),
-            *((short(look.experts), cell(look.bytes / 2**20), cell(look.seconds)) if look.experts else ("0", "0", "0")),
+            *((short(look.experts), cell(look.bytes / MIB), cell(look.seconds)) if look.experts else ("0", "0", "0")),
         ]
         for look in found[-_MOST_LOOKS:]
     ]
