@@ -2,7 +2,7 @@
 #
 #   docker build -t crossdock:0.1.0 .
 #   docker run --rm --gpus all --ipc=host --ulimit memlock=-1 crossdock:0.1.0 doctor
-#   docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -v "$PWD/runs:/work/runs" crossdock:0.1.0 train debug
+#   docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -v "$PWD/runs:/workspace/runs" crossdock:0.1.0 train debug
 #
 # --ipc=host: NCCL and data workers share memory. memlock, and --device=/dev/infiniband where there is one: RDMA.
 
@@ -27,7 +27,7 @@ RUN python3 -m venv /opt/crossdock \
     && pip install --no-cache-dir -c /opt/constraints.txt "$(echo /opt/wheel/*.whl)[datasets,transformers,watch]"
 # The number of tokens that reach a rank differs from step to step, which fragments the caching allocator's memory.
 ENV PYTORCH_ALLOC_CONF=expandable_segments:True
-WORKDIR /work
+WORKDIR /workspace
 COPY configs configs
 ENTRYPOINT ["crossdock"]
 CMD ["--help"]
